@@ -1,0 +1,10 @@
+"""Triton kernels of watersic_hf; `watersic_hf.nn.ops` is the only module that imports them.
+
+Nothing here imports watersic_hf: a kernel's reference lives there, and only tests see both sides.
+"""
+
+if __name__ != "watersic_kernels":
+    raise ImportError(
+        f"watersic_kernels was imported as {__name__!r}; put the folder `kernels` on the path "
+        f"and import `watersic_kernels`: two copies would register the same operators twice."
+    )
