@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.testing import assert_close
+
+
+def streams(tokens=3000, columns=6, rows=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x_TN = torch.randn(tokens, columns, generator=g) + 1
+    drifted_TN = x_TN + 0.1 * torch.randn(tokens, columns, generator=g)
+    return x_TN, drifted_TN, torch.randn(tokens, rows, generator=g)
+
+
+def test_means_are_those_of_the_whole_stream_and_not_centred():
+    x_TN, drifted_TN, residual_TA = streams()
+    sums = MomentAccumulator(6, drift=True, rows_of_residual=4)
+    for part in (slice(0, 1), slice(1, 1500), slice(1500, 3000)):
+        sums.add(x_TN[part], drifted_TN[part], residual_TA=residual_TA[part])
+
+    moments = sums.result()
+
+    x, drifted, residual = x_TN.double(), drifted_TN.double(), residual_TA.double()
+    # products of up to 512 tokens are summed in float32
+    assert_close(moments.cov, x.T @ x / 3000, tolerance=1e-6)
+    assert_close(moments.drifted_cov_NN, drifted.T @ drifted / 3000, tolerance=1e-6)
+    assert_close(moments.cross_cov_NN, x.T @ drifted / 3000, tolerance=1e-6)
+    assert_close(moments.residual_AN, residual.T @ drifted / 3000, tolerance=1e-5)
+    assert moments.tokens == 3000
+    assert moments.cov.dtype == torch.float64
+
+
+def test_a_token_weight_multiplies_both_streams_products():
+    x_TN, drifted_TN, residual_TA = streams()
+    weight_T = torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    sums = MomentAccumulator(6, drift=True, rows_of_residual=4)
+
+    sums.add(x_TN, drifted_TN, weight_T=weight_T, residual_TA=residual_TA)
+
+    moments, root_T1 = sums.result(), weight_T.double().sqrt()[:, None]
+    x, drifted, residual = x_TN * root_T1, drifted_TN * root_T1, residual_TA * root_T1
+    assert_close(moments.cov, x.T @ x / 3000, tolerance=1e-6)
+    assert_close(moments.drifted_cov_NN, drifted.T @ drifted / 3000, tolerance=1e-6)
+    assert_close(moments.cross_cov_NN, x.T @ drifted / 3000, tolerance=1e-6)
+    assert_close(moments.residual_AN, residual.T @ drifted / 3000, tolerance=1e-5)
+
+
+def test_without_drift_the_residual_meets_the_original_input():
+    x_TN, _, residual_TA = streams()
+    sums = MomentAccumulator(6, rows_of_residual=4)
+    sums.add(x_TN, residual_TA=residual_TA)
+    wanted_AN = residual_TA.double().T @ x_TN.double() / 3000
+    assert_close(sums.result().residual_AN, wanted_AN, tolerance=1e-5)
+    assert sums.result().drifted_cov_NN is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_inputs_of_any_float_dtype_are_summed_to_float32_accuracy(dtype):
+    x_TN = streams()[0].to(dtype)
+    sums = MomentAccumulator(6)
+
+    sums.add(x_TN.reshape(3, 1000, 6))
+
+    wide_TN = x_TN.double()
+    # products of bfloat16 are multiples of one power of two: float32 sums round half to even often
+    assert_close(sums.result().cov, wide_TN.T @ wide_TN / 3000, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_entries_that_are_not_finite_are_counted(value):
+    x_TN = streams(tokens=10)[0]
+    x_TN[2:5, 1] = value
+    with pytest.raises(CalibrationError, match="3 of 60 entries of x are NaN or infinite"):
+        MomentAccumulator(6).add(x_TN)
+
+
+def test_no_tokens_are_no_moments():
+    sums = MomentAccumulator(6)
+    sums.add(torch.empty(0, 6))
+    with pytest.raises(CalibrationError, match="no token was added"):
+        sums.result()
+
+
+def test_streams_must_be_announced_and_agree():
+    x_TN, drifted_TN, _ = streams(tokens=10)
+    with pytest.raises(ValueError, match="drifted stream was not announced"):
+        MomentAccumulator(6).add(x_TN, drifted_TN)
+    with pytest.raises(ValueError, match="drifted stream is needed"):
+        MomentAccumulator(6, drift=True).add(x_TN)
+    with pytest.raises(ValueError, match="drifted has 9 tokens, but x has 10"):
+        MomentAccumulator(6, drift=True).add(x_TN, drifted_TN[1:])
+    with pytest.raises(ValueError, match="7 entries per token"):
+        MomentAccumulator(7).add(x_TN)
+    with pytest.raises(ValueError, match="float dtype"):
+        MomentAccumulator(6).add(x_TN.int())
+    with pytest.raises(ValueError, match="one for each of the 10 tokens"):
+        MomentAccumulator(6).add(x_TN, weight_T=torch.ones(9))
+    with pytest.raises(ValueError, match="non-negative"):
+        MomentAccumulator(6).add(x_TN, weight_T=-torch.ones(10))
+
+
+def test_moments_refuse_shapes_that_disagree():
+    eye_NN = torch.eye(3)
+    with pytest.raises(ValueError, match="square or a diagonal"):
+        Moments(cov=torch.ones(2, 3), tokens=1)
+    with pytest.raises(ValueError, match="belong together"):
+        Moments(cov=eye_NN, tokens=1, drifted_cov_NN=eye_NN)
+    with pytest.raises(ValueError, match="one size"):
+        Moments(cov=eye_NN, tokens=1, drifted_cov_NN=eye_NN, cross_cov_NN=torch.eye(2))
+    with pytest.raises(ValueError, match="one size"):
+        Moments(cov=torch.ones(3), tokens=1, drifted_cov_NN=torch.ones(3), cross_cov_NN=eye_NN)
+    with pytest.raises(ValueError, match="3 columns"):
+        Moments(cov=eye_NN, tokens=1, residual_AN=torch.ones(5, 2))
+
+
+def test_identity_moments_are_a_diagonal_without_tokens():
+    moments = Moments.identity(5)
+    assert moments.cov.tolist() == [1.0] * 5
+    assert moments.tokens == 0

@@ -1,0 +1,18 @@
+"""The paper's method on plain tensors: it knows no files, no modules and no models."""
+
+from watersic_hf.core.metrics import gap_to_bound, relative_output_error
+from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
+from watersic_hf.core.waterfill import SHAPING_LOSS
+
+__all__ = [
+    "SHAPING_LOSS",
+    "CalibrationError",
+    "LayerSettings",
+    "MomentAccumulator",
+    "Moments",
+    "QuantizedWeight",
+    "gap_to_bound",
+    "quantize_weight",
+    "relative_output_error",
+]

@@ -1,0 +1,43 @@
+"""Measure what a quantized layer loses, relative to its output and to the theory.
+
+Shapes: A = out_features (rows), N = in_features (columns).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from watersic_hf.core.moments import Moments, times
+from watersic_hf.core.waterfill import shannon_rate
+
+#: Rows whose products are held at a time.
+ROWS_PER_BLOCK = 2048
+
+
+def relative_output_error(weight_AN: Tensor, dequantized_AN: Tensor, moments: Moments) -> float:
+    r"""Return :math:`E |W x - \hat W \hat x|^2 / E |W x|^2`, a ratio of mean squares.
+
+    :math:`\hat x` is the drifted input in drift mode and x otherwise.  The residual stream is not
+    part of it.  A layer whose output is zero has error 0.
+    """
+    error = energy = 0.0
+    cov = moments.cov.double()
+    for start in range(0, len(weight_AN), ROWS_PER_BLOCK):
+        rows = slice(start, start + ROWS_PER_BLOCK)
+        weight_BN = weight_AN[rows].double()
+        dequantized_BN = dequantized_AN[rows].double()
+        power = float((times(weight_BN, cov) * weight_BN).sum())
+        energy += power
+        if moments.drifted_cov_NN is None:
+            difference_BN = weight_BN - dequantized_BN
+            error += float((times(difference_BN, cov) * difference_BN).sum())
+        else:
+            gained_BN = dequantized_BN @ moments.drifted_cov_NN.double()
+            gained_BN -= 2 * (weight_BN @ moments.cross_cov_NN.double())
+            error += power + float((gained_BN * dequantized_BN).sum())
+    return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+def gap_to_bound(bits: float, variance_N: Tensor, distortion: float) -> float:
+    """Return the bits per weight above the Gaussian rate-distortion bound; see `shannon_rate`."""
+    return bits - shannon_rate(variance_N, distortion)

@@ -1,0 +1,247 @@
+"""Collect the second moments of a layer's input, over one or two streams of activations.
+
+Shapes: T = tokens, N = in_features, A = out_features.
+Units:  every moment is a mean over tokens and is not centred.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Tokens whose products are summed in float32 before they enter the float64 sum.
+TOKENS_PER_BLOCK = 512
+
+
+class CalibrationError(ValueError):
+    """The calibration data cannot support what was asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    r"""Second moments of a layer's input, not centred, means over tokens.
+
+    With x the input in the original model, :math:`\hat x` the input in the partly quantized one and
+    r the error of the residual stream that the layer writes to:
+
+    .. math:: S_X = E[x x^T], \quad S_H = E[\hat x \hat x^T], \quad S_C = E[x \hat x^T],
+              \quad S_R = E[r \hat x^T].
+
+    Drift mode is on when both S_H and S_C are given.
+    """
+
+    cov: Tensor
+    """S_X: (N, N), or (N,) when only a diagonal is known; inputs then count as uncorrelated."""
+    tokens: int
+    """Tokens behind the means; 0 for moments that were not measured."""
+    drifted_cov_NN: Tensor | None = None
+    """S_H, given together with S_C or not at all."""
+    cross_cov_NN: Tensor | None = None
+    """S_C; rows index the original input, columns the drifted one."""
+    residual_AN: Tensor | None = None
+    """S_R; added to the linear term of the objective."""
+
+    def __post_init__(self) -> None:
+        columns = self.columns
+        if self.cov.shape not in {(columns,), (columns, columns)}:
+            raise ValueError(
+                f"Moments: cov has shape {tuple(self.cov.shape)}; it must be square or a diagonal."
+            )
+        if (self.drifted_cov_NN is None) != (self.cross_cov_NN is None):
+            raise ValueError("Moments: drifted_cov_NN and cross_cov_NN belong together; give both.")
+        for field in ("drifted_cov_NN", "cross_cov_NN"):
+            value = getattr(self, field)
+            if value is not None and (self.cov.ndim == 1 or value.shape != self.cov.shape):
+                raise ValueError(
+                    f"Moments: {field} has shape {tuple(value.shape)}, but cov has "
+                    f"{tuple(self.cov.shape)}; drift needs square moments of one size."
+                )
+        residual = self.residual_AN
+        if residual is not None and (residual.ndim != 2 or residual.shape[1] != columns):
+            raise ValueError(
+                f"Moments: residual_AN has shape {tuple(residual.shape)}; it needs {columns} "
+                f"columns."
+            )
+
+    @classmethod
+    def identity(cls, columns: int, *, device: torch.device | str | None = None) -> Moments:
+        """Return the moments of white inputs, for quantization without data."""
+        return cls(cov=torch.ones(columns, dtype=torch.float64, device=device), tokens=0)
+
+    @property
+    def columns(self) -> int:
+        """Number of input columns N."""
+        return self.cov.shape[-1]
+
+    @property
+    def layer_cov(self) -> Tensor:
+        """Moment of what the layer will really see: S_H in drift mode, S_X otherwise."""
+        return self.cov if self.drifted_cov_NN is None else self.drifted_cov_NN
+
+    def linear_term(self, weight_AN: Tensor) -> Tensor:
+        """Return C = W S_C + S_R, the correlation of the wanted output with the layer's input."""
+        cross = self.cov if self.cross_cov_NN is None else self.cross_cov_NN
+        linear_AN = times(weight_AN, cross)
+        return linear_AN if self.residual_AN is None else linear_AN + self.residual_AN
+
+    def select(self, live_N: Tensor) -> Moments:
+        """Return the float64 moments of the columns where `live_N` is True."""
+
+        def square(moment: Tensor | None) -> Tensor | None:
+            if moment is None or bool(live_N.all()):
+                return None if moment is None else moment.double()
+            return (moment[live_N] if moment.ndim == 1 else moment[live_N][:, live_N]).double()
+
+        residual = self.residual_AN
+        return Moments(
+            cov=square(self.cov),
+            tokens=self.tokens,
+            drifted_cov_NN=square(self.drifted_cov_NN),
+            cross_cov_NN=square(self.cross_cov_NN),
+            residual_AN=None if residual is None else residual[:, live_N].double(),
+        )
+
+
+def times(matrix_AN: Tensor, moment: Tensor) -> Tensor:
+    """Return ``matrix @ moment``, where a 1-D `moment` stands for a diagonal matrix."""
+    return matrix_AN * moment if moment.ndim == 1 else matrix_AN @ moment
+
+
+class MomentAccumulator:
+    """Sum the products of a layer's inputs as they stream by.
+
+    Products are taken in float32 (float64 for float64 inputs) over blocks of tokens, on the device
+    of the inputs; the sums are float64 and live on `device`.
+
+    Args:
+        columns: N.
+        drift: also collect S_H and S_C; every `add` then needs the drifted stream.
+        rows_of_residual: A, when S_R is wanted; every `add` then needs the residual error.
+        device: of the sums.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        drift: bool = False,
+        rows_of_residual: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        def zeros(rows: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+        self.columns = columns
+        self.tokens = 0
+        self._cov_NN = zeros(columns)
+        self._drifted_cov_NN = zeros(columns) if drift else None
+        self._cross_cov_NN = zeros(columns) if drift else None
+        self._residual_AN = None if rows_of_residual is None else zeros(rows_of_residual)
+
+    def add(
+        self,
+        x_TN: Tensor,
+        drifted_TN: Tensor | None = None,
+        *,
+        weight_T: Tensor | None = None,
+        residual_TA: Tensor | None = None,
+    ) -> None:
+        """Add the tokens of one batch; leading dimensions are flattened.
+
+        Args:
+            x_TN: input in the original model.
+            drifted_TN: input of the same tokens in the partly quantized model (drift only).
+            weight_T: importance of each token, default 1.  It multiplies the token's products; the
+                means still divide by the number of tokens, so importances of mean 1 keep the scale.
+            residual_TA: error of the residual stream, original minus quantized.
+
+        Raises:
+            CalibrationError: an entry is NaN or infinite.
+            ValueError: the shapes disagree, or a stream is missing or not expected.
+        """
+        x_TN = _tokens("x", x_TN, self.columns)
+        drifted_TN = self._optional("drifted", drifted_TN, self._drifted_cov_NN, x_TN)
+        residual_TA = self._optional("residual", residual_TA, self._residual_AN, x_TN)
+        if weight_T is not None:
+            weight_T = _tokens("weight", weight_T.reshape(-1, 1), 1)
+            if len(weight_T) != len(x_TN) or bool((weight_T < 0).any()):
+                raise ValueError(
+                    f"MomentAccumulator: token weights must be non-negative, one for each of the "
+                    f"{len(x_TN)} tokens; {len(weight_T)} were given."
+                )
+        for start in range(0, len(x_TN), TOKENS_PER_BLOCK):
+            block = slice(start, start + TOKENS_PER_BLOCK)
+            importance = 1.0 if weight_T is None else _widen(weight_T[block])
+            x_BN = _widen(x_TN[block])
+            self._sum(self._cov_NN, x_BN, x_BN * importance)
+            seen_BN = x_BN if drifted_TN is None else _widen(drifted_TN[block])
+            weighted_BN = seen_BN * importance
+            if drifted_TN is not None:
+                self._sum(self._drifted_cov_NN, seen_BN, weighted_BN)
+                self._sum(self._cross_cov_NN, x_BN, weighted_BN)
+            if residual_TA is not None:
+                self._sum(self._residual_AN, _widen(residual_TA[block]), weighted_BN)
+        self.tokens += len(x_TN)
+
+    def result(self) -> Moments:
+        """Return the means over all tokens added so far."""
+        if self.tokens == 0:
+            raise CalibrationError(
+                "MomentAccumulator: no token was added, so there are no moments. Feed at least one "
+                "batch, or use Moments.identity to quantize without data."
+            )
+
+        def mean(total: Tensor | None) -> Tensor | None:
+            return None if total is None else total / self.tokens
+
+        return Moments(
+            cov=mean(self._cov_NN),
+            tokens=self.tokens,
+            drifted_cov_NN=mean(self._drifted_cov_NN),
+            cross_cov_NN=mean(self._cross_cov_NN),
+            residual_AN=mean(self._residual_AN),
+        )
+
+    @staticmethod
+    def _sum(total: Tensor, left_TA: Tensor, right_TN: Tensor) -> None:
+        total.add_((left_TA.T @ right_TN).to(total.device))
+
+    @staticmethod
+    def _optional(
+        role: str, stream: Tensor | None, total: Tensor | None, x_TN: Tensor
+    ) -> Tensor | None:
+        if (stream is None) != (total is None):
+            wanted = "is needed by" if stream is None else "was not announced to"
+            raise ValueError(f"MomentAccumulator: the {role} stream {wanted} this accumulator.")
+        if stream is None:
+            return None
+        stream = _tokens(role, stream, total.shape[1] if role == "drifted" else total.shape[0])
+        if len(stream) != len(x_TN):
+            raise ValueError(
+                f"MomentAccumulator: {role} has {len(stream)} tokens, but x has {len(x_TN)}."
+            )
+        return stream
+
+
+def _tokens(role: str, stream: Tensor, width: int) -> Tensor:
+    """Flatten a stream to (T, width) and refuse what is not a number."""
+    if not stream.is_floating_point() or stream.shape[-1] != width:
+        raise ValueError(
+            f"MomentAccumulator: {role} has shape {tuple(stream.shape)} and dtype {stream.dtype}; "
+            f"it needs a float dtype and {width} entries per token."
+        )
+    stream = stream.detach().reshape(-1, width)
+    finite = torch.isfinite(stream)
+    if not bool(finite.all()):
+        bad = stream.numel() - int(finite.sum())
+        raise CalibrationError(
+            f"MomentAccumulator: {bad} of {stream.numel()} entries of {role} are NaN or infinite. "
+            f"Drop the batch, or run the model in a wider dtype (bfloat16 or float32)."
+        )
+    return stream
+
+
+def _widen(stream: Tensor) -> Tensor:
+    return stream.to(torch.promote_types(stream.dtype, torch.float32))

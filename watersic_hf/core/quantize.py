@@ -1,0 +1,261 @@
+"""Quantize one weight: the whole method as one straight line.
+
+Shapes: A = out_features (rows), N = in_features (columns).
+Units:  bits are per weight of the layer, dead columns included; steps are in whitened units.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from watersic_hf.core.metrics import relative_output_error
+from watersic_hf.core.moments import CalibrationError, Moments, times
+from watersic_hf.core.rate import Charge, CodedLayer, LayerSearch, code_layer, insert_columns
+from watersic_hf.core.rescale import rescale
+from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
+from watersic_hf.core.whiten import damped_cholesky, live_columns, whitened_target
+
+#: Share of the rows that the rate search looks at.
+SEARCH_FRACTION = 0.1
+#: Shannon rate of the coarsest step that is still of use, for budgets that nothing can meet.
+COARSEST_RATE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """How a layer is quantized, apart from its rate."""
+
+    damping: float = 1e-4
+    """Added to the diagonal of the input covariance, relative to the diagonal's mean."""
+    rescale: bool = True
+    """Fit row and column scales to the finished codes."""
+    search_rows: int = 256
+    """The rate search looks at this many rows, or a tenth of all rows if that is more."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"LayerSettings: damping is {self.damping}; it must be positive.")
+        if self.search_rows < 1:
+            raise ValueError(f"LayerSettings: search_rows is {self.search_rows}; use at least 1.")
+
+
+DEFAULT_SETTINGS = LayerSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    r"""A quantized weight, :math:`\hat W = \diag(\text{row\_scale}) Z \diag(\text{col\_scale})`."""
+
+    codes_AN: Tensor
+    """Z, in the smallest of int8, int16 and int32 that holds it; zero in dead columns."""
+    row_scale_A: Tensor
+    """t, float64, mean absolute value 1; 0 for rows whose codes are all zero."""
+    col_scale_N: Tensor
+    """Spacing times rescaled gain, float64; 0 in dead columns."""
+    step: float
+    """c."""
+    spacing_N: Tensor
+    """alpha, float64; 0 in dead columns."""
+    shrinkage_N: Tensor
+    """gamma, the least-squares gain of each column in the recursion, float64."""
+    live_N: Tensor
+    """True for columns that have codes: their input carries signal, their weight is not all 0."""
+    damping: float
+    """The damping that was used, after retries."""
+    bits: float | None
+    """What `charge` says of the final codes; None if the rate was given."""
+    error: float
+    """Mean square error of the output relative to the output; see `relative_output_error`."""
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the codes and scales stand for, float64."""
+        return self.codes_AN * self.col_scale_N * self.row_scale_A[:, None]
+
+
+def quantize_weight(
+    weight_AN: Tensor,
+    moments: Moments,
+    *,
+    bits: float | None = None,
+    rate: float | None = None,
+    charge: Charge | None = None,
+    settings: LayerSettings = DEFAULT_SETTINGS,
+    generator: torch.Generator | None = None,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Quantize a weight to integer codes with one scale per row and per column.
+
+    Args:
+        weight_AN: weight, any float dtype.
+        moments: second moments of its input, on the same device.
+        bits: bits per weight to spend, searched with `charge`.
+        rate: instead of `bits`, the Shannon rate R of `step_for_rate`; the codes cost more.
+        charge: what codes cost; see `Charge`.
+        settings: everything else.
+        generator: draws the rows that the search looks at; default is seed 0.
+        name: of the layer, for messages.
+
+    Raises:
+        CalibrationError: the moments are not finite, all zero or not positive definite.
+        ValueError: the weight is not a finite float matrix, or arguments contradict each other.
+    """
+    _check_request(bits, rate, charge, name)
+    _check_inputs(weight_AN, moments, name)
+    live_N = _live_columns(weight_AN, moments, name)
+    if not bool(live_N.any()):
+        return _zero_weight(weight_AN, live_N, charge, settings)
+    live_AN = weight_AN[:, live_N].double()
+    live_moments = moments.select(live_N)
+    chol, damping = damped_cholesky(
+        live_moments.layer_cov, settings.damping, tokens=moments.tokens, name=name
+    )
+    target_AN = whitened_target(live_AN, live_moments, chol, damping)
+    if bits is None:
+        run = code_layer(target_AN, chol, live_N, float(step_for_rate(live_AN, chol, rate)))
+    else:
+        sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
+        run = _search(live_AN, target_AN, chol, live_N, sample, bits, charge, name)
+    del target_AN
+    spacing_N = spacings(chol, run.step)
+    row_scale_A, gain_N = _fit_scales(run, spacing_N, live_AN, live_moments, live_N, settings)
+    col_scale_N = insert_columns(spacing_N * gain_N, live_N)
+    dequantized_AN = run.codes_AN * col_scale_N * row_scale_A[:, None]
+    return QuantizedWeight(
+        codes_AN=run.codes_AN,
+        row_scale_A=row_scale_A,
+        col_scale_N=col_scale_N,
+        step=run.step,
+        spacing_N=insert_columns(spacing_N, live_N),
+        shrinkage_N=insert_columns(run.shrinkage_N, live_N),
+        live_N=live_N,
+        damping=damping,
+        bits=run.bits,
+        error=relative_output_error(weight_AN, dequantized_AN, moments),
+    )
+
+
+def _search(
+    live_AN: Tensor,
+    target_AN: Tensor,
+    chol: Tensor,
+    live_N: Tensor,
+    sample: Tensor,
+    bits: float,
+    charge: Charge,
+    name: str,
+) -> CodedLayer:
+    """Return the codes that cost `bits`, starting from the theory of Gaussian columns."""
+    start = step_for_budget(live_AN, chol, max(bits - SHAPING_LOSS, COARSEST_RATE))
+    coarsest = step_for_budget(live_AN, chol, COARSEST_RATE)
+    search = LayerSearch(target_AN, chol, live_N, charge, sample.to(live_AN.device))
+    return search.run(bits, start=float(start), coarsest=float(coarsest), name=name)
+
+
+def _fit_scales(
+    run: CodedLayer,
+    spacing_N: Tensor,
+    live_AN: Tensor,
+    live_moments: Moments,
+    live_N: Tensor,
+    settings: LayerSettings,
+) -> tuple[Tensor, Tensor]:
+    """Return t and g: rescaled, or t = 1 and the gains of the recursion."""
+    if settings.rescale and bool((run.codes_AN != 0).any()):
+        return rescale(
+            run.codes_AN[:, live_N],
+            spacing_N,
+            run.shrinkage_N,
+            cov=live_moments.layer_cov,
+            linear_AN=live_moments.linear_term(live_AN),
+            energy=float((times(live_AN, live_moments.cov) * live_AN).sum()),
+        )
+    return live_AN.new_ones(len(live_AN)), run.shrinkage_N
+
+
+def _zero_weight(
+    weight_AN: Tensor, live_N: Tensor, charge: Charge | None, settings: LayerSettings
+) -> QuantizedWeight:
+    """Return the exact answer for a weight that is zero wherever its input is not."""
+    codes_AN = torch.zeros_like(weight_AN, dtype=torch.int8)
+    zeros_N = torch.zeros_like(live_N, dtype=torch.float64)
+    return QuantizedWeight(
+        codes_AN=codes_AN,
+        row_scale_A=torch.ones_like(codes_AN[:, 0], dtype=torch.float64),
+        col_scale_N=zeros_N,
+        step=1.0,
+        spacing_N=zeros_N,
+        shrinkage_N=zeros_N,
+        live_N=live_N,
+        damping=settings.damping,
+        bits=None if charge is None else charge(codes_AN, len(codes_AN)),
+        error=0.0,
+    )
+
+
+def _live_columns(weight_AN: Tensor, moments: Moments, name: str) -> Tensor:
+    """Return the columns to quantize; a column whose weights are all zero needs no codes."""
+    live_N = live_columns(moments.cov)
+    if not bool(live_N.any()):
+        raise CalibrationError(
+            f"{name}: the inputs of all {len(live_N)} columns are zero, so no column matters. Use "
+            f"calibration text that reaches this layer, or leave the layer out."
+        )
+    return live_N & (weight_AN != 0).any(0)
+
+
+def _sample_rows(rows: int, least: int, generator: torch.Generator | None) -> Tensor:
+    """Draw the rows that the rate search looks at."""
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    count = max(int(SEARCH_FRACTION * rows), min(rows, least))
+    return torch.randperm(rows, generator=generator, device=generator.device)[:count]
+
+
+def _check_request(
+    bits: float | None, rate: float | None, charge: Charge | None, name: str
+) -> None:
+    if (bits is None) == (rate is None):
+        raise ValueError(f"{name}: give either `bits` or `rate`; bits={bits}, rate={rate}.")
+    if (bits is None) != (charge is None):
+        raise ValueError(f"{name}: `bits` are searched with `charge`; give both or neither.")
+    if bits is not None and not 0 < bits < math.inf:
+        raise ValueError(f"{name}: bits is {bits}; it must be positive and finite.")
+    if rate is not None and not math.isfinite(rate):
+        raise ValueError(f"{name}: rate is {rate}; it must be finite.")
+
+
+def _check_inputs(weight_AN: Tensor, moments: Moments, name: str) -> None:
+    if weight_AN.ndim != 2 or not weight_AN.is_floating_point() or weight_AN.numel() == 0:
+        raise ValueError(
+            f"{name}: the weight has shape {tuple(weight_AN.shape)} and dtype {weight_AN.dtype}; a "
+            f"non-empty float matrix is needed."
+        )
+    rows, columns = weight_AN.shape
+    residual_AN = moments.residual_AN
+    if moments.columns != columns or (residual_AN is not None and len(residual_AN) != rows):
+        found = f"{moments.columns} columns"
+        if residual_AN is not None:
+            found += f" and {len(residual_AN)} residual rows"
+        raise ValueError(f"{name}: the weight is {rows} x {columns}, but the moments have {found}.")
+    for label, value in {"weight": weight_AN, **vars(moments)}.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.device != weight_AN.device:
+            raise ValueError(
+                f"{name}: {label} is on {value.device}, but the weight is on {weight_AN.device}; "
+                f"move them to one device."
+            )
+        bad = value.numel() - int(torch.isfinite(value).sum())
+        if bad:
+            kind, advice = (
+                (ValueError, "Repair the checkpoint, or leave the layer out.")
+                if label == "weight"
+                else (CalibrationError, "Collect the moments again, in bfloat16 or float32.")
+            )
+            raise kind(
+                f"{name}: {bad} of {value.numel()} entries of {label} are not finite. {advice}"
+            )

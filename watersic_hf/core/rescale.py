@@ -1,0 +1,147 @@
+r"""Fit one scale per row and one per column to finished codes, by alternating least squares.
+
+Shapes: A = out_features (rows), N = in_features (columns); a 1-D moment is a diagonal.
+The weight is :math:`\hat W = T Z \diag(\alpha) G` with T = diag(t), G = diag(g); with A = Z
+diag(alpha) the objective is
+
+.. math:: J(t, g) = \operatorname{tr} W S_X W^T - 2 \langle C, T A G \rangle
+                    + \langle T A G S, T A G \rangle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from watersic_hf.core.moments import times
+
+MAX_ITERATIONS = 1000
+#: Relative change of the objective below which the iteration has converged.
+TOLERANCE = 3e-4
+#: Relative rise of the objective that counts as rounding.
+RISE = 1e-6
+#: Ridge of both least-squares problems, relative to their mean diagonal.
+RIDGE = 1e-8
+#: Range of the column gains after a column step.
+GAIN_RANGE = (-0.1, 1.5)
+#: Rows that are expanded at a time.
+ROWS_PER_BLOCK = 2048
+
+
+def rescale(
+    codes_AN: Tensor,
+    spacing_N: Tensor,
+    shrinkage_N: Tensor,
+    *,
+    cov: Tensor,
+    linear_AN: Tensor,
+    energy: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Return t and g, at least as good as t = 1 and g = `shrinkage_N`, with mean abs(t) = 1.
+
+    Args:
+        codes_AN: Z, any integer dtype.
+        spacing_N: :math:`\alpha`, float64.
+        shrinkage_N: :math:`\gamma`, where g starts.
+        cov: S, the undamped moment of what the layer sees; (N, N) or, a diagonal, (N,).
+        linear_AN: C, from `Moments.linear_term`.
+        energy: tr(W S_X W^T).  A residual term makes J inexact by a constant, so J may be negative.
+    """
+    problem = _Problem(codes_AN, spacing_N, cov, linear_AN, energy)
+    row_A = torch.ones(codes_AN.shape[0], dtype=torch.float64, device=codes_AN.device)
+    gain_N = shrinkage_N.double()
+    value = problem.value(row_A, *problem.row_terms(gain_N))
+    for _ in range(MAX_ITERATIONS):
+        new_gain_N = problem.column_step(row_A, gain_N, value).clamp(*GAIN_RANGE)
+        linear_A, power_A = problem.row_terms(new_gain_N)
+        new_row_A = linear_A / (power_A + _ridge(power_A))
+        new_value = problem.value(new_row_A, linear_A, power_A)
+        if new_value > _allowed(value):
+            break
+        mean = new_row_A.abs().mean()
+        mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+        row_A, gain_N = new_row_A / mean, new_gain_N * mean
+        converged = abs(new_value - value) <= TOLERANCE * abs(value)
+        value = new_value
+        if converged:
+            break
+    return row_A, gain_N
+
+
+class _Problem:
+    """The two least-squares problems, for codes that do not change."""
+
+    def __init__(
+        self, codes_AN: Tensor, spacing_N: Tensor, cov: Tensor, linear_AN: Tensor, energy: float
+    ) -> None:
+        self.codes_AN = codes_AN
+        self.spacing_N = spacing_N
+        self.cov = cov
+        self.linear_AN = linear_AN
+        self.energy = energy
+
+    def column_step(self, row_A: Tensor, gain_N: Tensor, value: float) -> Tensor:
+        r"""Solve :math:`(F + \rho I) g = b` with F = S o (A^T T^2 A), b = diag(A^T T C).
+
+        If rounding makes the solution worse than `gain_N`, go only part of the way.
+        """
+        gram = torch.zeros_like(self.cov)
+        linear_N = torch.zeros_like(self.spacing_N)
+        for rows, scaled_BN in self._scaled_rows():
+            scaled_BN = scaled_BN * row_A[rows, None]
+            linear_N += (scaled_BN * self.linear_AN[rows]).sum(0)
+            if gram.ndim == 1:
+                gram += scaled_BN.square().sum(0)
+            else:
+                gram.addmm_(scaled_BN.T, scaled_BN)
+        gram *= self.cov
+        solution_N = _solve(gram, linear_N)
+        for fraction in (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
+            trial_N = torch.lerp(gain_N, solution_N, fraction)
+            trial = self.energy + float((times(trial_N, gram) - 2 * linear_N) @ trial_N)
+            if trial <= _allowed(value):
+                return trial_N
+        return gain_N
+
+    def row_terms(self, gain_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return <C_r, M_r> and M_r S M_r^T for every row of M = A diag(g)."""
+        linear_A = torch.empty(len(self.codes_AN), dtype=torch.float64, device=gain_N.device)
+        power_A = torch.empty_like(linear_A)
+        for rows, scaled_BN in self._scaled_rows():
+            scaled_BN = scaled_BN * gain_N
+            linear_A[rows] = (scaled_BN * self.linear_AN[rows]).sum(1)
+            power_A[rows] = (times(scaled_BN, self.cov) * scaled_BN).sum(1)
+        return linear_A, power_A
+
+    def value(self, row_A: Tensor, linear_A: Tensor, power_A: Tensor) -> float:
+        """Return J from the terms of the rows."""
+        return self.energy + float((row_A * power_A - 2 * linear_A) @ row_A)
+
+    def _scaled_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.codes_AN), ROWS_PER_BLOCK):
+            rows = slice(start, start + ROWS_PER_BLOCK)
+            yield rows, self.codes_AN[rows] * self.spacing_N
+
+
+def _allowed(value: float) -> float:
+    return value + RISE * abs(value)
+
+
+def _ridge(diagonal: Tensor) -> Tensor:
+    """Return a ridge that is relative, and positive even for a problem that is all zero."""
+    return (RIDGE * diagonal.abs().mean()).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _solve(gram: Tensor, linear_N: Tensor) -> Tensor:
+    """Solve the ridged column problem; F is positive semidefinite by Schur's product theorem."""
+    if gram.ndim == 1:
+        return linear_N / (gram + _ridge(gram))
+    ridged_NN = gram.clone()
+    ridged_NN.diagonal().add_(_ridge(gram.diagonal()))
+    chol_NN, info = torch.linalg.cholesky_ex(ridged_NN)
+    if int(info) == 0:
+        return torch.cholesky_solve(linear_N[:, None], chol_NN)[:, 0]
+    # moments that are positive semidefinite only up to rounding
+    return torch.linalg.solve(ridged_NN, linear_N)

@@ -1,0 +1,102 @@
+r"""Split the distortion budget of a linear layer over its input columns.
+
+Shapes: A = out_features (rows, the paper's a), N = in_features (columns, the paper's n).
+Units:  rates are bits per weight; spacings are in weight units; `step` is in whitened units;
+        distortions and variances are mean squares in the whitened domain.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Bits per weight that rounding to a scalar lattice loses to the Gaussian bound at high rate.
+SHAPING_LOSS = 0.5 * math.log2(2 * math.pi * math.e / 12)
+
+
+def chol_diagonal(chol: Tensor) -> Tensor:
+    """Return l_i, for a Cholesky factor that is a matrix or, 1-D, a diagonal."""
+    return chol if chol.ndim == 1 else chol.diagonal()
+
+
+def whitened_variance(weight_AN: Tensor, chol: Tensor) -> Tensor:
+    r"""Return :math:`\sigma_i^2 = s_i \ell_{ii}^2`, s_i the mean square of weight column i."""
+    return weight_AN.square().mean(0) * chol_diagonal(chol).square()
+
+
+def step_for_rate(weight_AN: Tensor, chol: Tensor, rate: float) -> Tensor:
+    r"""Lattice step c that spends `rate` bits per weight in the high-rate limit.
+
+    Column i of the whitened weight has variance :math:`\sigma_i^2 = s_i \ell_{ii}^2`, where s_i is
+    the mean square of the weight's column i.  Reverse waterfilling gives every column the same
+    distortion c^2 / 12, hence
+
+    .. math:: c = \exp\Big(\tfrac12 \operatorname{mean}_i \ln(12\,\sigma_i^2) - R \ln 2\Big).
+
+    Args:
+        weight_AN: weight, float64.  Columns that are all zero are left out of the mean.
+        chol: lower Cholesky factor L of the damped input covariance, float64.
+        rate: Shannon rate R in bits per weight.  At high R the codes cost `SHAPING_LOSS` = 0.2546
+            bits more if every column has its own entropy model; one pooled model costs more still,
+            which is why `rate.search_step` measures instead of trusting this formula.
+
+    Returns:
+        The step c, a float64 scalar; the spacing of column i is ``c / chol[i, i]``.
+    """
+    variance_N = whitened_variance(weight_AN, chol)
+    variance_N = variance_N[variance_N > 0]
+    return (0.5 * (12 * variance_N).log().mean() - rate * math.log(2)).exp()
+
+
+def step_for_budget(weight_AN: Tensor, chol: Tensor, rate: float) -> Tensor:
+    r"""Lattice step of the reverse waterfilling that spends `rate` > 0 bits per weight.
+
+    Where `step_for_rate` lets a weak column save bits that it does not have (a negative rate), here
+    columns below the water level :math:`\theta = c^2 / 12` simply cost nothing:
+
+    .. math:: \operatorname{mean}_i \max(0, \tfrac12 \log_2(\sigma_i^2 / \theta)) = R.
+
+    The two agree when every column is above the level; this one also serves low rates.
+    """
+    variance_N = whitened_variance(weight_AN, chol)
+    log_N = variance_N[variance_N > 0].log().sort(descending=True).values
+    count_N = torch.arange(1, len(log_N) + 1, dtype=log_N.dtype, device=log_N.device)
+    level_N = (log_N.cumsum(0) - 2 * rate * math.log(2) * variance_N.numel()) / count_N
+    # the k strongest columns are above the level that they alone would have
+    active = int((level_N < log_N).sum().clamp(min=1))
+    return (0.5 * (math.log(12) + level_N[active - 1])).exp()
+
+
+def spacings(chol: Tensor, step: Tensor | float) -> Tensor:
+    r"""Return :math:`\alpha_i = c / \ell_{ii}`, the distance of neighbouring values of column i."""
+    return step / chol_diagonal(chol)
+
+
+def shannon_rate(variance_N: Tensor, distortion: float) -> float:
+    r"""Least bits per weight at which Gaussian components can be had with a mean `distortion`.
+
+    Reverse waterfilling: with the level :math:`\theta` that solves
+    :math:`\operatorname{mean}_i \min(\sigma_i^2, \theta) = D`,
+
+    .. math:: R(D) = \operatorname{mean}_i \max(0, \tfrac12 \log_2(\sigma_i^2 / \theta)).
+
+    Args:
+        variance_N: variances of the independent components.  For a weight of independent entries
+            with variance s these are s times the eigenvalues of the input covariance.
+        distortion: D, mean square error per component.
+    """
+    if distortion <= 0:
+        return math.inf
+    variance_N = variance_N.double().clamp(min=0).sort().values
+    total = distortion * len(variance_N)
+    if total >= float(variance_N.sum()):
+        return 0.0
+    below_N = variance_N.cumsum(0) - variance_N
+    above_N = torch.arange(len(variance_N), 0, -1, device=variance_N.device)
+    level_N = (total - below_N) / above_N
+    # the first component that is not wholly drowned sets the level
+    first = int((level_N > variance_N).sum())
+    level = level_N[first]
+    return float(0.5 * (variance_N / level).clamp(min=1).log2().mean())

@@ -1,0 +1,109 @@
+"""Go from weights and moments to the domain in which every column has the same lattice step.
+
+Shapes: A = out_features (rows), N = in_features (columns); a 1-D moment or factor is a diagonal.
+Units:  moments are means over tokens; `damping` is relative to the mean of the moment's diagonal.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from watersic_hf.core.moments import CalibrationError, Moments
+
+logger = logging.getLogger(__name__)
+
+#: A column is dead when its mean square is below this fraction of the median column's.
+DEAD_FRACTION = 1e-3
+#: How often a failed factorization is tried again, each time with ten times the damping.
+RETRIES = 3
+
+
+def live_columns(cov: Tensor) -> Tensor:
+    """Return which columns carry signal: mean square at least `DEAD_FRACTION` of the median.
+
+    The median and not the mean, because the inputs of gated MLPs are so heavy-tailed that a
+    threshold at a fraction of the mean would remove most of their columns.
+    """
+    power_N = cov if cov.ndim == 1 else cov.diagonal()
+    return (power_N >= DEAD_FRACTION * power_N.abs().median()) & (power_N > 0)
+
+
+def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> tuple[Tensor, float]:
+    r"""Factor :math:`L L^T = S + \delta I` with :math:`\delta = d \operatorname{mean}(\diag S)`.
+
+    Args:
+        cov: S, float64; for a 1-D S the factor is the 1-D square root.
+        damping: d.
+        tokens: calibration tokens behind S, for the error message.
+        name: layer, for messages.
+
+    Returns:
+        L and the damping that was used: `damping`, or up to 1000 times as much after retries.
+
+    Raises:
+        CalibrationError: S is not positive definite even with the strongest damping.
+    """
+    for attempt in range(RETRIES + 1):
+        used = damping * 10**attempt
+        shift = damping_shift(cov, used)
+        if cov.ndim == 1:
+            return (cov + shift).sqrt(), used
+        damped_NN = cov.clone()
+        damped_NN.diagonal().add_(shift)
+        chol_NN, info = torch.linalg.cholesky_ex(damped_NN)
+        if int(info) == 0:
+            return chol_NN, used
+        if attempt < RETRIES:
+            logger.warning(
+                "%s: the input covariance is not positive definite with damping %g; trying %g.",
+                name,
+                used,
+                10 * used,
+            )
+    n = cov.shape[0]
+    raise CalibrationError(
+        f"{name}: the input covariance ({n} x {n}) is not positive definite after damping "
+        f"{used:g}; {tokens} calibration tokens cannot span {n} columns. Use at least {2 * n} "
+        f"tokens, or raise `damping` (1e-3 is usually enough)."
+    )
+
+
+def damping_shift(cov: Tensor, damping: float) -> Tensor:
+    r"""Return :math:`\delta`, what the damping adds to every diagonal entry."""
+    return damping * (cov if cov.ndim == 1 else cov.diagonal()).mean()
+
+
+def whitened_target(weight_AN: Tensor, moments: Moments, chol: Tensor, damping: float) -> Tensor:
+    r"""Return Y, the point that the lattice codes shall approach.
+
+    .. math:: Y = (W S_C + \delta W + S_R) L^{-T}
+
+    in drift mode and :math:`Y = W L + S_R L^{-T}` otherwise; the two agree when the streams do.
+    The damping multiplies W: it pulls towards the original weight, not towards zero.
+
+    Args:
+        weight_AN: weight, float64, live columns only (as are the moments).
+        moments: S_C and S_R.
+        chol: lower Cholesky factor L of the damped ``moments.layer_cov``.
+        damping: the damping in `chol`.
+
+    Returns:
+        Y as an (A, N) view whose columns are contiguous, the layout that `zsic` works in.
+    """
+    if chol.ndim == 1:
+        target_AN = weight_AN * chol
+        if moments.residual_AN is not None:
+            target_AN += moments.residual_AN / chol
+        return target_AN.T.contiguous().T
+    if moments.cross_cov_NN is not None:
+        linear_AN = moments.linear_term(weight_AN)
+        linear_AN.add_(weight_AN * damping_shift(moments.layer_cov, damping))
+        target_NA = torch.linalg.solve_triangular(chol, linear_AN.T, upper=False)
+    else:
+        target_NA = chol.T @ weight_AN.T
+        if moments.residual_AN is not None:
+            target_NA += torch.linalg.solve_triangular(chol, moments.residual_AN.T, upper=False)
+    return target_NA.contiguous().T

@@ -1,0 +1,61 @@
+"""Synthetic layers and comparisons, shared by tests and benchmarks.
+
+Shapes: A = out_features (rows), N = in_features (columns).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def random_layer(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    input_spread: float = 0.7,
+    weight_spread: float = 0.25,
+) -> tuple[Tensor, Tensor]:
+    """Return a Gaussian weight and the covariance of inputs such as transformers have.
+
+    The inputs are a few shared directions of decaying strength plus independent noise, and columns
+    differ in scale.
+
+    Args:
+        rows: A.
+        cols: N.
+        seed: everything is drawn from it.
+        input_spread: standard deviation of the log scale of the input columns.
+        weight_spread: the same for the rows and columns of the weight; 0 makes its entries
+            independent and identically distributed.
+
+    Returns:
+        weight_AN and cov_NN, float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    directions = max(1, cols // 2)
+    strength_K = torch.arange(1, directions + 1, dtype=torch.float64) ** -0.5
+    factors_NK = normal(cols, directions) * strength_K
+    scale_N = (input_spread * normal(cols)).exp()
+    cov_NN = (factors_NK @ factors_NK.T + 0.2 * torch.eye(cols, dtype=torch.float64)) * scale_N
+    cov_NN = cov_NN * scale_N[:, None]
+    weight_AN = normal(rows, cols) * (weight_spread * normal(rows, 1)).exp()
+    weight_AN = weight_AN * (weight_spread * normal(cols)).exp() / cols**0.5
+    return weight_AN, cov_NN
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float) -> None:
+    """Raise unless the RMS of the difference is within `tolerance` of the RMS of `expected`."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    difference = (actual.double() - expected.double()).square().mean().sqrt()
+    ratio = float(difference / expected.double().square().mean().sqrt().clamp(min=1e-300))
+    if not ratio <= tolerance:
+        raise AssertionError(
+            f"RMS of the difference is {ratio:.3g} of the expected RMS, not <= {tolerance:g}"
+        )
