@@ -1,0 +1,184 @@
+import contextlib
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from watersic_hf import codec
+from watersic_hf.codec import payload as layout
+
+ESCAPES = 6
+
+
+@pytest.fixture
+def small():
+    """A payload with low bits and escapes, and its codes."""
+    codes_AN = torch.from_numpy(np.random.default_rng(0).integers(-3, 4, (100, 90))).to(torch.int32)
+    codes_AN[:, 7] *= 100
+    for i in range(ESCAPES):
+        codes_AN[5 * i + 3, 3 * i + 10] = 300 * (-1) ** i
+    payload = codec.encode(codes_AN, associated=b"scales")
+    assert codec.code_statistics(codes_AN).escapes == ESCAPES
+    assert codec.EncodedCodes.parse(payload.numpy()).model.shift_K.any()
+    return payload, codes_AN
+
+
+def with_field(payload, name, value):
+    """Return the payload with one field of the header changed and the head's checksum set right."""
+    offset, kind = {
+        "version": (4, "<H"),
+        "rule": (6, "<H"),
+        "rows": (8, "<I"),
+        "cols": (12, "<I"),
+        "rows_per_lane": (16, "<I"),
+        "cols_per_chunk": (20, "<I"),
+        "keys": (24, "<H"),
+        "first_shifted_key": (26, "<H"),
+        "row_centre": (28, "<H"),
+        "col_parameter": (33, "<B"),
+        "escape_words": (34, "<H"),
+        "row_bytes": (36, "<I"),
+        "col_bytes": (40, "<I"),
+    }[name]
+    changed = bytearray(payload.numpy().tobytes())
+    struct.pack_into(kind, changed, offset, value)
+    return signed(changed, codec.read_header(payload).words_start)
+
+
+def signed(head, words_start):
+    """Return bytes with the head's checksum set right, as a payload."""
+    checksum = zlib.crc32(head[52:words_start], zlib.crc32(head[:48]))
+    struct.pack_into("<I", head, 48, checksum)
+    return torch.frombuffer(head, dtype=torch.uint8)
+
+
+def test_flipping_any_byte_is_noticed(small):
+    payload, _ = small
+
+    for at in range(len(payload)):
+        damaged = payload.clone()
+        damaged[at] ^= (0x01, 0x80, 0xFF)[at % 3]
+
+        with pytest.raises(codec.CodecError):
+            codec.decode(damaged)
+        with pytest.raises(codec.CodecError):
+            codec.verify(damaged)
+
+
+def test_cutting_anywhere_and_appending_is_noticed(small):
+    payload, _ = small
+
+    for size in range(len(payload)):
+        with pytest.raises(codec.CodecError):
+            codec.decode(payload[:size])
+    for more in (1, 2, 64):
+        with pytest.raises(codec.CodecError, match="the chunk directory needs"):
+            codec.decode(torch.cat([payload, payload[:more]]))
+
+
+def test_a_flipped_byte_of_a_large_payload_is_noticed(layer_codes):
+    codes_AN, _ = layer_codes(600, 2000, 3)
+    payload = codec.encode(codes_AN)
+
+    for at in np.random.default_rng(0).integers(0, len(payload), 50):
+        damaged = payload.clone()
+        damaged[at] ^= 4
+        with pytest.raises(codec.CodecError):
+            codec.verify(damaged)
+
+
+def test_only_the_chunks_of_the_rows_are_checked(layer_codes):
+    codes_AN, _ = layer_codes(96, 2048, 3)
+    payload = codec.encode(codes_AN)
+    payload[-1] ^= 1
+
+    assert torch.equal(codec.decode(payload, rows=slice(0, 64)), codes_AN[:64])
+    with pytest.raises(codec.CodecError, match="chunk 2 has checksum"):
+        codec.decode(payload, rows=slice(0, 65))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("version", 2, "format version 2; this codec reads version 1"),
+        ("rule", 7, "reconstruction rule 7; this codec knows rule 1"),
+        ("rows", 2**32 - 1, "4294967295 x 90 classes in"),
+        ("cols", 2**32 - 1, "100 x 4294967295 classes in"),
+        ("rows", 101, "row classes: 100 of 101 elements"),
+        ("rows_per_lane", 0, "0 steps per lane"),
+        ("cols_per_chunk", 2**32 - 1, "steps per lane"),
+        ("keys", 65535, "65535 keys"),
+        ("first_shifted_key", 1000, "shifted from 1000"),
+        ("row_centre", 60000, "row classes from 5"),
+        ("col_parameter", 16, "Rice parameters"),
+        ("escape_words", 3, "3 words per escaped value"),
+        ("row_bytes", 2**32 - 1, "the classes alone end at byte"),
+        ("col_bytes", 2**31, "the classes alone end at byte"),
+    ],
+)
+def test_a_field_that_cannot_be_meant_is_named(small, name, value, message):
+    payload, _ = small
+
+    with pytest.raises(codec.CodecError, match=message):
+        codec.decode(with_field(payload, name, value))
+
+
+def test_absurd_sizes_with_right_checksums_give_no_other_error(small):
+    payload, codes_AN = small
+    words_start = codec.read_header(payload).words_start
+    rng = np.random.default_rng(0)
+
+    for _ in range(300):
+        changed = bytearray(payload.numpy().tobytes())
+        for at in rng.integers(0, words_start, rng.integers(1, 4)):
+            changed[at] = rng.integers(256)
+        # what decodes has other bytes where they change nothing, or other classes by chance
+        with contextlib.suppress(codec.CodecError):
+            assert codec.decode(signed(changed, words_start)).shape == codes_AN.shape
+
+
+def test_a_chunk_with_a_right_checksum_and_wrong_words_is_noticed(layer_codes):
+    codes_AN, _ = layer_codes(100, 90, 3)
+    payload = codec.encode(codes_AN)
+    header = codec.read_header(payload)
+
+    for at in range(header.words_start, len(payload), 97):
+        changed = bytearray(payload.numpy().tobytes())
+        changed[at] ^= 0x10
+        checksum = zlib.crc32(changed[header.words_start :])
+        struct.pack_into("<I", changed, header.directory_start + 4, checksum)
+
+        with pytest.raises(codec.CodecError, match=r"chunk 0: .* words left"):
+            codec.decode(signed(changed, header.words_start))
+
+
+def test_verify_binds_the_associated_bytes(small):
+    payload, _ = small
+
+    codec.verify(payload)
+    codec.verify(payload, associated=b"scales")
+    with pytest.raises(codec.CodecError, match="damaged or belong to other codes"):
+        codec.verify(payload, associated=b"scalez")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [torch.zeros(3, 3, dtype=torch.uint8), torch.zeros(99), torch.zeros(99, dtype=torch.int8)],
+)
+def test_a_payload_is_a_vector_of_bytes(payload):
+    for read in (codec.decode, codec.verify, codec.read_header):
+        with pytest.raises(codec.CodecError, match="needed is 1-D uint8"):
+            read(payload)
+
+
+def test_the_header_says_what_was_encoded(small):
+    payload, codes_AN = small
+
+    header = codec.read_header(payload)
+
+    assert (header.version, header.rule) == (codec.FORMAT_VERSION, layout.RULE_SCALAR)
+    assert (header.rows, header.cols) == tuple(codes_AN.shape)
+    assert header.associated_checksum == zlib.crc32(b"scales")
+    assert header.words_start % 4 == 0

@@ -1,0 +1,26 @@
+"""Lossless entropy coding of integer matrices: codes <-> one payload of bytes."""
+
+from watersic_hf.codec.coder import (
+    CodeStatistics,
+    code_statistics,
+    decode,
+    encode,
+    payload_bits,
+    read_header,
+    verify,
+)
+from watersic_hf.codec.payload import FORMAT_VERSION, CodecError, EncodedCodes, Header
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CodeStatistics",
+    "CodecError",
+    "EncodedCodes",
+    "Header",
+    "code_statistics",
+    "decode",
+    "encode",
+    "payload_bits",
+    "read_header",
+    "verify",
+]

@@ -1,0 +1,170 @@
+"""The codec's functions: integer codes <-> one self-contained payload.
+
+Shapes: A = rows, N = columns.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from watersic_hf.codec.fit import fit_model
+from watersic_hf.codec.layout import choose_geometry
+from watersic_hf.codec.payload import CodecError, EncodedCodes, Header, build, head_bits
+from watersic_hf.codec.statistics import CodeStatistics, codes_statistics
+from watersic_hf.codec.stream import StreamError, decode_chunks, encode_chunks
+
+#: Bits that a lane costs beyond its codes: 16 of the state in which the encoder starts, and about 8
+#: by which the state at the head is longer than what it holds.
+LANE_BITS = 24
+
+
+def _codes_array(codes_AN: Tensor) -> np.ndarray:
+    """Return codes as an int32 array on the CPU.
+
+    Raises:
+        CodecError: not a matrix of integers, or a value does not fit.
+    """
+    if codes_AN.ndim != 2 or codes_AN.dtype.is_floating_point or codes_AN.dtype.is_complex:
+        raise CodecError(
+            f"codes: found {codes_AN.dtype} of shape {tuple(codes_AN.shape)}; "
+            "needed is a matrix of integers"
+        )
+    codes = codes_AN.detach().cpu().numpy()
+    if codes.size and codes.dtype.itemsize >= 4 and codes.dtype != np.int32:
+        low, high = codes.min(), codes.max()
+        if low < -(2**31) or high >= 2**31:
+            raise CodecError(
+                f"codes: found values from {low} to {high}; needed are 32-bit integers"
+            )
+    return codes.astype(np.int32, copy=False)
+
+
+def _payload_array(payload: Tensor) -> np.ndarray:
+    """Return a payload as a contiguous uint8 array on the CPU."""
+    if payload.ndim != 1 or payload.dtype != torch.uint8:
+        raise CodecError(
+            f"payload: found {payload.dtype} of shape {tuple(payload.shape)}; needed is 1-D uint8"
+        )
+    return payload.detach().cpu().contiguous().numpy()
+
+
+def encode(codes_AN: Tensor, *, associated: bytes = b"") -> Tensor:
+    """Encode a matrix of codes without loss.
+
+    Args:
+        codes_AN: integers of any type whose values fit 32 bits.
+        associated: bytes that belong to the codes and are stored elsewhere; the payload holds their
+            checksum, and `verify` checks it.
+
+    Returns:
+        The payload, 1-D uint8 on the CPU; the same bytes for the same codes everywhere.
+
+    Raises:
+        CodecError: `codes_AN` is not a matrix of 32-bit integers.
+    """
+    codes = _codes_array(codes_AN)
+    model = fit_model(codes, codes.size).model
+    geometry = choose_geometry(*codes.shape)
+    groups = []
+    for band, part in geometry.groups():
+        rows = slice(band * geometry.band_rows, band * geometry.band_rows + part.rows)
+        part_model = model.rows(rows)
+        groups.append(encode_chunks(codes[rows], part_model, part))
+    return torch.from_numpy(build(model, geometry, groups, associated))
+
+
+def decode(payload: Tensor, *, rows: slice | None = None) -> Tensor:
+    """Decode a payload, or some consecutive rows of it.
+
+    Args:
+        payload: what `encode` returned.
+        rows: a slice with step 1; only the chunks that it touches are read and checked.
+
+    Returns:
+        The codes, int32, on the CPU.
+
+    Raises:
+        CodecError: the payload is damaged, cut off, or of an unknown kind.
+    """
+    encoded = EncodedCodes.parse(_payload_array(payload))
+    geometry = encoded.header.geometry
+    start, stop, step = (rows or slice(None)).indices(geometry.rows)
+    if step != 1:
+        raise ValueError(f"decode: rows has step {step}; only step 1 is supported")
+    stop = max(start, stop)
+    if geometry.chunks == 0 or start == stop:
+        return torch.empty((stop - start, geometry.cols), dtype=torch.int32)
+    first, last = start // geometry.band_rows, -(-stop // geometry.band_rows)
+    encoded.check_chunks(first * geometry.segments, last * geometry.segments)
+    bands, top = geometry.part(first, last), first * geometry.band_rows
+    model = encoded.model.rows(slice(top, top + bands.rows))
+    offsets = encoded.offsets[first * geometry.segments : last * geometry.segments + 1]
+    table, codes_AN = model.decoder_table(), np.empty((bands.rows, bands.cols), np.int32)
+    for band, part in bands.groups():
+        group = slice(band * bands.band_rows, band * bands.band_rows + part.rows)
+        chunk = band * bands.segments
+        part_offsets = offsets[chunk : chunk + part.chunks + 1]
+        try:
+            decode_chunks(
+                encoded.words, part_offsets, model.rows(group), table, part, codes_AN[group]
+            )
+        except StreamError as error:
+            chunk += first * geometry.segments + error.chunk
+            raise CodecError(f"payload: chunk {chunk}: {error.reason}") from error
+    codes_AN = torch.from_numpy(codes_AN)
+    # a copy of a part, as the view would keep the rest alive
+    return codes_AN if len(codes_AN) == stop - start else codes_AN[start - top : stop - top].clone()
+
+
+def verify(payload: Tensor, *, associated: bytes | None = None) -> None:
+    """Check all checksums of a payload without decoding it.
+
+    Args:
+        payload: what `encode` returned.
+        associated: the bytes that were passed to `encode`; None leaves them unchecked.
+
+    Raises:
+        CodecError: the payload is damaged, or made for other associated bytes.
+    """
+    encoded = EncodedCodes.parse(_payload_array(payload))
+    encoded.check_chunks()
+    if associated is not None:
+        found, needed = zlib.crc32(associated), encoded.header.associated_checksum
+        if found != needed:
+            raise CodecError(
+                f"payload: the associated {len(associated)} bytes have checksum {found:08x}, not "
+                f"{needed:08x}; they are damaged or belong to other codes"
+            )
+
+
+def read_header(payload: Tensor) -> Header:
+    """Return the fixed header of a payload; nothing behind it is checked.
+
+    Raises:
+        CodecError: the payload is cut off in the header, or of an unknown kind.
+    """
+    return Header.parse(_payload_array(payload))
+
+
+def payload_bits(codes_AN: Tensor, *, rows: int | None = None) -> float:
+    """Predict the bits of the payload of a matrix without encoding it.
+
+    Args:
+        codes_AN: the codes, or some rows of them.
+        rows: rows of the matrix for which `codes_AN` stands; by default its own.
+    """
+    codes = _codes_array(codes_AN)
+    sampled, cols = codes.shape
+    rows = sampled if rows is None else rows
+    geometry = choose_geometry(rows, cols)
+    fit = fit_model(codes, rows * cols)
+    lanes = int(geometry.lanes_B.sum()) * geometry.segments
+    codes_bits = fit.code_bits * rows / max(1, sampled)
+    return codes_bits + LANE_BITS * lanes + head_bits(fit.model, geometry)
+
+
+def code_statistics(codes_AN: Tensor) -> CodeStatistics:
+    """Return entropies, classes and tables of a matrix of codes."""
+    return codes_statistics(_codes_array(codes_AN))

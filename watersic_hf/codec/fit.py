@@ -1,0 +1,184 @@
+"""Fit the model of a payload to a matrix of codes: classes, tables, and what they cost.
+
+This is the encoder's freedom: any classes and tables decode, these are meant to be short.  Sums
+that decide something are sums of integers (in float64, exact), so the order of summation and the
+number of threads do not change a payload.
+
+Shapes: A = rows, N = columns, K = keys, S = 256 symbols, T = tables.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from watersic_hf.codec.layout import LARGE
+from watersic_hf.codec.model import (
+    COST_UNIT,
+    MAX_SHIFT,
+    SYMBOLS,
+    WORD_BITS,
+    CodeModel,
+    library,
+    split_values,
+    to_symbols,
+)
+
+#: log2 of the smallest and the largest standard deviation that has a class.
+SCALE_RANGE = (-3.0, 31.0)
+#: log2 of the smallest and the largest factor of a row.
+ROW_RANGE = (-6.0, 6.0)
+#: A magnitude counts up to this multiple of its column's mean in the column's scale.
+COL_BOUND = 8
+#: It counts up to this multiple of that bound in the row's factor.
+ROW_BOUND = 8
+#: Rounds that settle the column's bound, on rows with about so many codes.
+COL_ROUNDS, SAMPLE = 2, 1 << 20
+#: Elements that are worked on together.
+BLOCK = 1 << 15
+
+
+def rounded_magnitude(scale: np.ndarray) -> np.ndarray:
+    """Return E|round(scale * g)| for a standard normal g."""
+    tails = np.zeros_like(scale)
+    for i in range(40):
+        tails += [math.erfc((i + 0.5) / (s * math.sqrt(2))) for s in np.minimum(scale, 4.0)]
+    return np.where(scale < 4, tails, scale * math.sqrt(2 / math.pi))
+
+
+@functools.lru_cache(maxsize=1)
+def _magnitude_curve() -> tuple[np.ndarray, np.ndarray]:
+    """Return log2 of scales, ascending, and their `rounded_magnitude`."""
+    log_scale = np.arange(-80, 32 * 16) / 16
+    return log_scale, rounded_magnitude(2.0**log_scale)
+
+
+def row_blocks(codes_AN: np.ndarray) -> list[slice]:
+    """Split the rows into blocks that stay in cache."""
+    size = max(1, BLOCK // max(1, codes_AN.shape[1]))
+    return [slice(i, i + size) for i in range(0, codes_AN.shape[0], size)]
+
+
+def _magnitudes(codes_AN: np.ndarray, bound_N: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield blocks of rows and their min(|code|, bound), float64."""
+    for rows in row_blocks(codes_AN):
+        magnitude = np.abs(codes_AN[rows].astype(np.float64))
+        yield rows, np.minimum(magnitude, bound_N, out=magnitude)
+
+
+def _column_means(codes_AN: np.ndarray, bound_N: np.ndarray) -> np.ndarray:
+    """Return the mean bounded magnitude of every column; its sum is exact."""
+    return sum(block.sum(0) for _, block in _magnitudes(codes_AN, bound_N)) / len(codes_AN)
+
+
+def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return integers r_A, c_N such that a code has scale 2^((r_i + c_j) / resolution).
+
+    Scales are estimated from mean magnitudes: first the columns', then the rows' as factors on
+    them.  A few huge codes must not lift the class of a whole line, so magnitudes are bounded by a
+    multiple of the column's mean, which takes some rounds to settle.
+
+    Args:
+        codes_AN: int32, not empty.
+        resolution: classes per octave.
+    """
+    A, N = codes_AN.shape
+    log_scale, magnitude = _magnitude_curve()
+    bound_N = np.full(N, 2.0**31)
+    sample_AN = codes_AN[:: max(1, A * N // SAMPLE)]
+    for _ in range(COL_ROUNDS):
+        bound_N = np.rint(COL_BOUND * _column_means(sample_AN, bound_N)) + 2
+    mean_N = _column_means(codes_AN, bound_N)
+    level_N = np.interp(mean_N, magnitude, log_scale).clip(*SCALE_RANGE)
+    col_class_N = np.rint(resolution * level_N).astype(np.int64)
+    # whole numbers, so that the sums are exact; a nearly empty column says little about a row
+    weight_N = np.rint(4096 * 2.0 ** -np.maximum(level_N, -2))
+    sum_A = np.empty(A)
+    for rows, magnitude_BN in _magnitudes(codes_AN, ROW_BOUND * bound_N):
+        sum_A[rows] = magnitude_BN @ weight_N
+    first = col_class_N.min()
+    mass_C = np.bincount(col_class_N - first, weights=weight_N)
+    factor = np.arange(int(resolution * ROW_RANGE[0]), int(resolution * ROW_RANGE[1]) + 1)
+    level = (factor[:, None] + first + np.arange(len(mass_C))) / resolution
+    expected = np.interp(level, log_scale, magnitude) @ mass_C
+    row_class_A = np.rint(np.interp(sum_A, expected, factor)).astype(np.int64)
+    return row_class_A, col_class_N
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model, and how often its keys have each symbol.
+
+    Attributes:
+        model: classes, tables and shifts.
+        count_KS: float64 whole numbers; codes of a key by symbol byte, those with |symbol| > 127
+            under the escape's.
+    """
+
+    model: CodeModel
+    count_KS: np.ndarray
+
+    @property
+    def code_bits(self) -> float:
+        """Bits of all codes under their tables, low bits and escaped values included."""
+        price_KS = _prices(self.model.escape_words)[:, self.model.table_K].T
+        count_K = self.count_KS.sum(1)
+        return float((self.count_KS * price_KS).sum() / COST_UNIT + count_K @ self.model.shift_K)
+
+    @property
+    def escapes(self) -> int:
+        """Number of codes that their tables do not hold."""
+        return int(self.count_KS[library().outside_ST[:, self.model.table_K].T].sum())
+
+
+def _prices(escape_words: int) -> np.ndarray:
+    """Return the price of every symbol in every table, float64 [256, T], in units of 2^-16 bit."""
+    return library().cost_ST + COST_UNIT * WORD_BITS * escape_words * library().outside_ST
+
+
+def fit_model(codes_AN: np.ndarray, cells: int) -> Fit:
+    """Fit a model to codes (int32) that stand for a matrix of `cells` codes."""
+    A, N = codes_AN.shape
+    if A * N == 0:
+        none = np.zeros(0, np.uint8)
+        zeros = np.zeros(A, np.int64), np.zeros(N, np.int64)
+        return Fit(CodeModel(*zeros, none, none, 1), np.zeros((0, SYMBOLS)))
+    # half the step costs a bit more per row and column and saves 0.005 bit per code
+    resolution = 8 if cells >= LARGE else 4
+    row_class_A, col_class_N = scale_classes(codes_AN, resolution)
+    lowest = int(row_class_A.min() + col_class_N.min())
+    row_class_A -= row_class_A.min()
+    col_class_N -= col_class_N.min()
+    keys = int(row_class_A.max() + col_class_N.max()) + 1
+    shift_K = _shifts((lowest + np.arange(keys)) / resolution)
+    escape_words = 1 if -(2**15) <= codes_AN.min() <= codes_AN.max() < 2**15 else 2
+    model = CodeModel(row_class_A, col_class_N, np.zeros(keys, np.uint8), shift_K, escape_words)
+    count_KS = _count(codes_AN, model)
+    table_K = (count_KS @ _prices(escape_words)).argmin(1).astype(np.uint8)
+    return Fit(dataclasses.replace(model, table_K=table_K), count_KS)
+
+
+def _shifts(level_K: np.ndarray) -> np.ndarray:
+    """Return the low bits for scales 2^level: symbols get a scale of at most 8."""
+    shift_K = np.ceil(level_K - 3).clip(0, None)
+    # scales that no shift brings into the tables' range are left to the escape
+    shift_K[shift_K > MAX_SHIFT] = 0
+    return shift_K.astype(np.uint8)
+
+
+def _count(codes_AN: np.ndarray, model: CodeModel) -> np.ndarray:
+    """Count the symbols of every key, float64 [K, 256]."""
+    count = np.zeros(len(model.shift_K) * SYMBOLS)
+    for rows in row_blocks(codes_AN):
+        keys = model.row_class_A[rows, None] + model.col_class_N
+        if keys.max() < model.first_shifted_key:
+            symbols = to_symbols(codes_AN[rows])
+        else:
+            symbols, _ = split_values(codes_AN[rows], model.shift_K[keys])
+        keys *= SYMBOLS
+        keys += symbols
+        count += np.bincount(keys.ravel(), minlength=len(count))
+    return count.reshape(-1, SYMBOLS)

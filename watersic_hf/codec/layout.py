@@ -1,0 +1,194 @@
+"""Where a code sits: chunks of rows and columns, lanes of a chunk, steps of a lane.
+
+A chunk is a band of rows times a segment of columns.  Its lanes (at most 32, a warp) share the rows
+of the band by stride: lane l of a chunk with `lanes` lanes holds the rows p * lanes + l of the band
+for the phases p = 0 .. rows_per_lane - 1, so the active lanes of a ragged phase are a prefix.
+Within a phase a lane walks the segment's columns in order: one step, one column.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+LANES = 32
+#: Largest number of steps that the format lets a lane have.
+MAX_STEPS = 1 << 16
+#: A lane costs 24 bits beyond its codes; these many steps make that cheap.
+STEPS_SMALL, STEPS_LARGE, LARGE = 2048, 4096, 1 << 20
+#: Lanes that are worked on together.
+GROUP_LANES = 8192
+#: Codes of a block of steps that is prepared at once; its arrays should stay in cache.
+BLOCK = 1 << 15
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of steps with the same active lanes, in all chunks that have these steps.
+
+    Lanes are ordered by segment, band, lane.
+
+    Attributes:
+        first, stop: the steps, as columns of a segment.
+        segments: leading segments that have these columns.
+        active: lanes of one segment that are active, as indices into the lanes of the bands.
+        rows: row of the matrix of every active lane of a segment.
+        edges: first lane of every chunk, and the number of lanes at the end.
+    """
+
+    first: int
+    stop: int
+    segments: int
+    active: np.ndarray
+    rows: np.ndarray
+    edges: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive steps first..stop-1 of a span, T steps by L lanes.
+
+    Attributes:
+        span: the span.
+        stride: columns from one segment to the next.
+        first, stop: the steps.
+    """
+
+    span: Span
+    stride: int
+    first: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Steps and lanes."""
+        return self.stop - self.first, self.span.segments * len(self.span.rows)
+
+    def keys(self, row_class_A: np.ndarray, col_class_N: np.ndarray) -> np.ndarray:
+        """Return the sums of the classes, [T, L]."""
+        cols_TS = np.arange(self.first, self.stop)[:, None] + self._starts
+        keys_TSL = col_class_N[cols_TS][:, :, None] + row_class_A[self.span.rows]
+        return keys_TSL.reshape(self.shape)
+
+    def gather(self, codes_AN: np.ndarray, read: Callable, dtype: type) -> np.ndarray:
+        """Return ``read(codes)`` of the block's codes, [T, L]."""
+        values_TL = np.empty(self.shape, dtype)
+        for rows, cols, lanes in self._parts():
+            # `read` makes a compact copy: columns of a wide matrix would collide in the cache
+            values_TL[:, lanes] = read(codes_AN[rows, cols]).T
+        return values_TL
+
+    def scatter(self, values_TL: np.ndarray, codes_AN: np.ndarray) -> None:
+        """Write values [T, L] to their places in the matrix."""
+        for rows, cols, lanes in self._parts():
+            codes_AN[rows, cols] = values_TL[:, lanes].T
+
+    def places(self, index: np.ndarray) -> np.ndarray:
+        """Return row, column and chunk (segment, band) of flat indices into [T, L], stacked."""
+        step, lane = np.divmod(index, self.shape[1])
+        segment, place = np.divmod(lane, len(self.span.rows))
+        chunk = self.span.edges.searchsorted(lane, side="right") - 1
+        return np.stack([self.span.rows[place], segment * self.stride + self.first + step, chunk])
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return np.arange(self.span.segments) * self.stride
+
+    def _parts(self) -> Iterator[tuple[np.ndarray | slice, slice, slice]]:
+        """Yield rows, columns and lanes of every segment."""
+        rows, lanes = self.span.rows, len(self.span.rows)
+        if rows[-1] - rows[0] == lanes - 1:
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for segment, start in enumerate(self._starts.tolist()):
+            cols = slice(start + self.first, start + self.stop)
+            yield rows, cols, slice(segment * lanes, (segment + 1) * lanes)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of the matrix and of its chunks."""
+
+    rows: int
+    cols: int
+    rows_per_lane: int
+    cols_per_chunk: int
+
+    @property
+    def band_rows(self) -> int:
+        """Rows of a band that is not cut off."""
+        return LANES * self.rows_per_lane
+
+    @property
+    def bands(self) -> int:
+        """Number of bands; 0 for a matrix without columns."""
+        return -(-self.rows // self.band_rows) if self.cols else 0
+
+    @property
+    def segments(self) -> int:
+        """Number of segments; 0 for a matrix without rows."""
+        return -(-self.cols // self.cols_per_chunk) if self.rows else 0
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks; chunk ``band * segments + segment``."""
+        return self.bands * self.segments
+
+    @property
+    def lanes_B(self) -> np.ndarray:
+        """Number of lanes of the chunks of every band."""
+        rows_B = np.full(self.bands, self.band_rows)
+        rows_B[-1:] = self.rows - (self.bands - 1) * self.band_rows
+        return -(-rows_B // self.rows_per_lane)
+
+    def groups(self) -> Iterator[tuple[int, "Geometry"]]:
+        """Yield the bands that are worked on together: the first band, and their geometry."""
+        size = max(1, GROUP_LANES // (LANES * max(1, self.segments)))
+        for band in range(0, self.bands, size):
+            yield band, self.part(band, min(band + size, self.bands))
+
+    def part(self, first: int, stop: int) -> "Geometry":
+        """Return the geometry of the bands first..stop-1 alone."""
+        rows = min(self.rows, stop * self.band_rows) - first * self.band_rows
+        return Geometry(rows, self.cols, self.rows_per_lane, self.cols_per_chunk)
+
+    def spans(self) -> Iterator[Span]:
+        """Yield the spans in coding order."""
+        lanes_B = self.lanes_B
+        upto_B = lanes_B.cumsum()
+        band = np.arange(self.bands).repeat(lanes_B)
+        lane = np.arange(len(band)) - (upto_B - lanes_B).repeat(lanes_B)
+        short = self.cols - (self.segments - 1) * self.cols_per_chunk
+        for phase in range(self.rows_per_lane):
+            within = phase * lanes_B.repeat(lanes_B) + lane
+            row = band * self.band_rows + within
+            active = np.flatnonzero(row < self.rows)
+            if not len(active):
+                break
+            starts = active.searchsorted(upto_B - lanes_B)
+            for begin, end, segments in (
+                (0, short, self.segments),
+                (short, self.cols_per_chunk, self.segments - 1),
+            ):
+                if begin < end:
+                    flat = (np.arange(segments)[:, None] * len(active) + starts).ravel()
+                    edges = np.append(flat, segments * len(active))
+                    yield Span(begin, end, segments, active, row[active], edges)
+
+
+def blocks(span: Span, geometry: Geometry) -> list[Block]:
+    """Split the steps of a span into blocks, in coding order."""
+    size = max(1, BLOCK // int(span.edges[-1]))
+    return [
+        Block(span, geometry.cols_per_chunk, step, min(step + size, span.stop))
+        for step in range(span.first, span.stop, size)
+    ]
+
+
+def choose_geometry(rows: int, cols: int) -> Geometry:
+    """Choose chunks whose lanes have about 2048 steps, or 4096 from a million codes on."""
+    steps = STEPS_LARGE if rows * cols >= LARGE else STEPS_SMALL
+    if cols == 0:
+        return Geometry(rows, cols, 1, 1)
+    segments = max(1, round(cols / steps))
+    rows_per_lane = max(1, min(rows, round(steps / cols)))
+    return Geometry(rows, cols, rows_per_lane, -(-cols // segments))

@@ -1,0 +1,221 @@
+"""The probability model of format version 1: a fixed library of symbol tables, in integers.
+
+Every symbol of a support has non-zero frequency; the frequencies of a table sum to exactly 2^12;
+no symbol has probability one.
+
+A symbol is one byte: the values -127..127 in two's complement, and -128, the escape.  A table is a
+discrete Gaussian, or a mixture with wider ones of 2 and 4 times its standard deviation.  All of it
+is Python integer arithmetic, so every machine has the same tables to the last bit; FORMAT.md states
+the recipe.
+
+Shapes: A = rows, N = columns, K = keys (row class + column class), T = tables, S = 256 symbols.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+
+PRECISION = 12
+TOTAL = 1 << PRECISION
+SYMBOLS = 256
+#: Byte of the escape symbol: -128 in two's complement.
+ESCAPE = 0x80
+#: Largest magnitude that a symbol can hold.
+LIMIT = 127
+#: Low bits that may follow a symbol.
+MAX_SHIFT = 16
+#: Bits of a word; an escaped value has one or two words at the end of its chunk.
+WORD_BITS = 16
+
+#: Heights of the Gaussians with 1, 2 and 4 times the standard deviation of a table.
+SHAPES = ((1, 0, 0), (16, 1, 0), (128, 16, 1), (64, 16, 1), (4, 2, 1))
+#: Exponent e(s) = m / 2^k of the Gaussian 2^(-e v^2): m = 7, 6, 5, 4 for every k = -1..10.
+SCALES = 48
+#: Exponents are integers in units of 2^-15.
+FRACTION_BITS = 15
+#: A symbol belongs to the support if its weight is at least 2^-16 of the sum of all weights.
+SUPPORT_BITS = 16
+#: Weights are summed up to this magnitude.
+SUM_LIMIT = 511
+
+
+@functools.lru_cache(maxsize=1)
+def _roots() -> tuple[int, ...]:
+    """Return c_i = 2^(64 - 2^-i), rounded down step by step, for i = 0..FRACTION_BITS."""
+    roots = [1 << 63]
+    for _ in range(FRACTION_BITS):
+        roots.append(math.isqrt(roots[-1] << 64))
+    return tuple(roots)
+
+
+def power(exponent: int) -> int:
+    """Return 2^62 * 2^(-exponent / 2^15), rounded down step by step."""
+    whole, fraction = exponent >> FRACTION_BITS, exponent & ((1 << FRACTION_BITS) - 1)
+    if whole > 62:
+        return 0
+    value = 1 << 62
+    for i, root in enumerate(_roots()):
+        if i and fraction >> (FRACTION_BITS - i) & 1:
+            value = value * root >> 64
+    return value >> whole
+
+
+@functools.lru_cache(maxsize=8)
+def _gaussian(scale: int, doublings: int) -> list[int]:
+    """Return ``power(e v^2 / 4^doublings)`` for v = 0..SUM_LIMIT and the exponent e of a scale."""
+    unit = (7 - scale % 4) << (FRACTION_BITS + 1 - scale // 4)
+    return [power(unit * v * v >> 2 * doublings) for v in range(SUM_LIMIT + 1)]
+
+
+def table_frequencies(table: int) -> list[int]:
+    """Return the frequencies of one table in coding order: the escape, then -limit..limit.
+
+    The weight of a value v is the sum of ``height * power(e v^2 / width^2)`` over the widths 1, 2
+    and 4; the escape gets what lies outside the support.  Weights are raised to 1/4096 of their
+    sum, so that rounding the cumulative sum leaves no symbol without frequency.
+    """
+    scale, heights = table // len(SHAPES), SHAPES[table % len(SHAPES)]
+    parts = [_gaussian(scale, i) for i in range(len(heights))]
+    weights = [sum(map(operator.mul, heights, values)) for values in zip(*parts, strict=True)]
+    total = 2 * sum(weights) - weights[0]
+    limit = max(v for v in range(LIMIT + 1) if weights[v] << SUPPORT_BITS >= total)
+    inside = [weights[abs(v)] for v in range(-limit, limit + 1)]
+    weights = [total - sum(inside), *inside]
+    while True:
+        least = -(-sum(weights) >> PRECISION)
+        if min(weights) >= least:
+            break
+        weights = [max(w, least) for w in weights]
+    total, upto, edges = sum(weights), 0, [0]
+    for w in weights:
+        upto += w
+        edges.append((upto << PRECISION) // total)
+    return [b - a for a, b in itertools.pairwise(edges)]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The symbol tables as arrays; a symbol outside a table's support has frequency 0.
+
+    Attributes:
+        frequency_TS: uint16, indexed by the symbol's byte.
+        start_TS: uint16, sum of the frequencies before the symbol.
+        limit_T: int64, largest magnitude in the support.
+        outside_ST: bool, the symbol is escaped: not in the support, or the escape itself.
+        cost_ST: float64, price of a symbol in units of 2^-16 bit (whole numbers, so that sums of
+            them are exact in any order), without the words of an escaped value.
+    """
+
+    frequency_TS: np.ndarray
+    start_TS: np.ndarray
+    limit_T: np.ndarray
+    outside_ST: np.ndarray
+    cost_ST: np.ndarray
+
+
+#: Units of `Library.cost_ST` in a bit.
+COST_UNIT = 1 << 16
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Library:
+    """Build the library once."""
+    tables = SCALES * len(SHAPES)
+    frequency_TS = np.zeros((tables, SYMBOLS), np.uint16)
+    start_TS = np.zeros((tables, SYMBOLS), np.uint16)
+    limit_T = np.zeros(tables, np.int64)
+    for table in range(tables):
+        row = table_frequencies(table)
+        limit_T[table] = (len(row) - 2) // 2
+        symbols = symbols_in_order(int(limit_T[table]))
+        frequency_TS[table, symbols] = row
+        start_TS[table, symbols] = np.cumsum([0, *row[:-1]])
+    used_TS = np.where(frequency_TS == 0, frequency_TS[:, ESCAPE, None], frequency_TS)
+    bits_TS = PRECISION - np.log2(used_TS.astype(np.float64))
+    cost_ST = np.ascontiguousarray(np.rint(COST_UNIT * bits_TS).T)
+    outside_ST = (frequency_TS.T == 0) | (np.arange(SYMBOLS) == ESCAPE)[:, None]
+    return Library(frequency_TS, start_TS, limit_T, outside_ST, cost_ST)
+
+
+def symbols_in_order(limit: int) -> np.ndarray:
+    """Return the bytes of a support in coding order: the escape, then -limit..limit."""
+    return np.r_[ESCAPE, np.arange(-limit, limit + 1) & 0xFF].astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class CodeModel:
+    """What a payload says about the distribution of its codes.
+
+    Attributes:
+        row_class_A, col_class_N: int64, not negative; their sum is the key of a code.
+        table_K: uint8, the library table of a key.
+        shift_K: uint8, low bits of a key that are stored beside the symbol.
+        escape_words: words of an escaped value, 1 or 2.
+    """
+
+    row_class_A: np.ndarray
+    col_class_N: np.ndarray
+    table_K: np.ndarray
+    shift_K: np.ndarray
+    escape_words: int
+
+    def rows(self, rows: slice) -> "CodeModel":
+        """Return the model of some rows."""
+        return dataclasses.replace(self, row_class_A=self.row_class_A[rows])
+
+    @property
+    def first_shifted_key(self) -> int:
+        """The first key with low bits, or the number of keys."""
+        return int(np.flatnonzero(np.append(self.shift_K, 1))[0])
+
+    def decoder_table(self) -> np.ndarray:
+        """Return uint32 [K * 4096]: symbol << 24 | (slot - start) << 12 | frequency."""
+        tables = library()
+        distinct, index_K = np.unique(self.table_K, return_inverse=True)
+        pages = np.empty((len(distinct), TOTAL), np.uint32)
+        for page, table in zip(pages, distinct, strict=True):
+            symbols = symbols_in_order(int(tables.limit_T[table]))
+            frequency = tables.frequency_TS[table, symbols].astype(np.uint32)
+            start = tables.start_TS[table, symbols].astype(np.uint32)
+            entry = (symbols.astype(np.uint32) << 24) | frequency
+            page[:] = np.repeat(entry, frequency)
+            page += (np.arange(TOTAL, dtype=np.uint32) - np.repeat(start, frequency)) << PRECISION
+        return pages[index_K].ravel()
+
+    def encoder_table(self) -> np.ndarray:
+        """Return uint32 [K * 256]: escaped << 24 | start << 12 | frequency."""
+        tables = library()
+        frequency_KS = tables.frequency_TS[self.table_K].astype(np.uint32)
+        start_KS = tables.start_TS[self.table_K].astype(np.uint32)
+        entry_KS = (start_KS << PRECISION) | frequency_KS
+        escaped_KS = tables.outside_ST[:, self.table_K].T
+        escape_K1 = entry_KS[:, ESCAPE, None] | np.uint32(1 << 24)
+        return np.where(escaped_KS, escape_K1, entry_KS).ravel()
+
+
+def split_values(values: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split codes into symbols (uint8) and low bits (uint32): the inverse of `join_values`.
+
+    A code rounds to the nearest multiple of 2^shift; what no symbol can hold becomes the escape.
+    """
+    # numpy 1.26 would compute a scalar shifted by uint8 in uint8
+    shift = np.asarray(shift, np.int64)
+    raised = values + ((1 << shift) >> 1)
+    low = raised & ((1 << shift) - 1)
+    return to_symbols(raised >> shift), low.astype(np.uint32)
+
+
+def to_symbols(values: np.ndarray) -> np.ndarray:
+    """Return the symbol of each value as uint8; both clipped ends are the escape's byte."""
+    return np.clip(values, -LIMIT - 1, LIMIT + 1).astype(np.uint8)
+
+
+def join_values(symbols: np.ndarray, low: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Return the codes ``(symbol << shift) + low - 2^(shift - 1)``, all int32."""
+    half = np.left_shift(np.int32(1), shift) >> 1
+    return (symbols << shift) + low - half
