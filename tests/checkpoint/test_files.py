@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from watersic_hf.checkpoint import CheckpointError, checkpoint_files, read_headers, read_tensors
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(
+        {"a.weight": torch.arange(64, dtype=torch.uint8), "b": torch.ones(3, 5)},
+        path,
+        metadata={"k": "v"},
+    )
+    return path
+
+
+def test_headers_tell_shape_dtype_and_size(file):
+    headers = read_headers([file])
+
+    assert headers["a.weight"][1:] == ((64,), "U8", 64)
+    assert headers["b"][1:] == ((3, 5), "F32", 60)
+
+
+def test_a_file_cut_short_names_the_tensor_that_is_cut(file):
+    data = file.read_bytes()
+    file.write_bytes(data[:-3])
+
+    with pytest.raises(CheckpointError, match=r"a\.weight: .* cut short|b: .* cut short"):
+        read_headers([file])
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 40, b"\x04" + b"\0" * 7 + b"{{{{"])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        read_headers([path])
+
+
+def test_a_tensor_that_is_not_there_is_an_error(file):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        read_tensors(file, ["c"])
+
+
+def test_the_files_of_a_folder_are_those_of_its_index(tmp_path, file):
+    save_file({"c": torch.ones(2)}, tmp_path / "other.safetensors")
+    index = {"weight_map": {"a.weight": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert checkpoint_files(tmp_path) == [file]
+
+
+def test_a_missing_shard_and_an_empty_folder_are_errors(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
+        checkpoint_files(tmp_path)
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="model-00001-of-00001"):
+        checkpoint_files(tmp_path)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+
+from watersic_hf import codec
+from watersic_hf.checkpoint import (
+    CheckpointError,
+    layer_charge,
+    pack_layer,
+    quantized_layers,
+    tensor_specs,
+    validate_layer,
+)
+
+
+def layer(rows=40, columns=24, *, scale=1.0):
+    g = torch.Generator().manual_seed(0)
+    codes = (torch.randn(rows, columns, generator=g) * 2).round().to(torch.int8)
+    row_scale = torch.rand(rows, generator=g, dtype=torch.float64) + 0.5
+    col_scale = scale * (torch.rand(columns, generator=g, dtype=torch.float64) + 0.1)
+    return codes, row_scale, col_scale
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6])
+def test_scales_of_any_magnitude_keep_the_precision_of_float16(scale):
+    codes, row_scale, col_scale = layer(scale=scale)
+
+    packed = pack_layer(codes, row_scale, col_scale, name="l")
+
+    exact = row_scale[:, None] * codes * col_scale
+    stored = packed.row_scale[:, None].double() * codes * packed.col_scale.double()
+    # two roundings to 11 bits
+    assert (stored - exact).norm() < 2**-10 * exact.norm()
+
+
+def test_stored_bits_are_the_bytes_of_the_tensors():
+    packed = pack_layer(*layer(), name="l")
+
+    total = sum(t.numel() * t.element_size() for t in packed.tensors().values())
+
+    assert packed.stored_bits == 8 * total
+    assert packed.bits_per_weight == pytest.approx(8 * total / (40 * 24))
+
+
+def test_a_packed_layer_has_the_tensors_that_the_schema_declares():
+    packed = pack_layer(*layer(), name="l")
+
+    found = {name: (tuple(t.shape), t.dtype) for name, t in packed.tensors().items()}
+
+    assert found == tensor_specs(40, 24, len(packed.weight))
+
+
+def test_the_charge_of_a_layer_is_what_it_takes():
+    codes, row_scale, col_scale = layer(256, 512)
+
+    packed = pack_layer(codes, row_scale, col_scale, name="l")
+
+    assert layer_charge(codes, 256) == pytest.approx(packed.bits_per_weight, rel=2e-3)
+
+
+@pytest.mark.parametrize("field", ["row_scale", "col_scale"])
+def test_a_changed_scale_is_found_by_the_payloads_checksum(field):
+    packed = pack_layer(*layer(), name="model.layers.3.q_proj")
+    packed.tensors()[field][2] += 0.25
+
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.3\.q_proj: the stored weight is dam"
+    ):
+        packed.verify("model.layers.3.q_proj")
+
+
+def test_scales_of_another_layer_are_found_by_their_size():
+    packed = pack_layer(*layer(), name="l")
+    codes, row_scale, col_scale = layer(41)
+    other = pack_layer(codes, row_scale, col_scale, name="l")
+
+    mixed = type(packed)(
+        weight=packed.weight, row_scale=other.row_scale, col_scale=packed.col_scale
+    )
+
+    with pytest.raises(CheckpointError, match="l: the"):
+        mixed.verify("l")
+
+
+def test_a_scale_that_is_not_finite_is_refused():
+    codes, row_scale, col_scale = layer()
+    col_scale[3] = float("nan")
+
+    with pytest.raises(CheckpointError, match=r"l\.col_scale: 1 of 24 scales are not finite"):
+        pack_layer(codes, row_scale, col_scale, name="l")
+
+
+def test_scales_too_far_apart_for_float16_are_refused():
+    codes, row_scale, col_scale = layer()
+    col_scale[3] = 1e9
+
+    with pytest.raises(CheckpointError, match=r"l\.col_scale: scales from .* do not fit float16"):
+        pack_layer(codes, row_scale, col_scale, name="l")
+
+
+def test_scales_too_small_for_float16_are_refused():
+    with pytest.raises(CheckpointError, match=r"l\.col_scale: scales from .* do not fit float16"):
+        pack_layer(*layer(scale=1e-9), name="l")
+
+
+def test_all_columns_dead_packs():
+    packed = pack_layer(
+        torch.zeros(4, 6, dtype=torch.int8), torch.ones(4), torch.zeros(6), name="l"
+    )
+
+    assert codec.decode(packed.weight).count_nonzero() == 0
+
+
+def test_quantized_layers_are_the_byte_vectors_called_weight():
+    headers = {
+        "a.weight": ((100,), "U8"),
+        "a.row_scale": ((4,), "F16"),
+        "b.weight": ((4, 4), "F32"),
+        "c.bytes": ((9,), "U8"),
+    }
+
+    assert quantized_layers(headers) == ["a"]
+
+
+def test_validation_names_the_layer_and_the_field():
+    shapes = {"weight": (99,), "row_scale": (8,), "col_scale": (4,)}
+
+    validate_layer("l", shapes, 8, 4)
+    with pytest.raises(CheckpointError, match=r"l\.row_scale: the checkpoint has shape \(8,\)"):
+        validate_layer("l", shapes, 9, 4)
+    with pytest.raises(CheckpointError, match=r"no tensor l\.col_scale"):
+        validate_layer("l", {"weight": (99,), "row_scale": (8,)}, 8, 4)

@@ -1,0 +1,31 @@
+"""The checkpoint: which tensors a quantized layer is stored as, and the files that hold them."""
+
+from watersic_hf.checkpoint.files import TensorHeader, checkpoint_files, read_headers, read_tensors
+from watersic_hf.checkpoint.inspection import inspect_checkpoint, verify_checkpoint
+from watersic_hf.checkpoint.schema import (
+    FORMAT_VERSION,
+    CheckpointError,
+    PackedLayer,
+    layer_charge,
+    pack_layer,
+    quantized_layers,
+    tensor_specs,
+    validate_layer,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "PackedLayer",
+    "TensorHeader",
+    "checkpoint_files",
+    "inspect_checkpoint",
+    "layer_charge",
+    "pack_layer",
+    "quantized_layers",
+    "read_headers",
+    "read_tensors",
+    "tensor_specs",
+    "validate_layer",
+    "verify_checkpoint",
+]

@@ -1,0 +1,140 @@
+"""What a folder holds: a row per quantized layer, and a check of every byte of it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from watersic_hf import codec
+from watersic_hf.checkpoint.files import (
+    TensorHeader,
+    checkpoint_files,
+    read_headers,
+    read_tensors,
+)
+from watersic_hf.checkpoint.schema import (
+    CheckpointError,
+    PackedLayer,
+    quantized_layers,
+    validate_layer,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One quantized layer of a checkpoint.  Bits and entropies are per weight."""
+
+    name: str
+    rows: int
+    columns: int
+    bits: float
+    """Stored bits, everything included."""
+    payload_bits: float
+    """Stored bits of the payload: without the scales."""
+    pooled_entropy: float
+    """Entropy of one histogram of all codes."""
+    class_entropy: float
+    """Entropy given the row and column classes."""
+    row_classes: int
+    column_classes: int
+    escapes: int
+    max_abs_code: int
+
+
+def inspect_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
+    """Decode every layer of a model folder, and add up what is stored.
+
+    Returns:
+        ``layers``: a dict per layer with the fields of `LayerRow`; ``totals``: quantized layers
+        and weights, average bits and entropies, bytes of the quantized and of the dense tensors.
+
+    Raises:
+        CheckpointError: a file or layer is damaged, or nothing in the folder is quantized.
+    """
+    headers = read_headers(checkpoint_files(folder))
+    rows: list[LayerRow] = []
+    for name, layer in _layers(headers):
+        rows.append(_row(name, layer))
+    weights = sum(row.rows * row.columns for row in rows)
+
+    def average(field: str) -> float:
+        return sum(getattr(row, field) * row.rows * row.columns for row in rows) / max(1, weights)
+
+    quantized = {f"{row.name}.{field}" for row in rows for field in PackedLayer.__annotations__}
+    totals = {
+        "layers": len(rows),
+        "weights": weights,
+        **{f: average(f) for f in ("bits", "payload_bits", "pooled_entropy", "class_entropy")},
+        "quantized_bytes": sum(h.nbytes for n, h in headers.items() if n in quantized),
+        "dense_bytes": sum(h.nbytes for n, h in headers.items() if n not in quantized),
+        "file_bytes": sum(file.stat().st_size for file in {h.file for h in headers.values()}),
+    }
+    return {"layers": [asdict(row) for row in rows], "totals": totals}
+
+
+def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
+    """Check every checksum of every layer, and decode all of it.
+
+    Returns:
+        How many layers, codes and bytes were checked.
+
+    Raises:
+        CheckpointError: something is damaged; the message names the layer and the part.
+    """
+    headers = read_headers(checkpoint_files(folder))
+    checked = {"layers": 0, "codes": 0, "bytes": 0}
+    for name, layer in _layers(headers):
+        layer.verify(name)
+        try:
+            codes = codec.decode(layer.weight)
+        except codec.CodecError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+        for field, scale in (("row_scale", layer.row_scale), ("col_scale", layer.col_scale)):
+            if not torch.isfinite(scale).all():
+                raise CheckpointError(f"{name}.{field}: the scales are not all finite")
+        checked["layers"] += 1
+        checked["codes"] += codes.numel()
+        checked["bytes"] += layer.stored_bits // 8
+    return checked
+
+
+def _layers(headers: dict[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer]]:
+    """The quantized layers of a checkpoint, one at a time in memory."""
+    names = quantized_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
+    orphans = [
+        name.removesuffix(".row_scale")
+        for name in headers
+        if name.endswith(".row_scale") and name.removesuffix(".row_scale") not in set(names)
+    ]
+    if not names and not orphans:
+        raise CheckpointError("the checkpoint holds no layer that watersic_hf quantized")
+    for name in tqdm([*names, *orphans], desc="Reading layers", delay=3, leave=False):
+        fields = PackedLayer.__annotations__
+        shapes = {f: headers[f"{name}.{f}"].shape for f in fields if f"{name}.{f}" in headers}
+        sides = [shapes.get(f, (0,))[0] for f in ("row_scale", "col_scale")]
+        if name in orphans:
+            shapes.pop("weight", None)
+        validate_layer(name, shapes, *sides)
+        tensors = {
+            field: read_tensors(headers[f"{name}.{field}"].file, [f"{name}.{field}"])[
+                f"{name}.{field}"
+            ]
+            for field in fields
+        }
+        yield name, PackedLayer(**tensors)
+
+
+def _row(name: str, layer: PackedLayer) -> LayerRow:
+    layer.verify(name)
+    rows, columns = layer.shape
+    statistics = codec.code_statistics(codec.decode(layer.weight))
+    return LayerRow(
+        name=name, rows=rows, columns=columns, bits=layer.bits_per_weight,
+        payload_bits=8 * len(layer.weight) / max(1, rows * columns),
+        pooled_entropy=statistics.pooled_entropy, class_entropy=statistics.class_entropy,
+        row_classes=statistics.row_classes, column_classes=statistics.col_classes,
+        escapes=statistics.escapes, max_abs_code=statistics.max_abs,
+    )  # fmt: skip
