@@ -1,0 +1,166 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from watersic_hf import CheckpointError, WaterSICLinear, set_residency
+from watersic_hf.checkpoint import pack_layer
+from watersic_hf.nn import module_matches, replace_module
+
+
+def make(rows=48, columns=32, *, bias=True, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    codes = (torch.randn(rows, columns, generator=g) * 3).round().to(torch.int8)
+    packed = pack_layer(
+        codes, torch.rand(rows, generator=g) + 0.5, torch.rand(columns, generator=g), name="l"
+    )
+    values = torch.randn(rows, generator=g) if bias else None
+    return WaterSICLinear.from_packed(packed, bias=values, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_residencies_give_the_output_of_the_dense_layer(bias, dtype):
+    layer = make(bias=bias, dtype=dtype)
+    x = torch.randn(2, 5, 32, dtype=dtype)
+    expected = layer.dequantize()(x)
+
+    entropy = layer(x)
+    layer.set_residency("dense")
+
+    assert torch.equal(layer(x), expected)
+    # one product in two orders of summation
+    torch.testing.assert_close(entropy, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_packed_tensors_are_parameters_without_gradient():
+    layer = make()
+
+    parameters = dict(layer.named_parameters())
+
+    assert set(parameters) == {"weight", "row_scale", "col_scale", "bias"}
+    assert not any(p.requires_grad for p in parameters.values())
+
+
+def test_the_dense_weight_is_never_saved():
+    layer = make()
+    layer.set_residency("dense")
+
+    assert set(layer.state_dict()) == {"weight", "row_scale", "col_scale", "bias"}
+
+
+@pytest.mark.parametrize("residency", ["dense", "entropy"])
+def test_casting_the_layer_keeps_the_stored_tensors(residency):
+    layer = make()
+    layer.set_residency(residency)
+    before = {k: v.clone() for k, v in layer.packed.tensors().items()}
+
+    layer.to(torch.bfloat16)
+
+    assert all(torch.equal(before[k], v) for k, v in layer.packed.tensors().items())
+    layer.check("l")
+    assert layer(torch.randn(3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_layer_survives_deepcopy_and_torch_save():
+    layer = make()
+    layer.set_residency("dense")
+    x = torch.randn(3, 32)
+
+    clone = copy.deepcopy(layer)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+
+    assert torch.equal(clone(x), layer(x))
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), layer(x))
+
+
+def test_gradients_flow_to_the_input_only():
+    layer = make()
+    x = torch.randn(3, 32, requires_grad=True)
+
+    layer(x).sum().backward()
+
+    assert x.grad.abs().sum() > 0
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("residency", ["dense", "entropy"])
+def test_torch_compile_sees_one_graph(residency):
+    layer = make()
+    layer.set_residency(residency)
+    x = torch.randn(3, 32)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_autocast_gives_the_dtype_that_a_linear_layer_gives():
+    layer = make()
+    layer.set_residency("dense")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.randn(3, 32))
+
+    assert y.dtype == torch.bfloat16
+
+
+def test_an_unknown_residency_is_refused():
+    with pytest.raises(ValueError, match="residency is 'fast'"):
+        make().set_residency("fast")
+
+
+def test_a_damaged_payload_names_the_layer():
+    model = nn.Sequential(make())
+    model[0].weight.data[40] ^= 1
+
+    with pytest.raises(CheckpointError, match=r"^0: "):
+        set_residency(model, "dense")
+
+
+def test_the_representation_tells_the_bits():
+    text = repr(make())
+
+    assert "in_features=32, out_features=48, bias=True, bits=" in text
+    assert "residency=entropy" in text
+
+
+def test_the_size_in_memory_of_entropy_residency_is_the_stored_size():
+    layer = make(256, 512, bias=False)
+
+    held = sum(p.numel() * p.element_size() for p in layer.parameters())
+
+    assert 8 * held == layer.packed.stored_bits
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("model.layers.1.q", r"layers\.1", True),
+        ("model.layers.10.q", r"layers\.1", False),
+        ("lm_head", "lm_head", True),
+        ("model.lm_head", "lm_head", True),
+        ("model.lm_head2", "lm_head", False),
+        ("a.mlp.gate_proj", r"mlp\.gate", False),
+        ("a.mlp.gate", r"mlp\.gate", True),
+        ("a.x_proj", "x_proj|y_proj", True),
+        ("a.y_proj", "x_proj|y_proj", True),
+        ("layers.3.mlp.up", r"layers\.\d+\.mlp", True),
+    ],
+)
+def test_patterns_select_whole_components(name, pattern, expected):
+    assert (module_matches(name, [pattern]) is not None) == expected
+
+
+def test_a_replaced_module_takes_the_training_mode_of_the_old_one():
+    model = nn.Sequential(nn.Sequential(nn.Linear(32, 48)))
+    model.eval()
+
+    replace_module(model, "0.0", make().train())
+
+    assert isinstance(model[0][0], WaterSICLinear)
+    assert not model[0][0].training

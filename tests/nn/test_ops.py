@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from watersic_hf.checkpoint import pack_layer
+from watersic_hf.nn import ops
+
+
+def packed(rows, columns):
+    g = torch.Generator().manual_seed(rows * 1000 + columns)
+    codes = (torch.randn(rows, columns, generator=g) * 3).round().to(torch.int8)
+    row_scale = torch.rand(rows, generator=g) + 0.5
+    col_scale = torch.rand(columns, generator=g) * 0.1
+    layer = pack_layer(codes, row_scale, col_scale, name="l")
+    dense = layer.row_scale[:, None].float() * (codes * layer.col_scale.float())
+    return (layer.weight, layer.row_scale, layer.col_scale), dense
+
+
+SHAPES = [(1, 1), (1, 40), (40, 1), (5, 127), (300, 33), (127, 300)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantize_is_codes_times_scales(shape):
+    layer, dense = packed(*shape)
+
+    assert torch.equal(ops.dequantize(*layer, torch.float32), dense)
+    assert torch.equal(ops.dequantize(*layer, torch.bfloat16), dense.bfloat16())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
+def test_the_product_is_that_of_the_dense_weight(shape, leading):
+    layer, dense = packed(*shape)
+    x = torch.randn(*leading, shape[1])
+
+    y = ops.dequant_linear(x, *layer)
+
+    torch.testing.assert_close(y, x @ dense.T)
+
+
+def test_a_non_contiguous_input_is_read_as_it_is():
+    layer, dense = packed(40, 24)
+    x = torch.randn(24, 6).T
+
+    torch.testing.assert_close(ops.dequant_linear(x, *layer), x @ dense.T)
+
+
+def test_tiles_of_any_size_give_the_same_weight(monkeypatch):
+    layer, dense = packed(300, 1500)
+    monkeypatch.setattr(ops, "SCRATCH_BYTES", 1500 * 4 * 70)
+
+    tiles = list(ops._weight_tiles(*layer, torch.float32))
+
+    assert len(tiles) > 2
+    assert torch.equal(torch.cat([tile for _, tile in tiles]), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_input_is_that_of_the_dense_weight(dtype):
+    layer, dense = packed(40, 24)
+    x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
+    grad_y = torch.randn(2, 3, 40, dtype=dtype)
+
+    (grad_x,) = torch.autograd.grad(ops.dequant_linear(x, *layer), x, grad_y)
+
+    torch.testing.assert_close(grad_x, grad_y @ dense.to(dtype))
+
+
+def test_the_operators_obey_torchs_rules():
+    layer, _ = packed(40, 24)
+    x = torch.randn(2, 24, requires_grad=True)
+
+    torch.library.opcheck(ops.dequant_linear, (x, *layer))
+    torch.library.opcheck(ops.dequantize, (*layer, torch.float32))
+    torch.library.opcheck(ops.dequant_linear_backward, (torch.randn(2, 40), *layer))
+
+
+def test_an_input_of_the_wrong_size_is_refused():
+    layer, _ = packed(40, 24)
+
+    with pytest.raises(ValueError, match=r"x has shape \(2, 23\), but a layer of 40 x 24"):
+        ops.dequant_linear(torch.randn(2, 23), *layer)
+
+
+def test_scales_of_another_shape_are_refused():
+    (payload, row_scale, col_scale), _ = packed(40, 24)
+
+    with pytest.raises(ValueError, match="40 x 24 codes"):
+        ops.dequantize(payload, row_scale[1:], col_scale, torch.float32)

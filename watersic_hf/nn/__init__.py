@@ -1,0 +1,13 @@
+"""The quantized layer and the operators it runs on."""
+
+from watersic_hf.nn.linear import RESIDENCIES, WaterSICLinear
+from watersic_hf.nn.replace import module_matches, packed_layers, replace_module, set_residency
+
+__all__ = [
+    "RESIDENCIES",
+    "WaterSICLinear",
+    "module_matches",
+    "packed_layers",
+    "replace_module",
+    "set_residency",
+]

@@ -1,0 +1,170 @@
+"""WaterSICLinear: an `nn.Linear` that holds its weight as an entropy-coded payload."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs
+from watersic_hf.nn import ops
+
+#: The forms that a weight can have in memory; see `WaterSICLinear.set_residency`.
+RESIDENCIES = ("auto", "dense", "entropy")
+
+
+class WaterSICLinear(nn.Linear):
+    """Linear layer whose weight is ``diag(row_scale) @ codes @ diag(col_scale)``, codes compressed.
+
+    Life of a layer::
+
+        quantize:  layer = WaterSICLinear.from_packed(pack_layer(...), bias=..., dtype=...)
+        load:      layer = WaterSICLinear(in, out, payload_bytes=..., ...)   sizes from the file
+                   the loader fills weight, row_scale, col_scale, bias
+                   layer.check(name); layer.set_residency("dense")
+        run:       layer(x)
+        save:      state_dict() holds what `watersic_hf.checkpoint.schema` says, and the bias
+        undo:      layer.dequantize() -> nn.Linear
+
+    `weight` is the payload: a vector of bytes.  The packed tensors are parameters without gradient
+    rather than buffers, so that offloading moves them.  Gradients flow to the input.
+
+    Args:
+        in_features: N.
+        out_features: A.
+        bias: whether the layer has a bias.
+        payload_bytes: length of the payload.
+        dtype: dtype of the dense weight and of the bias.
+        device: where the parameters are made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        payload_bytes: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        # not nn.Linear.__init__: it would allocate the dense weight
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        for name, (shape, kind) in tensor_specs(out_features, in_features, payload_bytes).items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), False)
+            )
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(
+                torch.zeros(out_features, dtype=self.compute_dtype, device=device), False
+            )
+        self.register_buffer("dense_weight", None, persistent=False)
+        # read by transformers: nothing here is to be initialised at random
+        self._is_hf_initialized = True
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: PackedLayer,
+        *,
+        bias: Tensor | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> "WaterSICLinear":
+        """A layer that holds the tensors of `packed`, with a copy of `bias`."""
+        rows, columns = packed.shape
+        layer = cls(
+            columns, rows, bias=bias is not None, payload_bytes=len(packed.weight), dtype=dtype,
+            device="meta",
+        )  # fmt: skip
+        for name, tensor in packed.tensors().items():
+            setattr(layer, name, nn.Parameter(tensor.to(device), False))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype), False)
+        return layer
+
+    @property
+    def packed(self) -> PackedLayer:
+        """The stored tensors of this layer."""
+        return PackedLayer(
+            weight=self.weight.data, row_scale=self.row_scale.data, col_scale=self.col_scale.data
+        )
+
+    @property
+    def residency(self) -> str:
+        """Form of the weight in memory: ``dense`` or ``entropy``."""
+        return "entropy" if self.dense_weight is None else "dense"
+
+    def set_residency(self, residency: str) -> None:
+        """Choose the form of the weight in memory.
+
+        Args:
+            residency: ``dense`` decodes the weight once and keeps it beside the payload: the speed
+                of an ordinary layer and its memory.  ``entropy`` keeps the payload alone and
+                decodes it in every forward.  ``auto`` is ``dense``.
+
+        Raises:
+            ValueError: another word.
+            CheckpointError: the payload or the scales are damaged.
+        """
+        if residency not in RESIDENCIES:
+            raise ValueError(f"residency is {residency!r}, but must be one of {RESIDENCIES}")
+        if residency == "entropy":
+            self.dense_weight = None
+        elif self.dense_weight is None:
+            self.dense_weight = self._decode(self.compute_dtype)
+
+    def check(self, name: str) -> None:
+        """Verify every checksum of the layer.
+
+        Raises:
+            CheckpointError: something is damaged; the message names the layer and the part.
+        """
+        self.packed.verify(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ W.T + bias`` for x of any leading shape, in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.dense_weight is not None:
+            return F.linear(x, self.dense_weight.to(x.dtype), bias)
+        y = ops.dequant_linear(x, self.weight, self.row_scale, self.col_scale)
+        return y if bias is None else y + bias
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary linear layer with the dequantized weight, in `dtype` (default: as loaded)."""
+        dtype = dtype or self.compute_dtype
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self._decode(dtype))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return layer
+
+    def extra_repr(self) -> str:
+        """Sizes, stored bits per weight and residency, for `repr`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.packed.bits_per_weight:.3f}, "
+            f"residency={self.residency}"
+        )
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        try:
+            return ops.dequantize(self.weight.data, self.row_scale.data, self.col_scale.data, dtype)
+        except ValueError as error:
+            raise CheckpointError(f"the stored weight cannot be decoded: {error}") from error
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move and cast the layer; the scales move, but keep their dtype: the codes need it."""
+        scales = {name: getattr(self, name).data for name in ("row_scale", "col_scale")}
+        super()._apply(fn, recurse)
+        for name, before in scales.items():
+            device = getattr(self, name).device
+            setattr(self, name, nn.Parameter(before.to(device), False))
+        if self.dense_weight is not None:
+            self.compute_dtype = self.dense_weight.dtype
+        return self

@@ -1,0 +1,121 @@
+"""Operators on packed layers: the only module that chooses between implementations.
+
+Shapes: A = out_features, N = in_features, B = bytes of the payload; x has any leading dimensions.
+
+Every operator is registered with torch under ``watersic::``, with a reference that runs on any
+device and a fake for tracing, so that compiled and exported models call it as one opaque node.
+The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from watersic_hf import codec
+
+#: Bound on the dense weights that the reference holds at a time.
+SCRATCH_BYTES = 32 << 20
+
+
+@torch.library.custom_op("watersic::dequantize", mutates_args=())
+def dequantize(
+    payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Dense weight ``diag(row) @ codes @ diag(col)``, computed in float32, rounded once to `dtype`.
+
+    Returns:
+        The weight, A x N, on the device of the scales.
+
+    Raises:
+        ValueError: the payload holds a matrix of another shape.
+        CodecError: the payload is damaged.
+    """
+    weight_AN = row_scale_A.new_empty((len(row_scale_A), len(col_scale_N)), dtype=dtype)
+    for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, dtype):
+        weight_AN[rows] = tile
+    return weight_AN
+
+
+@dequantize.register_fake
+def _(payload_B, row_scale_A, col_scale_N, dtype):
+    return row_scale_A.new_empty((row_scale_A.shape[0], col_scale_N.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("watersic::dequant_linear", mutates_args=())
+def dequant_linear(
+    x: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
+) -> Tensor:
+    """Return ``x @ W.T`` with W the dense weight of the payload, in the dtype of `x`.
+
+    W is never whole in memory.  Differentiable in `x`.
+
+    Raises:
+        ValueError: x does not end in N entries, or the payload holds a matrix of another shape.
+        CodecError: the payload is damaged.
+    """
+    A, N = len(row_scale_A), len(col_scale_N)
+    if x.shape[-1:] != (N,):
+        raise ValueError(
+            f"dequant_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs "
+            f"(..., {N})"
+        )
+    y = x.new_empty((*x.shape[:-1], A))
+    for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, x.dtype):
+        y[..., rows] = x @ tile.T
+    return y
+
+
+@dequant_linear.register_fake
+def _(x, payload_B, row_scale_A, col_scale_N):
+    return x.new_empty((*x.shape[:-1], row_scale_A.shape[0]))
+
+
+@torch.library.custom_op("watersic::dequant_linear_backward", mutates_args=())
+def dequant_linear_backward(
+    grad_y: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
+) -> Tensor:
+    """Gradient of `dequant_linear` in x: ``grad_y @ W``, summed over tiles in float32 or wider."""
+    wide = torch.promote_types(grad_y.dtype, torch.float32)
+    grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
+    for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, grad_y.dtype):
+        grad_x += grad_y[..., rows] @ tile
+    return grad_x.to(grad_y.dtype)
+
+
+@dequant_linear_backward.register_fake
+def _(grad_y, payload_B, row_scale_A, col_scale_N):
+    return grad_y.new_empty((*grad_y.shape[:-1], col_scale_N.shape[0]))
+
+
+def _setup_context(ctx, inputs, output):
+    _, payload_B, row_scale_A, col_scale_N = inputs
+    ctx.save_for_backward(payload_B, row_scale_A, col_scale_N)
+
+
+def _backward(ctx, grad_y):
+    return dequant_linear_backward(grad_y, *ctx.saved_tensors), None, None, None
+
+
+dequant_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _weight_tiles(
+    payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Bands of rows of the dense weight, each with the slice of rows that it fills."""
+    A, N = len(row_scale_A), len(col_scale_N)
+    payload_B = payload_B.cpu()
+    header = codec.read_header(payload_B)
+    if (header.rows, header.cols) != (A, N):
+        raise ValueError(
+            f"dequantize: the payload holds {header.rows} x {header.cols} codes, "
+            f"but the scales are those of a {A} x {N} layer"
+        )
+    band = header.band_rows * max(1, SCRATCH_BYTES // (4 * max(1, N) * header.band_rows))
+    col_scale_N = col_scale_N.float()
+    for start in range(0, A, band):
+        rows = slice(start, min(start + band, A))
+        codes = codec.decode(payload_B, rows=rows).to(row_scale_A.device)
+        tile = row_scale_A[rows, None].float() * (codes * col_scale_N)
+        yield rows, tile.to(dtype)
