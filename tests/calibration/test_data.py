@@ -1,0 +1,174 @@
+import json
+import random
+import types
+
+import pytest
+import torch
+
+from watersic_hf.calibration import calibration_windows, describe, pydoc_texts
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 60
+
+
+@pytest.fixture
+def windows(tokenizer):
+    def run(dataset, **changes):
+        settings = {
+            "tokenizer": tokenizer, "model": None, "samples": 3, "sequence_length": 32, "seed": 0,
+        }  # fmt: skip
+        return calibration_windows(dataset, **settings | changes)
+
+    return run
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("form", ["strings", "txt", "jsonl", "parquet", "Dataset", "path object"])
+def test_the_same_text_in_any_form_gives_the_same_windows(windows, tmp_path, form):
+    datasets = pytest.importorskip("datasets")
+    text, jsonl, parquet = (tmp_path / f"t.{kind}" for kind in ("txt", "jsonl", "parquet"))
+    text.write_text(TEXT)
+    write(jsonl, [{"text": TEXT}])
+    rows = datasets.Dataset.from_dict({"text": [TEXT]})
+    rows.to_parquet(parquet)
+    forms = {
+        "strings": [TEXT], "txt": str(text), "jsonl": str(jsonl), "parquet": str(parquet),
+        "Dataset": rows, "path object": text,
+    }  # fmt: skip
+
+    found = windows(forms[form])
+
+    assert len(found) == 3
+    assert all(torch.equal(a, b) for a, b in zip(found, windows([TEXT]), strict=True))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[5, 6, 7], [8, 9]],
+        [torch.tensor([5, 6, 7]), torch.tensor([8, 9])],
+        [{"input_ids": [5, 6, 7]}, {"input_ids": torch.tensor([[8, 9]])}],
+    ],
+)
+def test_token_ids_are_taken_as_they_are(windows, ids):
+    found = windows(ids, tokenizer=None)
+
+    assert [w.tolist() for w in found] == [[5, 6, 7], [8, 9]]
+
+
+def test_a_tensor_of_ids_is_cut_to_the_sequence_length(windows):
+    found = windows(torch.arange(200).view(4, 50), tokenizer=None)
+
+    assert [len(w) for w in found] == [32, 32, 32]
+
+
+def test_windows_do_not_overlap_and_the_seed_chooses_them(windows, tokenizer):
+    text = pydoc_texts()[:6]
+    tokens = tokenizer("\n\n".join(text))["input_ids"]
+    starts = {tuple(tokens[i : i + 32]) for i in range(0, len(tokens) - 31, 32)}
+
+    first, again, other = windows(text), windows(text), windows(text, seed=1)
+
+    assert all(tuple(w.tolist()) in starts for w in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_short_text_gives_what_there_is_and_says_so(windows, watersic_log):
+    found = windows(["hello there"])
+
+    assert len(found) == 1
+    assert 0 < len(found[0]) < 32
+    assert "gives 1 windows of 32 tokens; 3 were asked for" in watersic_log.text
+
+
+def test_the_model_can_be_its_own_source(windows, make_llama):
+    model = make_llama()
+    state = torch.get_rng_state()
+
+    first = windows("self", tokenizer=None, model=model)
+    again = windows("self", tokenizer=None, model=model)
+    other = windows("self", tokenizer=None, model=model, seed=7)
+
+    assert [len(w) for w in first] == [32, 32, 32]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_benchmark_sets_come_from_optimum_and_leave_the_random_state(windows, monkeypatch):
+    data = pytest.importorskip("optimum.gptq.data")
+    rows = types.SimpleNamespace()
+    rows.load = lambda *a, **k: {"text": [TEXT] * 10}
+    monkeypatch.setattr(data, "load_dataset", rows.load)
+    before = (random.getstate(), torch.get_rng_state())
+
+    first, again = windows("wikitext2"), windows("wikitext2")
+
+    assert [len(w) for w in first] == [32, 32, 32]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_any_other_name_is_a_dataset_of_the_hub(windows, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"text": [TEXT]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+
+    assert len(windows("someone/texts")) == 3
+    assert asked == [("someone/texts", "train")]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changes", "message"),
+    [
+        (["text"], {"tokenizer": None}, "no tokenizer was given"),
+        ("missing.txt", {}, "missing.txt does not exist"),
+        ([], {}, "is empty"),
+        (3, {}, "the calibration set is a int"),
+        ([3.5], {}, "must be a name, the path of a file"),
+        ("self", {"model": None}, "needs a model that can generate"),
+    ],
+)
+def test_a_bad_set_is_a_clear_error(windows, dataset, changes, message):
+    with pytest.raises(ValueError, match=message):
+        windows(dataset, **changes)
+
+
+def test_a_file_of_an_unknown_kind_is_refused(windows, tmp_path):
+    path = tmp_path / "text.docx"
+    path.write_bytes(b"PK")
+
+    with pytest.raises(ValueError, match=r"text\.docx must end in one of"):
+        windows(str(path))
+
+
+def test_a_table_without_a_text_column_is_refused(windows, tmp_path):
+    pytest.importorskip("datasets")
+    path = write(tmp_path / "t.jsonl", [{"body": "x"}])
+
+    with pytest.raises(ValueError, match=r"has the columns \['body'\], but needs `text`"):
+        windows(str(path))
+
+
+def test_no_held_out_topic_is_calibration_text():
+    train, held_out = pydoc_texts(), pydoc_texts(held_out=True)
+
+    assert set(train).isdisjoint(held_out)
+    assert len(held_out) > len(train) / 20
+    assert sum(map(len, held_out)) > 20_000
+
+
+def test_a_set_is_described_by_a_short_name():
+    assert describe(None) is None
+    assert describe("c4") == "c4"
+    assert describe(["a", "b"]) == "list of 2"

@@ -1,0 +1,18 @@
+"""Calibration: from texts to moments, and the loop that quantizes a model block by block."""
+
+from watersic_hf.calibration.data import calibration_windows, describe, pydoc_texts
+from watersic_hf.calibration.layer import LayerQuantizer
+from watersic_hf.calibration.pipeline import quantize_blocks
+from watersic_hf.calibration.report import LayerReport, average_bits, read_report, write_report
+
+__all__ = [
+    "LayerQuantizer",
+    "LayerReport",
+    "average_bits",
+    "calibration_windows",
+    "describe",
+    "pydoc_texts",
+    "quantize_blocks",
+    "read_report",
+    "write_report",
+]

@@ -1,0 +1,234 @@
+"""Calibration text: from a name, a file, strings, token ids or the model itself to token windows.
+
+A window is a 1-D int64 tensor of at most `sequence_length` tokens.  Texts are joined by blank
+lines, tokenized once and cut into windows that do not overlap; of those a seeded choice is kept, in
+the order of the text.  Nothing here touches the global random state.
+"""
+
+import importlib
+import logging
+import random
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+#: Names that optimum's loaders of the GPTQ benchmark sets understand.
+BENCHMARK_SETS = ("wikitext2", "c4", "c4-new")
+
+_TEXT_FILES = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_SELF_BATCH = 16
+
+
+def calibration_windows(
+    dataset: Any,
+    *,
+    tokenizer: Any,
+    model: Any = None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+) -> list[Tensor]:
+    """Token windows to calibrate on.
+
+    Args:
+        dataset: one of
+
+            * ``"self"``: sequences that `model` samples from its own distribution;
+            * ``"pydoc"``: Python's own documentation, which every machine has;
+            * ``"wikitext2"``, ``"c4"``, ``"c4-new"``: as GPTQ's benchmarks load them;
+            * the path of a .txt, .md, .jsonl, .json or .parquet file (column ``text``);
+            * any other name: a dataset of the hub (split ``train``, column ``text``);
+            * a list of strings;
+            * token ids: a list of lists or tensors or ``{"input_ids": ...}``, or a 2-D tensor;
+            * a `datasets.Dataset` with a column ``input_ids`` or ``text``.
+        tokenizer: needed unless the dataset is ``"self"`` or token ids.
+        model: needed for ``"self"``.
+        samples: number of windows.
+        sequence_length: tokens in a window.
+        seed: chooses the windows, or the sequences that the model samples.
+
+    Raises:
+        ValueError: the dataset is of no known form, is empty, or lacks its tokenizer or model.
+        ImportError: the dataset needs a package that is not installed.
+    """
+    if isinstance(dataset, str) and dataset == "self":
+        return _sampled_by(model, samples, sequence_length, seed)
+    if isinstance(dataset, str) and dataset in BENCHMARK_SETS:
+        _need(tokenizer, dataset)
+        windows = _benchmark_set(dataset, tokenizer, samples, sequence_length, seed)
+    elif (ids := _token_ids(dataset)) is not None:
+        windows = [window[:sequence_length] for window in ids[:samples]]
+    else:
+        _need(tokenizer, describe(dataset))
+        text = "\n\n".join(_texts(dataset))
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        windows = _choose(tokens, samples, sequence_length, seed)
+    windows = [window.to(torch.int64) for window in windows if window.numel() > 0]
+    if not windows:
+        raise ValueError(f"the calibration set {describe(dataset)} is empty")
+    if len(windows) < samples:
+        logger.warning(
+            "The calibration set %s gives %d windows of %d tokens; %d were asked for.",
+            describe(dataset), len(windows), sequence_length, samples,
+        )  # fmt: skip
+    return windows
+
+
+def describe(dataset: Any) -> str | None:
+    """A short name of a calibration set, for messages and for the saved configuration."""
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    if isinstance(dataset, Path):
+        return dataset.name
+    kind = type(dataset).__name__
+    return f"{kind} of {len(dataset)}" if hasattr(dataset, "__len__") else kind
+
+
+def pydoc_texts(*, held_out: bool = False) -> list[str]:
+    """Topics of Python's own documentation, in the order of their names.
+
+    About an eighth of the topics is held out: the calibration set ``"pydoc"`` has none of them, so
+    that they can serve as evaluation text.
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return [
+        text
+        for name, text in sorted(topics.items())
+        if (zlib.crc32(name.encode()) % 8 == 0) == held_out
+    ]
+
+
+def _need(tokenizer: Any, dataset: Any) -> None:
+    if tokenizer is None:
+        raise ValueError(
+            f"the calibration set {dataset} is text, and no tokenizer was given or found beside "
+            f"the model. Pass WaterSICConfig(tokenizer=...), a tokenizer or the name of one."
+        )
+
+
+def _choose(tokens_T: Tensor, samples: int, sequence_length: int, seed: int) -> list[Tensor]:
+    """Cut into windows; keep a seeded choice of `samples`, in order."""
+    count = len(tokens_T) // sequence_length
+    if count == 0:
+        return [tokens_T]
+    windows = tokens_T[: count * sequence_length].view(count, sequence_length)
+    keep = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return list(windows[keep.sort().values])
+
+
+def _texts(dataset: Any) -> Iterable[str]:
+    if isinstance(dataset, str | Path):
+        if dataset == "pydoc":
+            return pydoc_texts()
+        path = Path(dataset)
+        if path.is_file():
+            return _file_texts(path)
+        if path.suffix in _TEXT_FILES:
+            raise ValueError(f"the calibration file {path} does not exist")
+        return _column(_datasets().load_dataset(str(dataset), split="train"), str(dataset))
+    if hasattr(dataset, "column_names"):
+        return _column(dataset, describe(dataset))
+    if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
+        return dataset
+    raise ValueError(
+        f"the calibration set is a {describe(dataset)}; it must be a name, the path of a file, a "
+        f"list of strings, token ids, or a datasets.Dataset with a column `text` or `input_ids`"
+    )
+
+
+def _file_texts(path: Path) -> Iterable[str]:
+    kind = _TEXT_FILES.get(path.suffix)
+    if kind is None:
+        raise ValueError(
+            f"the calibration file {path.name} must end in one of {sorted(_TEXT_FILES)}"
+        )
+    if kind == "text":
+        return [path.read_text(encoding="utf-8")]
+    rows = _datasets().load_dataset(kind, data_files=str(path), split="train")
+    return _column(rows, path.name)
+
+
+def _column(rows: Any, name: str | None) -> Iterable[str]:
+    if "text" not in rows.column_names:
+        raise ValueError(
+            f"the calibration set {name} has the columns {rows.column_names}, but needs `text`"
+        )
+    return rows["text"]
+
+
+def _token_ids(dataset: Any) -> list[Tensor] | None:
+    """The windows of a set that is tokenized already, or None."""
+    if isinstance(dataset, Tensor) and dataset.dim() == 2:
+        return list(dataset)
+    if "input_ids" in getattr(dataset, "column_names", ()):
+        dataset = dataset["input_ids"]
+    is_list = not isinstance(dataset, str | Path | Tensor) and hasattr(dataset, "__getitem__")
+    if not is_list or len(dataset) == 0 or isinstance(dataset[0], str | int | float):
+        return None
+    if hasattr(dataset[0], "keys"):
+        if any("input_ids" not in row for row in dataset):
+            return None
+        dataset = [row["input_ids"] for row in dataset]
+    return [torch.as_tensor(ids).flatten() for ids in dataset]
+
+
+def _benchmark_set(
+    name: str, tokenizer: Any, samples: int, sequence_length: int, seed: int
+) -> list[Tensor]:
+    try:
+        from optimum.gptq.data import get_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"the calibration set {name!r} needs `pip install datasets optimum`"
+        ) from error
+    # the loaders seed the global generators
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            rows = get_dataset(name, tokenizer, nsamples=samples, seqlen=sequence_length, seed=seed)
+    finally:
+        random.setstate(python_state)
+    return [torch.as_tensor(row["input_ids"]).flatten() for row in rows]
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError("this calibration set needs `pip install datasets`") from error
+
+
+def _sampled_by(model: Any, samples: int, sequence_length: int, seed: int) -> list[Tensor]:
+    """Sequences drawn from the model's own distribution: no temperature, no truncation."""
+    if model is None or not model.can_generate():
+        raise ValueError('the calibration set "self" needs a model that can generate')
+    config = model.generation_config
+    start = next(
+        (i for i in (config.bos_token_id, config.eos_token_id, 0) if i is not None),
+    )
+    start = start[0] if isinstance(start, list) else start
+    windows: list[Tensor] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        while len(windows) < samples:
+            batch = min(_SELF_BATCH, samples - len(windows))
+            prompt = torch.full((batch, 1), start, device=model.device)
+            tokens = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0,
+                top_k=0, top_p=1.0, min_new_tokens=sequence_length - 1,
+                max_new_tokens=sequence_length - 1, pad_token_id=start,
+            )  # fmt: skip
+            windows.extend(tokens.cpu())
+    return windows
