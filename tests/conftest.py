@@ -1,0 +1,107 @@
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+import watersic_hf
+from watersic_hf import WaterSICConfig
+from watersic_hf.calibration import pydoc_texts
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"])
+    trained.train_from_iterator(pydoc_texts()[:20], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    """A random Llama whose head is tied to its embedding unless `changes` says otherwise."""
+    settings = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    return tiny_llama
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory, tokenizer):
+    """The tiny dense model and its tokenizer on the disk."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantize(llama_folder, tokenizer):
+    """Quantize the tiny model (or another folder) with a few calibration windows."""
+
+    def run(folder=llama_folder, *, load=None, **changes):
+        settings = {
+            "bits": 4.0, "dataset": "pydoc", "tokenizer": tokenizer, "samples": 4,
+            "sequence_length": 64,
+        }  # fmt: skip
+        settings |= changes
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=WaterSICConfig(**settings), **(load or {})
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def quantized_folder(tmp_path_factory, quantize, tokenizer):
+    """The tiny model, calibrated and saved."""
+    folder = tmp_path_factory.mktemp("quantized")
+    quantize().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    return torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def packed_names():
+    """Names of the quantized layers of a model."""
+
+    def names(model):
+        return [n for n, m in model.named_modules() if isinstance(m, watersic_hf.WaterSICLinear)]
+
+    return names
+
+
+@pytest.fixture
+def watersic_log(caplog):
+    """The package's log records, also where the application has cut propagation."""
+    caplog.set_level(logging.INFO, logger="watersic_hf")
+    return caplog

@@ -1,0 +1,13 @@
+"""The plugin: what `from_pretrained`, `save_pretrained` and `push_to_hub` see."""
+
+from watersic_hf.integration.config import WaterSICConfig, WaterSICRuntime
+from watersic_hf.integration.folder import quantize_to_folder
+from watersic_hf.integration.quantizer import WaterSICHfQuantizer, register
+
+__all__ = [
+    "WaterSICConfig",
+    "WaterSICHfQuantizer",
+    "WaterSICRuntime",
+    "quantize_to_folder",
+    "register",
+]

@@ -1,0 +1,166 @@
+"""What the user chooses: how weights are quantized (saved), and how they are run (not saved)."""
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from watersic_hf.calibration import describe
+from watersic_hf.checkpoint import FORMAT_VERSION
+from watersic_hf.core import LayerSettings
+from watersic_hf.nn import RESIDENCIES, module_matches
+
+QUANT_METHOD = "watersic"
+
+#: Stored bits per weight that can be asked for.
+BITS_RANGE = (0.75, 8.0)
+
+_RESIDENCY_VARIABLE = "WATERSIC_RESIDENCY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaterSICRuntime:
+    """How this process runs quantized layers; never saved with the model."""
+
+    residency: str = field(default_factory=lambda: os.environ.get(_RESIDENCY_VARIABLE, "auto"))
+    """Form of the weights in memory: ``dense`` (decoded once at load, the speed of the dense
+    model), ``entropy`` (packed bytes only, decoded in every forward), or ``auto``, which is
+    ``dense`` wherever no kernel decodes inside the product.  The environment variable
+    ``WATERSIC_RESIDENCY`` sets the default."""
+
+    def __post_init__(self) -> None:
+        if self.residency not in RESIDENCIES:
+            raise ValueError(f"residency is {self.residency!r}, but must be one of {RESIDENCIES}")
+
+
+class WaterSICConfig(QuantizationConfigMixin):
+    r"""Configuration of WaterSIC quantization (arXiv 2603.04956) for `from_pretrained`.
+
+    Args:
+        bits: average number of stored bits per quantized weight over the whole model, everything
+            included: codes, tables, classes, offsets, scales, checksums.  Any float from 0.75 to 8.
+        dataset: calibration set: ``"self"``, ``"pydoc"``, ``"wikitext2"``, ``"c4"``, a file, a name
+            on the hub, strings, token ids or a `datasets.Dataset`
+            (`watersic_hf.calibration.data.calibration_windows`).  None quantizes without data, one
+            tensor at a time while the model loads: fast, small, and clearly worse.
+        tokenizer: tokenizer of the calibration text, or its name; default: the model's own.
+        samples: calibration windows.
+        sequence_length: tokens per calibration window.
+        batch_size: calibration windows that go through a block at a time; more is faster and
+            takes more memory, and changes nothing else.
+        layer_bits: bits for some layers, by pattern; the others keep `bits`, and what they leave
+            over stays among all.  A pattern is a regular expression for whole dotted components:
+            ``{"down_proj": 3.5, r"layers\.0": 4}``.  The first that matches counts.
+        modules_to_not_convert: patterns of layers to leave dense, besides the output head and what
+            is tied to the embeddings.
+        damping: added to the second moment of the inputs, relative to its mean diagonal.
+        rescale: fit a scale per row and per column after rounding (paper, section on rescalers).
+        seed: of the calibration windows and of the search; the same seed gives the same file.
+        runtime: how this process runs the layers, a `WaterSICRuntime` or a dict; never saved, and
+            honoured when a saved model is loaded.
+        format_version: of the checkpoint; set by the file, not by the user.
+
+    Raises:
+        ValueError: a value is out of range, or the format is newer than this package reads.
+    """
+
+    def __init__(
+        self,
+        bits: float = 3.0,
+        *,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        samples: int = 128,
+        sequence_length: int = 2048,
+        batch_size: int = 8,
+        layer_bits: Mapping[str, float] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        damping: float = LayerSettings.damping,
+        rescale: bool = True,
+        seed: int = 0,
+        runtime: WaterSICRuntime | Mapping[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        self.bits = bits
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.samples = samples
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.layer_bits = dict(layer_bits or {})
+        self.modules_to_not_convert = modules_to_not_convert
+        self.damping = damping
+        self.rescale = rescale
+        self.seed = seed
+        if not isinstance(runtime, WaterSICRuntime):
+            runtime = WaterSICRuntime(**(runtime or {}))
+        self.runtime = runtime
+        self.format_version = format_version
+        self._unknown = unknown
+        self._check()
+
+    @property
+    def settings(self) -> LayerSettings:
+        """Settings of the method for one layer."""
+        return LayerSettings(damping=self.damping, rescale=self.rescale)
+
+    def bits_of(self, layer: str) -> float:
+        """Bits asked for a layer: those of the first pattern of `layer_bits` that matches."""
+        pattern = module_matches(layer, self.layer_bits)
+        return self.bits if pattern is None else self.layer_bits[pattern]
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a user may choose anew when a quantized model is loaded."""
+        return {"runtime": self.runtime}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The saved fields, as JSON holds them; keys that a newer version wrote are kept."""
+        fields = {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        fields["dataset"] = describe(self.dataset)
+        del fields["tokenizer"], fields["runtime"], fields["batch_size"]
+        return copy.deepcopy(fields) | self._unknown
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WaterSICConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json_string())
+
+    def __deepcopy__(self, memo: dict) -> "WaterSICConfig":
+        # the tokenizer and the data are shared: they may be large, or not copyable
+        clone = copy.copy(self)
+        clone.layer_bits = dict(self.layer_bits)
+        clone.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        memo[id(self)] = clone
+        return clone
+
+    def _check(self) -> None:
+        low, high = BITS_RANGE
+        for name, bits in (("bits", self.bits), *self.layer_bits.items()):
+            if not isinstance(bits, int | float) or not low <= bits <= high:
+                raise ValueError(f"{name} is {bits!r}, but must be a number from {low} to {high:g}")
+        for name in ("samples", "sequence_length", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, but must be a positive integer")
+        for pattern in (*self.layer_bits, *(self.modules_to_not_convert or ())):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"the pattern {pattern!r} is no regular expression: {error}"
+                ) from error
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format version {self.format_version}; this version of "
+                f"watersic_hf reads up to {FORMAT_VERSION}. Run `pip install -U watersic-hf`."
+            )
+        # its own checks
+        _ = self.settings

@@ -1,0 +1,35 @@
+"""Names of the file against names of the model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from watersic_hf.checkpoint import TensorHeader, read_headers
+
+
+def model_headers(model: nn.Module, files: Sequence[str]) -> dict[str, TensorHeader]:
+    """Headers of the files' tensors under the names that the model has for them.
+
+    A tensor's name in the file can differ from its name in the model: some architectures rename
+    their modules on saving, and a headless model's names lack the prefix of the full model's.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds a tensor that is cut short.
+    """
+    found = read_headers(f for f in files if str(f).endswith(".safetensors"))
+    renamings: list[Any] = [
+        rule
+        for rule in get_model_conversion_mapping(model, None, None)
+        if isinstance(rule, WeightRenaming)
+    ]
+    prefix = f"{model.base_model_prefix}."
+    dense_names = model.state_dict()
+    headers: dict[str, TensorHeader] = {}
+    for name, header in found.items():
+        renamed, _ = rename_source_key(name, renamings, [], model.base_model_prefix, dense_names)
+        for alias in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
+            headers.setdefault(alias, header)
+    return headers

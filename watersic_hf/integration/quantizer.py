@@ -1,0 +1,335 @@
+"""The quantizer that transformers calls while it loads and saves a model.
+
+Three ways through it (hooks in the order in which transformers 5.17 .. 5.23 call them)::
+
+    pre-quantized   before: a WaterSICLinear on meta for every layer that the files hold packed
+                    after:  verify checksums, choose the residency
+    data-free       before: list the layers
+                    per tensor: WaterSICQuantize.convert packs it and replaces its module
+                    after:  choose the residency
+    calibrated      before: list the layers
+                    after:  run the block loop on the loaded model, choose the residency
+"""
+
+import copy
+import ctypes
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import auto as registry
+
+from watersic_hf.calibration import (
+    LayerQuantizer,
+    LayerReport,
+    calibration_windows,
+    quantize_blocks,
+    read_report,
+)
+from watersic_hf.checkpoint import CheckpointError, quantized_layers, validate_layer
+from watersic_hf.core import Moments
+from watersic_hf.integration.config import QUANT_METHOD, WaterSICConfig
+from watersic_hf.integration.headers import model_headers
+from watersic_hf.integration.saving import attach_extras, detach_extras
+from watersic_hf.nn import (
+    WaterSICLinear,
+    module_matches,
+    packed_layers,
+    replace_module,
+    set_residency,
+)
+
+logger = logging.getLogger(__name__)
+
+_TRIM_EVERY = 8
+
+
+class WaterSICHfQuantizer(HfQuantizer):
+    """Quantizes on load, loads what was saved, and dequantizes; see the module docstring."""
+
+    quantization_config: WaterSICConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: WaterSICConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # what is resolved for this model is not written into the user's object
+        self.quantization_config = copy.deepcopy(quantization_config)
+        self.dtype: torch.dtype | None = None
+        self.reports: list[LayerReport] = []
+        self._device_map: Any = None
+        self._layers: set[str] = set()
+        self._quantizer: LayerQuantizer | None = None
+
+    # -- what transformers asks ---------------------------------------------------------------
+
+    @property
+    def _calibrated(self) -> bool:
+        return not self.pre_quantized and self.quantization_config.dataset is not None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what cannot work: quantizing into weights that are offloaded to disk."""
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if not self.pre_quantized and "disk" in devices:
+            raise ValueError(
+                "WaterSIC cannot quantize a model while it is offloaded to disk. Quantize it "
+                "without `disk` in the device_map, save it, and load the result with offloading."
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Load a model that is to be calibrated on the CPU; it is placed when it is packed."""
+        if self._calibrated:
+            self._device_map = device_map
+            return {"": "cpu"}
+        return device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype of the model: it is that of the decoded weights."""
+        self.dtype = dtype
+        return dtype
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Tensor parallelism has no plan for packed layers (transformers < 5.21)."""
+        return config
+
+    def update_ep_plan(self, config: Any) -> Any:
+        """As `update_tp_plan`."""
+        return config
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Refuse to shard packed layers (transformers >= 5.21)."""
+        size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+        if size is not None and size > 1:
+            raise ValueError(
+                f"WaterSIC layers cannot be split over {size} tensor-parallel ranks. Load the "
+                f"model with a device_map instead."
+            )
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element that a parameter will take, for placing it on devices."""
+        if not self.pre_quantized and param_name.removesuffix(".weight") in self._layers:
+            return self.quantization_config.bits_of(param_name.removesuffix(".weight")) / 8
+        return param.element_size()
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of the file is quantized as it comes, or has a size of its own."""
+        name, _, tensor = param_name.rpartition(".")
+        if tensor != "weight":
+            return False
+        if self.pre_quantized:
+            return isinstance(model.get_submodule(name), WaterSICLinear)
+        return not self._calibrated and name in self._layers
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that packs one weight as it is loaded."""
+        return WaterSICQuantize(self)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Quantized models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers are single operators to torch.compile."""
+        return True
+
+    # -- before the weights -------------------------------------------------------------------
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        skip = self._skipped(model)
+        linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        if self.pre_quantized:
+            self._prepare_packed(model, linear, skip, checkpoint_files)
+            return
+        self._layers = {name for name in linear if module_matches(name, skip) is None}
+        if not self._layers:
+            raise ValueError(
+                f"{type(model).__name__} has no linear layer to quantize: {len(linear)} were "
+                f"found, and `modules_to_not_convert` = {sorted(skip)} leaves all of them dense."
+            )
+        self._keep_dense(model, [name for name in linear if name not in self._layers])
+        config = self.quantization_config
+        targets = {
+            name: (math.prod(model.get_submodule(name).weight.shape), config.bits_of(name))
+            for name in linear
+            if name in self._layers
+        }
+        self._quantizer = LayerQuantizer(targets, settings=config.settings, seed=config.seed)
+
+    def _skipped(self, model: nn.Module) -> list[str]:
+        """Patterns of the layers that stay dense: the head, what is tied, and the user's."""
+        defaults = self.get_modules_to_not_convert(
+            model, None, getattr(model, "_keep_in_fp32_modules", None)
+        )
+        return [*defaults, *(self.quantization_config.modules_to_not_convert or ())]
+
+    def _keep_dense(self, model: nn.Module, names: list[str]) -> None:
+        """Write down which linear layers are dense, so that a loader knows which are missing."""
+        prefix = f"{model.base_model_prefix}."
+        self.quantization_config.modules_to_not_convert = sorted(
+            name.removeprefix(prefix).replace(".", r"\.") for name in names
+        )
+
+    def _prepare_packed(
+        self, model: nn.Module, linear: list[str], skip: list[str], files: list[str] | None
+    ) -> None:
+        """Put an empty quantized layer of the right size wherever the files hold one."""
+        headers = model_headers(model, files or [])
+        self.reports = read_report(Path(files[0]).parent) if files else []
+        shapes = {name: (header.shape, header.dtype) for name, header in headers.items()}
+        packed = set(quantized_layers(shapes))
+        for name in linear:
+            fields = ("weight", "row_scale", "col_scale") if name in packed else ("row_scale",)
+            found = {f: shapes[f"{name}.{f}"][0] for f in fields if f"{name}.{f}" in shapes}
+            if not found and module_matches(name, skip) is not None:
+                continue
+            module = model.get_submodule(name)
+            # without files (a state dict was passed) the loader sets tensors of any size
+            if files:
+                validate_layer(name, found, module.out_features, module.in_features)
+            layer = WaterSICLinear(
+                module.in_features, module.out_features, bias=module.bias is not None,
+                payload_bytes=found.get("weight", (0,))[0], dtype=self.dtype, device="meta",
+            )  # fmt: skip
+            replace_module(model, name, layer)
+        if not any(True for _ in packed_layers(model)):
+            raise CheckpointError(
+                f"{type(model).__name__}: config.json says that the model is quantized with "
+                f"{QUANT_METHOD}, but the files hold no quantized layer of it."
+            )
+
+    # -- after the weights --------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._calibrated:
+            self._calibrate(model)
+        elif self.pre_quantized:
+            for name, layer in packed_layers(model):
+                layer.requires_grad_(False)
+                if layer.weight.device.type != "meta":
+                    layer.check(name)
+        if self._quantizer is not None:
+            self.reports = self._quantizer.reports
+            self._quantizer = None
+        set_residency(model, self.quantization_config.runtime.residency)
+        if self._calibrated:
+            _place(model, self._device_map)
+        attach_extras(model)
+        return model
+
+    def _calibrate(self, model: nn.Module) -> None:
+        config = self.quantization_config
+        model.eval()
+        windows = calibration_windows(
+            config.dataset, tokenizer=_tokenizer(config.tokenizer, model.name_or_path), model=model,
+            samples=config.samples, sequence_length=config.sequence_length, seed=config.seed,
+        )  # fmt: skip
+        layers = [name for name, _ in model.named_modules() if name in self._layers]
+        quantize_blocks(model, windows, layers, self._quantizer, batch_size=config.batch_size)
+        self._keep_dense(model, [n for n, m in model.named_modules() if type(m) is nn.Linear])
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, layer in list(packed_layers(model)):
+            if layer.weight.device.type == "meta":
+                raise ValueError(
+                    f"{name}: the layer is offloaded and cannot be dequantized in place. Load the "
+                    f"model without offloading first."
+                )
+            replace_module(model, name, layer.dequantize(dtype))
+        detach_extras(model)
+        return model
+
+
+class WaterSICQuantize(ConversionOps):
+    """Quantizes one weight without data as it is loaded, and replaces its module."""
+
+    def __init__(self, quantizer: WaterSICHfQuantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Pack the one tensor of `input_dict`; nothing is left for the loader to set."""
+        (value,) = input_dict.values()
+        weight_AN = value[0] if isinstance(value, list) else value
+        name = full_layer_name.removesuffix(".weight")
+        module = model.get_submodule(name)
+        layers = self.hf_quantizer._quantizer
+        moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
+        packed = layers.quantize(name, weight_AN, moments)
+        layer = WaterSICLinear.from_packed(packed, dtype=weight_AN.dtype, device=weight_AN.device)
+        layer.bias = module.bias
+        replace_module(model, name, layer)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        if len(layers.reports) % _TRIM_EVERY == 0:
+            _trim_heap()
+        return {}
+
+
+def register() -> None:
+    """Make the plugin known to transformers; calling it again does nothing."""
+    if QUANT_METHOD not in registry.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(WaterSICConfig)
+        register_quantizer(QUANT_METHOD)(WaterSICHfQuantizer)
+        # transformers honours a user's loading attributes for the classes of this tuple only
+        registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (WaterSICConfig,)
+
+
+def _tokenizer(tokenizer: Any, model_name: str) -> Any:
+    """The user's tokenizer, or the one beside the model, or None."""
+    from transformers import AutoTokenizer
+
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer or model_name)
+    except (OSError, ValueError) as error:
+        if tokenizer is not None:
+            raise
+        logger.info("No tokenizer beside the model: %s", error)
+        return None
+
+
+def _place(model: nn.Module, device_map: Any) -> None:
+    """Put a calibrated model where the user asked for it."""
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    if device_map is None:
+        return
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "sequential"):
+        device_map = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    if not isinstance(device_map, dict):
+        device_map = {"": device_map}
+    if len(set(device_map.values())) == 1:
+        model.to(next(iter(device_map.values())))
+    else:
+        dispatch_model(model, device_map)
+
+
+def _trim_heap() -> None:
+    """Give freed memory back: glibc keeps gigabytes of it after many large temporary tensors."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except OSError:
+            logger.debug("this C library has no malloc_trim")

@@ -1,0 +1,102 @@
+"""What is saved beside the weights: the report, and a card that opens with the import it needs."""
+
+import os
+import types
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+from watersic_hf.calibration import LayerReport, average_bits, write_report
+
+TAGS = ["watersic", "quantized"]
+
+_BODY = """# {title}
+
+```python
+import watersic_hf  # registers the format with transformers; pip install watersic-hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+```
+
+Weights quantized with [WaterSIC](https://arxiv.org/abs/2603.04956): every input column has a step
+of its own, the rounding error of a column is fed back into those still to come, and the integer
+codes are entropy coded.
+
+| | |
+|---|---|
+| original | {base} |
+| bits per quantized weight, asked | {asked:g} |
+| bits per quantized weight, stored | {stored:.4f} |
+| quantized layers | {layers} |
+| quantized weights | {weights:,} |
+| calibration | {calibration} |
+"""
+
+
+def model_card(
+    config: Any, reports: list[LayerReport], *, repo: str, base: str | None
+) -> ModelCard:
+    """The card of a quantized model.
+
+    Args:
+        config: its `WaterSICConfig`.
+        reports: its layers.
+        repo: the name that users will load it by.
+        base: the model that was quantized, or None.
+    """
+    data = ModelCardData(
+        library_name="transformers", tags=list(TAGS), pipeline_tag="text-generation"
+    )
+    tokens = max((report.tokens for report in reports), default=0)
+    calibration = f"{config.dataset}, {tokens:,} tokens" if tokens else "none (data-free)"
+    body = _BODY.format(
+        title=repo.rpartition("/")[2], repo=repo, base=base or "unknown", asked=config.bits,
+        stored=average_bits(reports), layers=len(reports),
+        weights=sum(report.weights for report in reports), calibration=calibration,
+    )  # fmt: skip
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def attach_extras(model: nn.Module) -> None:
+    """Tag the model, and let what it saves and uploads carry the report and the card.
+
+    transformers has no hook for more files, and writes a card of its own making into every upload;
+    both ways to upload (`push_to_hub` and `save_pretrained(push_to_hub=True)`) end in the second of
+    the two methods wrapped here.  The wrappers have the names of what they wrap, so that a pickled
+    model finds them.
+    """
+    model.add_model_tags(TAGS)
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+    model._upload_modified_files = types.MethodType(_upload_modified_files, model)
+
+
+def detach_extras(model: nn.Module) -> None:
+    """Undo `attach_extras`: the model is no longer quantized."""
+    del model.save_pretrained, model._upload_modified_files
+    model.model_tags = [tag for tag in model.model_tags if tag not in TAGS]
+
+
+def save_pretrained(
+    model: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+) -> None:
+    """`PreTrainedModel.save_pretrained`, with the layers' reports beside the weights."""
+    if model.hf_quantizer.reports:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_report(save_directory, model.hf_quantizer.reports)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def _upload_modified_files(
+    model: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    readme = Path(working_dir) / "README.md"
+    generated = readme.is_file() and "has been automatically generated" in readme.read_text("utf-8")
+    if generated or not readme.is_file():
+        config = model.config.quantization_config
+        base = model.name_or_path or None
+        model_card(config, model.hf_quantizer.reports, repo=repo_id, base=base).save(readme)
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
