@@ -1,0 +1,140 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from watersic_hf.cli import main
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, llama_folder):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    options = ("--bits", 4, "--samples", 4, "--sequence-length", 64)
+    status = run("quantize", llama_folder, out, *options, "--layer-bits=v_proj=6", "--skip=k_proj")
+    assert status == 0
+    return out
+
+
+def test_quantize_writes_a_folder_that_is_complete(quantized, capsys):
+    names = {f.name for f in quantized.iterdir()}
+
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+    assert (quantized / "README.md").read_text().count("import watersic_hf") == 1
+
+
+def test_quantize_refuses_to_overwrite(quantized, llama_folder, capsys):
+    assert run("quantize", llama_folder, quantized) == 1
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_inspect_prints_a_row_per_layer_and_the_totals(quantized, capsys):
+    assert run("inspect", quantized) == 0
+
+    out = capsys.readouterr().out
+    assert sum("_proj" in line for line in out.splitlines()) == 12
+    assert "12 layers" in out
+
+
+def test_inspect_in_json_has_bits_entropies_and_errors(quantized, capsys):
+    assert run("inspect", quantized, "--json") == 0
+
+    found = json.loads(capsys.readouterr().out)
+    layer = next(r for r in found["layers"] if r["name"].endswith("v_proj"))
+    assert layer["bits"] == pytest.approx(6, abs=0.3)
+    assert layer["class_entropy"] <= layer["pooled_entropy"] + 1e-9
+    assert 0 < layer["error"] < 1
+    assert found["totals"]["layers"] == 12
+
+
+def test_verify_counts_what_it_checked(quantized, capsys):
+    assert run("verify", quantized, "--json") == 0
+
+    assert json.loads(capsys.readouterr().out)["layers"] == 12
+
+
+def test_eval_compares_with_the_original(quantized, llama_folder, capsys):
+    status = run("eval", quantized, "--against", llama_folder, "--windows", 2,
+                 "--sequence-length", 64, "--prompt", "def f", "--json")  # fmt: skip
+
+    found = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert found["tokens"] == 2 * 63
+    assert found["kl_bits"] > 0
+    assert 0 < found["top1_agreement"] <= 1
+    assert found["perplexity"] == pytest.approx(found["original_perplexity"], rel=0.2)
+    assert found["text"].startswith("def f")
+
+
+def test_eval_prints_a_table(quantized, capsys):
+    assert run("eval", quantized, "--windows", 1, "--sequence-length", 64) == 0
+
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_without_a_traceback(tmp_path, capsys):
+    assert run("verify", tmp_path) == 1
+
+    err = capsys.readouterr().err
+    assert err.startswith("watersic: error: ")
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_error_as_it_is(tmp_path):
+    from watersic_hf import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        run("verify", tmp_path, "--debug")
+
+
+@pytest.mark.parametrize("text", ["v_proj", "v_proj=x"])
+def test_bad_layer_bits_are_explained(llama_folder, tmp_path, capsys, text):
+    assert run("quantize", llama_folder, tmp_path / "o", "--layer-bits", text) == 1
+    assert "must be PATTERN=BITS" in capsys.readouterr().err
+
+
+def test_the_commands_and_their_options_are_these(capsys):
+    from watersic_hf.cli import _parser
+
+    (commands,) = (a for a in _parser()._actions if a.choices)
+    options = {
+        name: sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--"))
+        for name, parser in commands.choices.items()
+    }
+
+    common = ["--debug", "--help", "--json"]
+    assert options == {
+        "quantize": sorted([*common, "--bits", "--dataset", "--tokenizer", "--samples",
+                            "--sequence-length", "--batch-size", "--layer-bits", "--skip",
+                            "--seed", "--dtype", "--device-map", "--max-shard-size"]),
+        "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
+                        "--dtype", "--device-map", "--prompt"]),
+        "inspect": common,
+        "verify": common,
+        "demo": sorted([*common, "--bits", "--model", "--out"]),
+    }  # fmt: skip
+
+
+def test_the_demo_runs_on_a_given_model(llama_folder, tmp_path, capsys):
+    assert (
+        run("demo", "--model", llama_folder, "--bits", 4, "--out", tmp_path / "kept", "--json") == 0
+    )
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_stored"] == pytest.approx(4, rel=0.01)
+    assert found["perplexity_after"] > 1
+    assert found["text"]
+    assert (tmp_path / "kept" / "model.safetensors").is_file()
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "watersic_hf.cli", "--help"], capture_output=True, text=True
+    )
+
+    assert done.returncode == 0
+    assert "quantize" in done.stdout

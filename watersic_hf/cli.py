@@ -1,0 +1,298 @@
+"""The command line: ``watersic quantize | eval | inspect | verify | demo``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from watersic_hf.checkpoint import inspect_checkpoint, verify_checkpoint
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors are one line on standard error unless ``--debug`` is given.
+
+    Returns:
+        The exit status: 0, 1 after an error, 2 for bad arguments.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("watersic: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"watersic: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="watersic", description="WaterSIC weight quantization.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", parents=[common], help="quantize a model")
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("model", help="folder or hub name of a causal language model")
+    quantize.add_argument("out", help="folder to save to")
+    quantize.add_argument("--bits", type=float, default=3.0, help="stored bits per weight (3.0)")
+    quantize.add_argument(
+        "--dataset",
+        default="pydoc",
+        help="calibration set: self, pydoc, wikitext2, c4, a file, a hub name, or none (pydoc)",
+    )
+    quantize.add_argument("--tokenizer", help="folder or hub name (the model's own)")
+    quantize.add_argument("--samples", type=int, default=128, help="calibration windows (128)")
+    quantize.add_argument("--sequence-length", type=int, default=2048, help="their tokens (2048)")
+    quantize.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
+    quantize.add_argument(
+        "--layer-bits",
+        action="append",
+        default=[],
+        metavar="PATTERN=BITS",
+        help="bits for the layers that a pattern selects; may be repeated",
+    )
+    quantize.add_argument(
+        "--skip", action="append", metavar="PATTERN", help="layers to leave dense; may be repeated"
+    )
+    quantize.add_argument("--seed", type=int, default=0)
+    quantize.add_argument("--dtype", default="auto", help="of the dense rest (the model's own)")
+    quantize.add_argument("--device-map", help="as in from_pretrained")
+    quantize.add_argument("--max-shard-size", default="5GB")
+
+    evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL, speed")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("model", help="folder or hub name")
+    evaluate.add_argument("--against", metavar="ORIGINAL", help="model to compare with")
+    evaluate.add_argument(
+        "--text", help="text file; default: topics of Python's documentation held out for this"
+    )
+    evaluate.add_argument("--sequence-length", type=int, default=512)
+    evaluate.add_argument("--windows", type=int, help="at most so many windows (all)")
+    evaluate.add_argument("--dtype", default="auto")
+    evaluate.add_argument("--device-map")
+    evaluate.add_argument("--prompt", help="also print a greedy continuation of this text")
+
+    for name, run, text in (
+        ("inspect", _inspect, "what a quantized folder holds, layer by layer"),
+        ("verify", _verify, "check every checksum and decode everything"),
+    ):
+        command = commands.add_parser(name, parents=[common], help=text)
+        command.set_defaults(run=run)
+        command.add_argument("folder")
+
+    demo = commands.add_parser("demo", parents=[common], help="the main job on a real model")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--model", help="folder or hub name (SmolLM2-135M-Instruct from a package)")
+    demo.add_argument("--bits", type=float, default=3.0)
+    demo.add_argument("--out", help="keep the quantized model in this folder")
+    return parser
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from watersic_hf.calibration import average_bits
+    from watersic_hf.integration import WaterSICConfig, quantize_to_folder
+
+    config = WaterSICConfig(
+        bits=arguments.bits,
+        dataset=None if arguments.dataset == "none" else arguments.dataset,
+        tokenizer=arguments.tokenizer,
+        samples=arguments.samples,
+        sequence_length=arguments.sequence_length,
+        batch_size=arguments.batch_size,
+        layer_bits=dict(_pattern_bits(arguments.layer_bits)),
+        modules_to_not_convert=arguments.skip,
+        seed=arguments.seed,
+    )
+    reports = quantize_to_folder(
+        arguments.model, arguments.out, config, dtype=arguments.dtype,
+        device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,
+    )  # fmt: skip
+    stored = average_bits(reports)
+    if arguments.json:
+        _print_json(
+            {"bits": arguments.bits, "stored": stored, "layers": [asdict(r) for r in reports]}
+        )
+    else:
+        print(
+            f"{arguments.out}: {len(reports)} layers, {sum(r.weights for r in reports):,} weights, "
+            f"{stored:.4f} bits per weight stored ({arguments.bits:g} asked)"
+        )
+
+
+def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:
+    for text in texts:
+        pattern, equals, bits = text.rpartition("=")
+        try:
+            yield pattern, float(bits)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--layer-bits {text!r} must be PATTERN=BITS, as in down_proj=3.5")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from watersic_hf.calibration import pydoc_texts
+    from watersic_hf.evaluation import evaluate, evaluation_windows, generation_speed
+
+    def load(name: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=arguments.dtype, device_map=arguments.device_map
+        ).eval()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = "\n\n".join(pydoc_texts(held_out=True))
+    if arguments.text:
+        text = Path(arguments.text).read_text(encoding="utf-8")
+    windows = evaluation_windows(
+        text, tokenizer, sequence_length=arguments.sequence_length, limit=arguments.windows
+    )
+    model = load(arguments.model)
+    original = load(arguments.against) if arguments.against else None
+    result = asdict(evaluate(model, windows, original))
+    result["tokens_per_second"] = generation_speed(model, windows[0][:32])
+    if arguments.prompt:
+        prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
+        tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+        result["text"] = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    if arguments.json:
+        _print_json(result)
+        return
+    rows = [("windows", result["windows"]), ("predicted tokens", result["tokens"])]
+    if original is not None:
+        rows += [
+            ("perplexity, original", f"{result['original_perplexity']:.4f}"),
+            ("KL to the original, bits per token", f"{result['kl_bits']:.5f}"),
+            ("top-1 agreement", f"{result['top1_agreement']:.2%}"),
+        ]
+    rows += [
+        ("perplexity", f"{result['perplexity']:.4f}"),
+        ("tokens per second", f"{result['tokens_per_second']:.1f}"),
+    ]
+    _print_table(("", arguments.model), rows)
+    if arguments.prompt:
+        print(f"\n{result['text']}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from watersic_hf.calibration import read_report
+
+    found = inspect_checkpoint(arguments.folder)
+    errors = {report.name: report.error for report in read_report(arguments.folder)}
+    for layer in found["layers"]:
+        layer["error"] = errors.get(layer["name"])
+    if arguments.json:
+        _print_json(found)
+        return
+    head = ("layer", "shape", "bits", "H pooled", "H class", "payload", "error", "classes", "max")
+    rows = [
+        (
+            layer["name"],
+            f"{layer['rows']} x {layer['columns']}",
+            f"{layer['bits']:.4f}",
+            f"{layer['pooled_entropy']:.4f}",
+            f"{layer['class_entropy']:.4f}",
+            f"{layer['payload_bits']:.4f}",
+            "" if layer["error"] is None else f"{layer['error']:.3g}",
+            f"{layer['row_classes']} + {layer['column_classes']}",
+            layer["max_abs_code"],
+        )
+        for layer in found["layers"]
+    ]
+    totals = found["totals"]
+    rows.append(
+        (
+            f"{totals['layers']} layers",
+            f"{totals['weights']:,}",
+            f"{totals['bits']:.4f}",
+            f"{totals['pooled_entropy']:.4f}",
+            f"{totals['class_entropy']:.4f}",
+            f"{totals['payload_bits']:.4f}",
+            "",
+            "",
+            "",
+        )
+    )
+    _print_table(head, rows)
+    print(
+        f"\nquantized {totals['quantized_bytes']:,} bytes, dense {totals['dense_bytes']:,} bytes, "
+        f"files {totals['file_bytes']:,} bytes"
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    checked = verify_checkpoint(arguments.folder)
+    if arguments.json:
+        _print_json(checked)
+    else:
+        print(
+            f"{arguments.folder}: {checked['layers']} layers, {checked['codes']:,} codes, "
+            f"{checked['bytes']:,} bytes: all checksums right"
+        )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from watersic_hf.demo import run_demo
+
+    result = run_demo(model=arguments.model, bits=arguments.bits, out=arguments.out)
+    if arguments.json:
+        _print_json(result)
+        return
+
+    def megabytes(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f} MB"
+
+    ppl = (f"{result[f'perplexity_{when}']:.3f}" for when in ("before", "after"))
+    sizes = {
+        kind: [megabytes(result[f"{kind}_mb_{when}"]) for when in ("before", "after")]
+        for kind in ("linear", "file")
+    }
+    rows = [
+        ("linear layers", *sizes["linear"]),
+        ("whole model", *sizes["file"]),
+        ("bits per weight", "16", f"{result['bits_stored']:.4f} ({result['bits_asked']:g} asked)"),
+        ("perplexity, held-out text", *ppl),
+        ("KL, bits per token", "", f"{result['kl_bits']:.4f}"),
+        ("top-1 agreement", "", f"{result['top1_agreement']:.1%}"),
+        ("seconds to quantize", "", f"{result['quantize_seconds']:.0f}"),
+        ("tokens per second", "", f"{result['tokens_per_second']:.1f}"),
+    ]
+    _print_table((Path(result["model"]).name, "before", "after"), rows)
+    print(f"\nThe quantized model, reloaded in a new process:\n{result['text']}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+    """Aligned columns; the first to the left, the others to the right."""
+    table = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for number, row in enumerate(table):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+if __name__ == "__main__":
+    # a closed pipe, as after `| head`, is no error
+    try:
+        status = main()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
