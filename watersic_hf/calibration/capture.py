@@ -5,6 +5,7 @@ Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +33,17 @@ class BlockStream:
     Blocks differ: layers with a sliding window have a mask of their own."""
 
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """Output of `block`, the model's block number `index`, on one batch."""
+        """Output of `block`, the model's block number `index`, on one batch, where the block is."""
         hidden = self.hidden[batch]
-        args, kwargs = self.arguments[tuple(hidden.shape[:2])][index]
+        inputs = (hidden, *self.arguments[tuple(hidden.shape[:2])][index])
+        hidden, args, kwargs = _moved(inputs, next(block.parameters()).device)
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Push all batches through a block."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(index, block, batch)
+            self.hidden[batch] = self.run(index, block, batch).to(self.hidden[batch].device)
 
 
 def block_stream(
@@ -100,6 +102,17 @@ def group_moments(
     finally:
         handle.remove()
     return moments.result()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same structure with all tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
 
 
 def _batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:

@@ -31,6 +31,7 @@ class LayerQuantizer:
         self.seed = seed
         self.reports: list[LayerReport] = []
 
+    @torch.no_grad()
     def quantize(self, name: str, weight_AN: Tensor, moments: Moments) -> PackedLayer:
         """Quantize and pack a layer's weight, and add its report.
 

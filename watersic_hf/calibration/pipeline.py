@@ -29,6 +29,7 @@ def quantize_blocks(
     quantizer: LayerQuantizer,
     *,
     batch_size: int = 8,
+    device: torch.device | str | None = None,
 ) -> None:
     """Quantize the layers of a model in place, block by block, on calibration windows.
 
@@ -38,6 +39,7 @@ def quantize_blocks(
         layers: names of the `nn.Linear` modules to quantize.
         quantizer: does the layers, and holds their budget and reports.
         batch_size: windows in a batch.
+        device: where blocks are moved to while it is their turn; default: they stay where they are.
 
     Layers outside the blocks, or that no calibration window reaches, stay as they are, with a
     warning that names them.
@@ -51,6 +53,8 @@ def quantize_blocks(
     done: set[str] = set()
     with tqdm(total=len(layers), desc="Quantizing", unit="layer") as bar:
         for index, (name, block) in enumerate(blocks):
+            home = next(block.parameters()).device
+            block.to(device or home)
             inside = [n.removeprefix(f"{name}.") for n in layers if n.startswith(f"{name}.")]
             for layer in _quantize_block(index, name, block, inside, stream, quantizer):
                 done.add(layer)
@@ -61,6 +65,7 @@ def quantize_blocks(
                 )
                 bar.update()
             stream.advance(index, block)
+            block.to(home)
     left = [layer for layer in layers if layer not in done]
     if left:
         logger.warning(

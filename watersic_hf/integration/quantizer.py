@@ -232,12 +232,19 @@ class WaterSICHfQuantizer(HfQuantizer):
     def _calibrate(self, model: nn.Module) -> None:
         config = self.quantization_config
         model.eval()
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        if config.sequence_length > longest:
+            logger.info("Calibration windows are cut to the model's %d positions.", longest)
         windows = calibration_windows(
             config.dataset, tokenizer=_tokenizer(config.tokenizer, model.name_or_path), model=model,
-            samples=config.samples, sequence_length=config.sequence_length, seed=config.seed,
+            samples=config.samples, sequence_length=min(config.sequence_length, longest),
+            seed=config.seed,
         )  # fmt: skip
         layers = [name for name, _ in model.named_modules() if name in self._layers]
-        quantize_blocks(model, windows, layers, self._quantizer, batch_size=config.batch_size)
+        quantize_blocks(
+            model, windows, layers, self._quantizer, batch_size=config.batch_size,
+            device="cuda" if torch.cuda.is_available() else None,
+        )  # fmt: skip
         self._keep_dense(model, [n for n, m in model.named_modules() if type(m) is nn.Linear])
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
