@@ -18,9 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import WaterSICConfig
-from watersic_hf.calibration import pydoc_texts
 from watersic_hf.checkpoint import inspect_checkpoint
-from watersic_hf.evaluation import evaluate, evaluation_windows
+from watersic_hf.evaluation import evaluate, evaluation_text, evaluation_windows
 
 COLUMNS = ("asked", "stored", "pooled entropy", "perplexity", "KL bits/token", "top-1", "seconds")
 
@@ -38,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     arguments = parser.parse_args(argv)
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = "\n\n".join(pydoc_texts(held_out=True))
-    if arguments.text:
-        text = Path(arguments.text).read_text(encoding="utf-8")
+    text = evaluation_text(arguments.text)
     windows = evaluation_windows(
         text, tokenizer, sequence_length=arguments.sequence_length, limit=arguments.windows
     )

@@ -143,8 +143,12 @@ def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from watersic_hf.calibration import pydoc_texts
-    from watersic_hf.evaluation import evaluate, evaluation_windows, generation_speed
+    from watersic_hf.evaluation import (
+        evaluate,
+        evaluation_text,
+        evaluation_windows,
+        generation_speed,
+    )
 
     def load(name: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -152,11 +156,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         ).eval()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = "\n\n".join(pydoc_texts(held_out=True))
-    if arguments.text:
-        text = Path(arguments.text).read_text(encoding="utf-8")
     windows = evaluation_windows(
-        text, tokenizer, sequence_length=arguments.sequence_length, limit=arguments.windows
+        evaluation_text(arguments.text),
+        tokenizer,
+        sequence_length=arguments.sequence_length,
+        limit=arguments.windows,
     )
     model = load(arguments.model)
     original = load(arguments.against) if arguments.against else None

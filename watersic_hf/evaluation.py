@@ -1,14 +1,18 @@
 """How good a quantized model is: perplexity, divergence from the original, agreement, speed."""
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from watersic_hf.calibration import pydoc_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,13 @@ def generation_speed(model: torch.nn.Module, prompt_T: Tensor, *, new_tokens: in
     out = model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **settings)
     seconds = time.perf_counter() - start
     return (out.shape[1] - prompt.shape[1]) / seconds
+
+
+def evaluation_text(file: str | os.PathLike | None = None) -> str:
+    """The text of a file, or the topics of Python's documentation that no calibration uses."""
+    if file is not None:
+        return Path(file).read_text(encoding="utf-8")
+    return "\n\n".join(pydoc_texts(held_out=True))
 
 
 def evaluation_windows(
