@@ -184,19 +184,18 @@ def test_quantizing_into_a_disk_offload_is_refused(quantize, tmp_path):
         quantize(dataset=None, load={"device_map": where, "offload_folder": str(tmp_path)})
 
 
-@pytest.mark.parametrize(
-    ("dataset", "error", "message"),
-    [(None, RuntimeError, "issues during automatic conversion"), ("pydoc", ValueError, "weight")],
-)
+@pytest.mark.parametrize("dataset", [None, "pydoc"])
 def test_a_weight_that_is_not_finite_stops_with_the_layers_name(
-    make_llama, quantize, tmp_path, watersic_log, dataset, error, message
+    make_llama, quantize, tmp_path, dataset
 ):
     dense = make_llama()
     with torch.no_grad():
-        dense.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+        dense.model.layers[0].mlp.gate_proj.weight[3, 4] = float("inf")
     dense.save_pretrained(tmp_path)
 
-    with pytest.raises(error, match=message):
+    with pytest.raises(
+        ValueError, match=r"^model\.layers\.0\.mlp\.gate_proj: 1 of 10240 entries of weight"
+    ):
         quantize(tmp_path, dataset=dataset)
 
 

@@ -65,6 +65,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self._device_map: Any = None
         self._layers: set[str] = set()
         self._quantizer: LayerQuantizer | None = None
+        self._failure: ValueError | None = None
 
     # -- what transformers asks ---------------------------------------------------------------
 
@@ -213,6 +214,8 @@ class WaterSICHfQuantizer(HfQuantizer):
     # -- after the weights --------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._failure is not None:
+            raise self._failure
         if self._calibrated:
             self._calibrate(model)
         elif self.pre_quantized:
@@ -275,14 +278,22 @@ class WaterSICQuantize(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Pack the one tensor of `input_dict`; nothing is left for the loader to set."""
+        """Pack the one tensor of `input_dict`; nothing is left for the loader to set.
+
+        The first error is kept and raised when all is loaded, since transformers would replace an
+        error from here by one that names neither the layer nor the cause.
+        """
         (value,) = input_dict.values()
         weight_AN = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
         module = model.get_submodule(name)
         layers = self.hf_quantizer._quantizer
         moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
-        packed = layers.quantize(name, weight_AN, moments)
+        try:
+            packed = layers.quantize(name, weight_AN, moments)
+        except ValueError as error:
+            self.hf_quantizer._failure = self.hf_quantizer._failure or error
+            return {full_layer_name: weight_AN}
         layer = WaterSICLinear.from_packed(packed, dtype=weight_AN.dtype, device=weight_AN.device)
         layer.bias = module.bias
         replace_module(model, name, layer)
