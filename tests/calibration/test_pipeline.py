@@ -8,9 +8,9 @@ from watersic_hf.calibration.report import LayerReport, read_report, write_repor
 from watersic_hf.core import LayerSettings
 
 
-def run(model, layers, bits=5.0):
+def run(model, layers, bits=5.0, length=32):
     g = torch.Generator().manual_seed(0)
-    windows = [torch.randint(0, 320, (32,), generator=g) for _ in range(4)]
+    windows = [torch.randint(0, 320, (length,), generator=g) for _ in range(4)]
     targets = {n: (model.get_submodule(n).weight.numel(), bits) for n in layers}
     quantizer = LayerQuantizer(targets, settings=LayerSettings(), seed=0)
     quantize_blocks(model, windows, layers, quantizer, batch_size=2)
@@ -26,6 +26,18 @@ def test_layers_outside_the_blocks_stay_dense_and_are_named(make_llama, watersic
     assert len(quantizer.reports) == 14
     assert type(model.lm_head) is nn.Linear
     assert "Left dense, since no calibration data reaches them: lm_head." in watersic_log.text
+
+
+@pytest.mark.parametrize(("length", "warned"), [(32, True), (128, False)])
+def test_too_few_tokens_for_the_widest_layer_are_a_warning(
+    make_llama, watersic_log, length, warned
+):
+    model = make_llama()
+
+    # four windows, and down_proj has 160 inputs
+    run(model, ["model.layers.0.mlp.down_proj"], length=length)
+
+    assert ("do not determine the moments of 160 inputs" in watersic_log.text) == warned
 
 
 def test_a_layer_that_the_block_never_calls_stays_dense_and_is_named(make_llama, watersic_log):

@@ -49,6 +49,7 @@ def quantize_blocks(
     """
     layers = list(layers)
     blocks = decoder_blocks(model, layers)
+    _warn_of_few_tokens(model, windows, layers)
     stream = block_stream(model, [block for _, block in blocks], windows, batch_size=batch_size)
     done: set[str] = set()
     with tqdm(total=len(layers), desc="Quantizing", unit="layer") as bar:
@@ -72,6 +73,21 @@ def quantize_blocks(
             "Left dense, since no calibration data reaches them: %s. Name them in "
             "`modules_to_not_convert` to say so on purpose.",
             ", ".join(left),
+        )
+
+
+def _warn_of_few_tokens(model: nn.Module, windows: Sequence[Tensor], layers: Sequence[str]) -> None:
+    """Say so when there are fewer than two tokens for every input of the widest layer."""
+    tokens = sum(len(window) for window in windows)
+    columns = max(model.get_submodule(layer).in_features for layer in layers)
+    if tokens < 2 * columns:
+        logger.warning(
+            "%d calibration tokens do not determine the moments of %d inputs, and the result can "
+            "be worse than without data. Use at least %d tokens, better a hundred times as many, "
+            "or raise `damping` (3e-2).",
+            tokens,
+            columns,
+            2 * columns,
         )
 
 
