@@ -6,7 +6,7 @@ from watersic_hf.checkpoint import (
     CheckpointError,
     layer_charge,
     pack_layer,
-    quantized_layers,
+    stored_layers,
     tensor_specs,
     validate_layer,
 )
@@ -118,7 +118,14 @@ def test_quantized_layers_are_the_byte_vectors_called_weight():
         "c.bytes": ((9,), "U8"),
     }
 
-    assert quantized_layers(headers) == ["a"]
+    assert list(stored_layers(headers)) == ["a"]
+    assert stored_layers(headers)["a"] == {"weight": (100,), "row_scale": (4,)}
+
+
+def test_a_layer_that_lost_its_payload_is_still_seen_and_a_dense_weight_is_not_one():
+    headers = {"a.weight": ((4, 4), "F32"), "a.col_scale": ((4,), "F16")}
+
+    assert stored_layers(headers) == {"a": {"col_scale": (4,)}}
 
 
 def test_validation_names_the_layer_and_the_field():

@@ -5,8 +5,9 @@ group of layers on what the quantized groups before it put out, so that later la
 the errors of earlier ones.
 """
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +101,7 @@ def _quantize_block(
     quantizer: LayerQuantizer,
 ) -> Iterable[str]:
     """Quantize the layers of one block, group by group; yields their full names when done."""
-    run: Callable[[], object] = lambda: stream.run(index, block, 0)  # noqa: E731
-    for group in input_groups(block, layers, run):
+    for group in input_groups(block, layers, functools.partial(stream.run, index, block, 0)):
         moments = group_moments(stream, index, block, group, name=name)
         for layer in group.layers:
             linear = block.get_submodule(layer)

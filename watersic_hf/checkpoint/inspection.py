@@ -18,7 +18,7 @@ from watersic_hf.checkpoint.files import (
 from watersic_hf.checkpoint.schema import (
     CheckpointError,
     PackedLayer,
-    quantized_layers,
+    stored_layers,
     validate_layer,
 )
 
@@ -55,9 +55,7 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: a file or layer is damaged, or nothing in the folder is quantized.
     """
     headers = read_headers(checkpoint_files(folder))
-    rows: list[LayerRow] = []
-    for name, layer in _layers(headers):
-        rows.append(_row(name, layer))
+    rows = [_row(name, layer) for name, layer in _layers(headers)]
     weights = sum(row.rows * row.columns for row in rows)
 
     def average(field: str) -> float:
@@ -103,27 +101,16 @@ def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
 
 def _layers(headers: dict[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer]]:
     """The quantized layers of a checkpoint, one at a time in memory."""
-    names = quantized_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
-    orphans = [
-        name.removesuffix(".row_scale")
-        for name in headers
-        if name.endswith(".row_scale") and name.removesuffix(".row_scale") not in set(names)
-    ]
-    if not names and not orphans:
+    layers = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
+    if not layers:
         raise CheckpointError("the checkpoint holds no layer that watersic_hf quantized")
-    for name in tqdm([*names, *orphans], desc="Reading layers", delay=3, leave=False):
-        fields = PackedLayer.__annotations__
-        shapes = {f: headers[f"{name}.{f}"].shape for f in fields if f"{name}.{f}" in headers}
-        sides = [shapes.get(f, (0,))[0] for f in ("row_scale", "col_scale")]
-        if name in orphans:
-            shapes.pop("weight", None)
-        validate_layer(name, shapes, *sides)
-        tensors = {
-            field: read_tensors(headers[f"{name}.{field}"].file, [f"{name}.{field}"])[
-                f"{name}.{field}"
-            ]
-            for field in fields
-        }
+    for name, shapes in tqdm(layers.items(), desc="Reading layers", delay=3, leave=False):
+        rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
+        validate_layer(name, shapes, rows, columns)
+        tensors = {}
+        for field in shapes:
+            key = f"{name}.{field}"
+            tensors[field] = read_tensors(headers[key].file, [key])[key]
         yield name, PackedLayer(**tensors)
 
 

@@ -119,17 +119,25 @@ def layer_charge(codes_AN: Tensor, rows: int) -> float:
     return bits / max(1, rows * columns)
 
 
-def quantized_layers(headers: Mapping[str, tuple[tuple[int, ...], str]]) -> list[str]:
-    """Names of the layers that a checkpoint holds in quantized form, in its order.
+def stored_layers(
+    headers: Mapping[str, tuple[tuple[int, ...], str]],
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The layers of which a checkpoint holds at least one packed tensor, in its order.
 
     Args:
         headers: shape and safetensors dtype of every tensor, by name.
+
+    Returns:
+        For each layer the shapes of its packed tensors, by name within the layer: all three of
+        them, unless the checkpoint is incomplete.  A dense ``weight`` is none of them.
     """
-    return [
-        name.removesuffix(".weight")
-        for name, (shape, dtype) in headers.items()
-        if name.endswith(".weight") and dtype == "U8" and len(shape) == 1
-    ]
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, (shape, dtype) in headers.items():
+        layer, _, field = name.rpartition(".")
+        is_payload = field == "weight" and dtype == "U8" and len(shape) == 1
+        if is_payload or field in ("row_scale", "col_scale"):
+            layers.setdefault(layer, {})[field] = shape
+    return layers
 
 
 def validate_layer(

@@ -59,7 +59,7 @@ def encode(codes_AN: Tensor, *, associated: bytes = b"") -> Tensor:
             checksum, and `verify` checks it.
 
     Returns:
-        The payload, 1-D uint8 on the CPU; the same bytes for the same codes everywhere.
+        The payload, 1-D uint8 on the CPU; the same bytes for the same codes on every run.
 
     Raises:
         CodecError: `codes_AN` is not a matrix of 32-bit integers.

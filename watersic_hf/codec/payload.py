@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 
 from watersic_hf.codec import rice
-from watersic_hf.codec.layout import LANES, MAX_STEPS, Geometry
+from watersic_hf.codec.layout import MAX_STEPS, Geometry
 from watersic_hf.codec.model import MAX_SHIFT, CodeModel, library
 
 MAGIC = b"WSIC"
@@ -70,11 +70,6 @@ class Header:
     col_bytes: int
     associated_checksum: int
     head_checksum: int
-
-    @property
-    def band_rows(self) -> int:
-        """Rows of a full chunk; a range of rows that starts at a multiple splits no chunk."""
-        return LANES * self.rows_per_lane
 
     @classmethod
     def parse(cls, payload: np.ndarray) -> "Header":

@@ -80,11 +80,8 @@ def encode_chunks(
         for block in reversed(blocks(span, geometry)):
             keys_TL = block.keys(model.row_class_A, model.col_class_N)
             if keys_TL.max() < model.first_shifted_key:
-                symbols_TL, low_TL, shift_TL = (
-                    block.gather(codes_AN, to_symbols, np.uint8),
-                    None,
-                    None,
-                )
+                symbols_TL = block.gather(codes_AN, to_symbols, np.uint8)
+                low_TL = shift_TL = None
             else:
                 shift_TL = model.shift_K[keys_TL].astype(np.uint32)
                 codes_TL = block.gather(codes_AN, np.copy, np.int32)

@@ -32,7 +32,7 @@ from watersic_hf.calibration import (
     quantize_blocks,
     read_report,
 )
-from watersic_hf.checkpoint import CheckpointError, quantized_layers, validate_layer
+from watersic_hf.checkpoint import CheckpointError, stored_layers, validate_layer
 from watersic_hf.core import Moments
 from watersic_hf.integration.config import QUANT_METHOD, WaterSICConfig
 from watersic_hf.integration.headers import model_headers
@@ -189,11 +189,9 @@ class WaterSICHfQuantizer(HfQuantizer):
         """Put an empty quantized layer of the right size wherever the files hold one."""
         headers = model_headers(model, files or [])
         self.reports = read_report(Path(files[0]).parent) if files else []
-        shapes = {name: (header.shape, header.dtype) for name, header in headers.items()}
-        packed = set(quantized_layers(shapes))
+        stored = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
         for name in linear:
-            fields = ("weight", "row_scale", "col_scale") if name in packed else ("row_scale",)
-            found = {f: shapes[f"{name}.{f}"][0] for f in fields if f"{name}.{f}" in shapes}
+            found = stored.get(name, {})
             if not found and module_matches(name, skip) is not None:
                 continue
             module = model.get_submodule(name)
@@ -205,7 +203,7 @@ class WaterSICHfQuantizer(HfQuantizer):
                 payload_bytes=found.get("weight", (0,))[0], dtype=self.dtype, device="meta",
             )  # fmt: skip
             replace_module(model, name, layer)
-        if not any(True for _ in packed_layers(model)):
+        if next(packed_layers(model), None) is None:
             raise CheckpointError(
                 f"{type(model).__name__}: config.json says that the model is quantized with "
                 f"{QUANT_METHOD}, but the files hold no quantized layer of it."
@@ -285,6 +283,8 @@ class WaterSICQuantize(ConversionOps):
         """
         (value,) = input_dict.values()
         weight_AN = value[0] if isinstance(value, list) else value
+        if self.hf_quantizer._failure is not None:
+            return {full_layer_name: weight_AN}
         name = full_layer_name.removesuffix(".weight")
         module = model.get_submodule(name)
         layers = self.hf_quantizer._quantizer
@@ -292,7 +292,7 @@ class WaterSICQuantize(ConversionOps):
         try:
             packed = layers.quantize(name, weight_AN, moments)
         except ValueError as error:
-            self.hf_quantizer._failure = self.hf_quantizer._failure or error
+            self.hf_quantizer._failure = error
             return {full_layer_name: weight_AN}
         layer = WaterSICLinear.from_packed(packed, dtype=weight_AN.dtype, device=weight_AN.device)
         layer.bias = module.bias

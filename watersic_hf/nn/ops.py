@@ -112,7 +112,9 @@ def _weight_tiles(
             f"dequantize: the payload holds {header.rows} x {header.cols} codes, "
             f"but the scales are those of a {A} x {N} layer"
         )
-    band = header.band_rows * max(1, SCRATCH_BYTES // (4 * max(1, N) * header.band_rows))
+    # a range of rows that starts at a multiple of the band splits no chunk
+    band = header.geometry.band_rows
+    band *= max(1, SCRATCH_BYTES // (4 * max(1, N) * band))
     col_scale_N = col_scale_N.float()
     for start in range(0, A, band):
         rows = slice(start, min(start + band, A))
