@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from watersic_hf.core import Moments, quantize_weight
+from watersic_hf.core import LayerSettings, Moments, quantize_weight
 from watersic_hf.core.rate import paper_rate, pooled_entropy
 from watersic_hf.testing import assert_close
 
@@ -27,7 +27,10 @@ def quantized(golden):
         cross_cov_NN=golden.get("cross_cov"),
         residual_AN=golden.get("residual"),
     )
-    return quantize_weight(golden["weight"], moments, rate=float(golden["rate_parameter"]))
+    return quantize_weight(
+        golden["weight"], moments, rate=float(golden["rate_parameter"]),
+        settings=LayerSettings(damping=1e-4),
+    )  # fmt: skip
 
 
 def test_all_five_files_are_here():

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from watersic_hf.core.moments import CalibrationError, Moments
-from watersic_hf.core.whiten import damped_cholesky, live_columns, whitened_target
+from watersic_hf.core.whiten import (
+    damped_cholesky,
+    damping_for,
+    live_columns,
+    whitened_target,
+    whitened_variances,
+)
 from watersic_hf.testing import assert_close, random_layer
 
 
@@ -85,3 +91,98 @@ def test_columns_of_the_target_are_contiguous():
     drift = Moments(cov=cov_NN, tokens=0, drifted_cov_NN=cov_NN, cross_cov_NN=cov_NN)
     for moments in (Moments(cov=cov_NN, tokens=0), drift):
         assert whitened_target(weight_AN, moments, chol_NN, damping).T.is_contiguous()
+
+
+def drifting_streams(tokens=4000, columns=12, rows=5):
+    g = torch.Generator().manual_seed(3)
+    x_TN = torch.randn(tokens, columns, generator=g, dtype=torch.float64)
+    mixing = torch.randn(columns, columns, generator=g, dtype=torch.float64) / 6
+    noise = torch.randn(tokens, columns, generator=g, dtype=torch.float64)
+    drifted_TN = x_TN + x_TN @ mixing + 0.3 * noise
+    residual_TA = drifted_TN[:, :rows] * 0.5 + torch.randn(
+        tokens, rows, generator=g, dtype=torch.float64
+    )
+    return x_TN, drifted_TN, residual_TA
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_target_is_the_least_squares_weight_on_the_drifted_input(with_residual):
+    x_TN, drifted_TN, residual_TA = drifting_streams()
+    weight_AN = torch.randn(5, 12, dtype=torch.float64)
+    T = len(x_TN)
+    moments = Moments(
+        cov=x_TN.T @ x_TN / T,
+        drifted_cov_NN=drifted_TN.T @ drifted_TN / T,
+        cross_cov_NN=x_TN.T @ drifted_TN / T,
+        residual_AN=residual_TA.T @ drifted_TN / T if with_residual else None,
+        tokens=T,
+    )
+
+    chol_NN, damping = damped_cholesky(moments.layer_cov, 1e-12, tokens=T, name="layer")
+    target_AN = whitened_target(weight_AN, moments, chol_NN, damping)
+    found_AN = torch.linalg.solve_triangular(chol_NN, target_AN, upper=False, left=False)
+
+    # the same problem, token by token
+    wanted_TA = x_TN @ weight_AN.T + (residual_TA if with_residual else 0)
+    expected_AN = torch.linalg.lstsq(drifted_TN, wanted_TA).solution.T
+    assert_close(found_AN, expected_AN, tolerance=1e-9)
+
+
+def test_a_share_of_the_drift_moves_the_target_in_proportion():
+    x_TN, drifted_TN, residual_TA = drifting_streams()
+    T = len(x_TN)
+    moments = Moments(
+        cov=x_TN.T @ x_TN / T,
+        drifted_cov_NN=drifted_TN.T @ drifted_TN / T,
+        cross_cov_NN=x_TN.T @ drifted_TN / T,
+        residual_AN=residual_TA.T @ drifted_TN / T,
+        tokens=T,
+    )
+    weight_AN = torch.randn(5, 12, dtype=torch.float64)
+
+    linear = [moments.with_drift(share).linear_term(weight_AN) for share in (0.0, 0.25, 1.0)]
+
+    assert_close(linear[0], weight_AN @ moments.drifted_cov_NN, tolerance=1e-12)
+    assert_close(linear[1], 0.75 * linear[0] + 0.25 * linear[2], tolerance=1e-12)
+    assert_close(linear[2], moments.linear_term(weight_AN), tolerance=1e-12)
+
+
+def test_mixed_moments_are_the_weighted_mean_of_all_fields():
+    x_TN, drifted_TN, residual_TA = drifting_streams()
+    T = len(x_TN)
+
+    def of(weight_T1):
+        return Moments(
+            cov=x_TN.T @ (weight_T1 * x_TN) / T,
+            drifted_cov_NN=drifted_TN.T @ (weight_T1 * drifted_TN) / T,
+            cross_cov_NN=x_TN.T @ (weight_T1 * drifted_TN) / T,
+            residual_AN=residual_TA.T @ (weight_T1 * drifted_TN) / T,
+            tokens=T,
+        )
+
+    weight_T1 = torch.rand(T, 1, dtype=torch.float64)
+    mixed, direct = of(1.0).mix(of(weight_T1), 0.3), of(0.7 + 0.3 * weight_T1)
+
+    for field in ("cov", "drifted_cov_NN", "cross_cov_NN", "residual_AN"):
+        assert_close(getattr(mixed, field), getattr(direct, field), tolerance=1e-12)
+
+
+def test_whitened_variances_need_no_dead_column():
+    weight_AN, cov_NN = random_layer(6, 8, seed=1)
+    cov_NN[3] = cov_NN[:, 3] = 0
+
+    variance_N = whitened_variances(weight_AN, Moments(cov=cov_NN, tokens=9), 1e-3, name="layer")
+
+    live = [0, 1, 2, 4, 5, 6, 7]
+    alone_N = whitened_variances(
+        weight_AN[:, live], Moments(cov=cov_NN[live][:, live], tokens=9), 1e-3, name="layer"
+    )
+    assert float(variance_N[3]) == 0
+    assert_close(variance_N[live], alone_N, tolerance=1e-12)
+
+
+def test_the_damping_falls_with_the_tokens_to_the_papers():
+    assert damping_for(1000, 1000) == pytest.approx(0.05)
+    assert damping_for(1000, 100_000) == pytest.approx(5e-4)
+    assert damping_for(1000, 10_000_000) == 1e-4
+    assert damping_for(1000, 0) == 1e-4

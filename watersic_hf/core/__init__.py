@@ -3,7 +3,8 @@
 from watersic_hf.core.metrics import gap_to_bound, relative_output_error
 from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
-from watersic_hf.core.waterfill import SHAPING_LOSS
+from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
+from watersic_hf.core.whiten import whitened_variances
 
 __all__ = [
     "SHAPING_LOSS",
@@ -14,5 +15,7 @@ __all__ = [
     "QuantizedWeight",
     "gap_to_bound",
     "quantize_weight",
+    "rate_at_level",
     "relative_output_error",
+    "whitened_variances",
 ]

@@ -6,7 +6,7 @@ Units:  every moment is a mean over tokens and is not centred.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,59 @@ class Moments:
         cross = self.cov if self.cross_cov_NN is None else self.cross_cov_NN
         linear_AN = times(weight_AN, cross)
         return linear_AN if self.residual_AN is None else linear_AN + self.residual_AN
+
+    def with_drift(self, share: float) -> Moments:
+        r"""Return these moments with only a share of the drift correction.
+
+        .. math:: S_C \leftarrow S_H + \text{share} \, (S_C - S_H), \quad
+                  S_R \leftarrow \text{share} \, S_R
+
+        With 1 the layer makes up for all of the drift of its input, as far as these tokens tell;
+        with 0 it keeps its function on the drifted input.  Shares between are a shrinkage: the
+        correction is a regression, and what it fits to noise grows with N over the tokens.
+        """
+        if self.cross_cov_NN is None or share == 1:
+            return self
+        residual_AN = self.residual_AN
+        return replace(
+            self,
+            cross_cov_NN=self.drifted_cov_NN.lerp(self.cross_cov_NN, share),
+            residual_AN=None if residual_AN is None else share * residual_AN,
+        )
+
+    def mix(self, other: Moments, share: float) -> Moments:
+        """Return ``(1 - share) * self + share * other``; both have the same fields."""
+
+        def mixed(name: str) -> Tensor | None:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            return None if mine is None else mine.lerp(theirs, share)
+
+        return Moments(
+            cov=mixed("cov"),
+            tokens=self.tokens,
+            drifted_cov_NN=mixed("drifted_cov_NN"),
+            cross_cov_NN=mixed("cross_cov_NN"),
+            residual_AN=mixed("residual_AN"),
+        )
+
+    def towards_original(self, share: float) -> Moments:
+        """Return these moments with S_H and S_C mixed with S_X: 1 = as if nothing had drifted."""
+        if self.cross_cov_NN is None or share == 0:
+            return self
+        return replace(
+            self,
+            drifted_cov_NN=self.drifted_cov_NN.lerp(self.cov, share),
+            cross_cov_NN=self.cross_cov_NN.lerp(self.cov, share),
+        )
+
+    def scale_rows(self, factor_A1: Tensor) -> Moments:
+        """Return the moments of a problem whose outputs, row by row, are `factor_A1` times these.
+
+        Only S_R has to do with outputs.
+        """
+        if self.residual_AN is None:
+            return self
+        return replace(self, residual_AN=self.residual_AN * factor_A1)
 
     def select(self, live_N: Tensor) -> Moments:
         """Return the float64 moments of the columns where `live_N` is True."""

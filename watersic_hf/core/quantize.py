@@ -17,7 +17,7 @@ from watersic_hf.core.moments import CalibrationError, Moments, times
 from watersic_hf.core.rate import Charge, CodedLayer, LayerSearch, code_layer, insert_columns
 from watersic_hf.core.rescale import rescale
 from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
-from watersic_hf.core.whiten import damped_cholesky, live_columns, whitened_target
+from watersic_hf.core.whiten import damped_cholesky, damping_for, live_columns, whitened_target
 
 #: Share of the rows that the rate search looks at.
 SEARCH_FRACTION = 0.1
@@ -29,15 +29,16 @@ COARSEST_RATE = 0.25
 class LayerSettings:
     """How a layer is quantized, apart from its rate."""
 
-    damping: float = 1e-4
-    """Added to the diagonal of the input covariance, relative to the diagonal's mean."""
+    damping: float | None = None
+    """Added to the diagonal of the input covariance, relative to the diagonal's mean; None is
+    `damping_for` the number of columns and tokens."""
     rescale: bool = True
     """Fit row and column scales to the finished codes."""
     search_rows: int = 256
     """The rate search looks at this many rows, or a tenth of all rows if that is more."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < math.inf:
+        if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"LayerSettings: damping is {self.damping}; it must be positive.")
         if self.search_rows < 1:
             raise ValueError(f"LayerSettings: search_rows is {self.search_rows}; use at least 1.")
@@ -83,6 +84,7 @@ def quantize_weight(
     bits: float | None = None,
     rate: float | None = None,
     charge: Charge | None = None,
+    row_importance_A: Tensor | None = None,
     settings: LayerSettings = DEFAULT_SETTINGS,
     generator: torch.Generator | None = None,
     name: str = "weight",
@@ -95,6 +97,9 @@ def quantize_weight(
         bits: bits per weight to spend, searched with `charge`.
         rate: instead of `bits`, the Shannon rate R of `step_for_rate`; the codes cost more.
         charge: what codes cost; see `Charge`.
+        row_importance_A: what the squared error of each row counts for, positive; only ratios
+            matter.  A row of importance w gets a step of its own, ``step / sqrt(w)``: waterfilling
+            over rows as over columns.  Default: all rows count the same.
         settings: everything else.
         generator: draws the rows that the search looks at; default is seed 0.
         name: of the layer, for messages.
@@ -107,11 +112,13 @@ def quantize_weight(
     _check_inputs(weight_AN, moments, name)
     live_N = _live_columns(weight_AN, moments, name)
     if not bool(live_N.any()):
-        return _zero_weight(weight_AN, live_N, charge, settings)
-    live_AN = weight_AN[:, live_N].double()
-    live_moments = moments.select(live_N)
+        return _zero_weight(weight_AN, moments, live_N, charge, settings)
+    emphasis_A1 = _emphasis(weight_AN, row_importance_A, name)
+    live_AN = weight_AN[:, live_N].double() * emphasis_A1
+    live_moments = moments.select(live_N).scale_rows(emphasis_A1)
+    damping = settings.damping or damping_for(live_moments.columns, moments.tokens)
     chol, damping = damped_cholesky(
-        live_moments.layer_cov, settings.damping, tokens=moments.tokens, name=name
+        live_moments.layer_cov, damping, tokens=moments.tokens, name=name
     )
     target_AN = whitened_target(live_AN, live_moments, chol, damping)
     if bits is None:
@@ -122,6 +129,7 @@ def quantize_weight(
     del target_AN
     spacing_N = spacings(chol, run.step)
     row_scale_A, gain_N = _fit_scales(run, spacing_N, live_AN, live_moments, live_N, settings)
+    row_scale_A = row_scale_A / emphasis_A1[:, 0]
     col_scale_N = insert_columns(spacing_N * gain_N, live_N)
     dequantized_AN = run.codes_AN * col_scale_N * row_scale_A[:, None]
     return QuantizedWeight(
@@ -176,8 +184,27 @@ def _fit_scales(
     return live_AN.new_ones(len(live_AN)), run.shrinkage_N
 
 
+def _emphasis(weight_AN: Tensor, row_importance_A: Tensor | None, name: str) -> Tensor:
+    """Return the factor of every row, (A, 1), root mean square 1."""
+    rows = len(weight_AN)
+    if row_importance_A is None:
+        return torch.ones(rows, 1, dtype=torch.float64, device=weight_AN.device)
+    importance_A = row_importance_A.to(weight_AN.device, torch.float64)
+    usable = torch.isfinite(importance_A) & (importance_A > 0)
+    if importance_A.shape != (rows,) or not bool(usable.all()):
+        raise ValueError(
+            f"{name}: the row importances have shape {tuple(importance_A.shape)} and "
+            f"{int(usable.sum())} positive finite entries; one for each of {rows} rows is needed."
+        )
+    return (importance_A / importance_A.mean()).sqrt()[:, None]
+
+
 def _zero_weight(
-    weight_AN: Tensor, live_N: Tensor, charge: Charge | None, settings: LayerSettings
+    weight_AN: Tensor,
+    moments: Moments,
+    live_N: Tensor,
+    charge: Charge | None,
+    settings: LayerSettings,
 ) -> QuantizedWeight:
     """Return the exact answer for a weight that is zero wherever its input is not."""
     codes_AN = torch.zeros_like(weight_AN, dtype=torch.int8)
@@ -190,7 +217,7 @@ def _zero_weight(
         spacing_N=zeros_N,
         shrinkage_N=zeros_N,
         live_N=live_N,
-        damping=settings.damping,
+        damping=settings.damping or damping_for(moments.columns, moments.tokens),
         bits=None if charge is None else charge(codes_AN, len(codes_AN)),
         error=0.0,
     )

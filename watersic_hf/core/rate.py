@@ -30,9 +30,9 @@ MAX_STRIDE = 4.0
 #: Bits per octave below which two evaluations count as a plateau.
 FLAT = 0.1
 #: Relative error of the bits that the search on a subset of the rows stops at.
-SEARCH_TOLERANCE = 1e-3
+SEARCH_TOLERANCE = 3e-3
 #: Relative error of the bits of the finished layer below which it is not run again.
-FINAL_TOLERANCE = 4e-3
+FINAL_TOLERANCE = 8e-3
 #: Runs over all rows, corrections included.
 FULL_RUNS = 4
 

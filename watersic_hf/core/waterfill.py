@@ -69,6 +69,14 @@ def step_for_budget(weight_AN: Tensor, chol: Tensor, rate: float) -> Tensor:
     return (0.5 * (math.log(12) + level_N[active - 1])).exp()
 
 
+def rate_at_level(variance_N: Tensor, level: float) -> float:
+    r"""Return :math:`\operatorname{mean}_i \max(0, \tfrac12 \log_2(\sigma_i^2 / \theta))`.
+
+    The bits per weight, by reverse waterfilling, of columns that all carry the distortion `level`.
+    """
+    return float(0.5 * (variance_N / level).clamp(min=1).log2().mean())
+
+
 def spacings(chol: Tensor, step: Tensor | float) -> Tensor:
     r"""Return :math:`\alpha_i = c / \ell_{ii}`, the distance of neighbouring values of column i."""
     return step / chol_diagonal(chol)
@@ -99,4 +107,4 @@ def shannon_rate(variance_N: Tensor, distortion: float) -> float:
     # the first component that is not wholly drowned sets the level
     first = int((level_N > variance_N).sum())
     level = level_N[first]
-    return float(0.5 * (variance_N / level).clamp(min=1).log2().mean())
+    return rate_at_level(variance_N, level)

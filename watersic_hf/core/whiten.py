@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from watersic_hf.core.moments import CalibrationError, Moments
+from watersic_hf.core.waterfill import whitened_variance
 
 logger = logging.getLogger(__name__)
 
 #: A column is dead when its mean square is below this fraction of the median column's.
 DEAD_FRACTION = 1e-3
+#: Damping of moments that were measured on many tokens; the paper's.
+LEAST_DAMPING = 1e-4
+#: Damping for every column there is per token.
+DAMPING_PER_COLUMN = 0.05
 #: How often a failed factorization is tried again, each time with ten times the damping.
 RETRIES = 3
 
@@ -71,6 +76,15 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
     )
 
 
+def damping_for(columns: int, tokens: int) -> float:
+    """Return the damping for second moments of `columns` inputs that were measured on `tokens`.
+
+    The noise in the directions of least power grows with columns over tokens; the paper's 1e-4
+    belongs to its millions of tokens, and is the least there is.
+    """
+    return max(LEAST_DAMPING, DAMPING_PER_COLUMN * columns / tokens) if tokens else LEAST_DAMPING
+
+
 def damping_shift(cov: Tensor, damping: float) -> Tensor:
     r"""Return :math:`\delta`, what the damping adds to every diagonal entry."""
     return damping * (cov if cov.ndim == 1 else cov.diagonal()).mean()
@@ -107,3 +121,20 @@ def whitened_target(weight_AN: Tensor, moments: Moments, chol: Tensor, damping: 
         if moments.residual_AN is not None:
             target_NA += torch.linalg.solve_triangular(chol, moments.residual_AN.T, upper=False)
     return target_NA.contiguous().T
+
+
+def whitened_variances(
+    weight_AN: Tensor, moments: Moments, damping: float | None, *, name: str
+) -> Tensor:
+    r"""Return the variance :math:`\sigma_i^2 = s_i \ell_{ii}^2` of every column; 0 for dead ones.
+
+    The rate that a layer needs for a distortion depends on nothing else; see
+    `waterfill.rate_at_level`.  A `damping` of None is that of `damping_for`.
+    """
+    live_N = live_columns(moments.cov)
+    live_moments = moments.select(live_N)
+    damping = damping or damping_for(live_moments.columns, moments.tokens)
+    chol, _ = damped_cholesky(live_moments.layer_cov, damping, tokens=moments.tokens, name=name)
+    variance_N = torch.zeros_like(live_N, dtype=torch.float64)
+    variance_N[live_N] = whitened_variance(weight_AN[:, live_N].double(), chol)
+    return variance_N
