@@ -27,6 +27,26 @@ def test_quantize_writes_a_folder_that_is_complete(quantized, capsys):
     assert (quantized / "README.md").read_text().count("import watersic_hf") == 1
 
 
+def test_any_setting_of_the_method_can_be_set(llama_folder, tmp_path, capsys):
+    options = ["--dataset=none", "--set=allocation=uniform", "--set=drift=0", "--set=mixing=true"]
+
+    assert run("quantize", llama_folder, tmp_path / "o", *options) == 0
+
+    saved = json.loads((tmp_path / "o" / "config.json").read_text())["quantization_config"]
+    assert saved["allocation"] == "uniform"
+    assert saved["drift"] == 0
+    assert saved["mixing"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("bits=3", "must be NAME=VALUE with a name among"), ("drift=high", "drift is 'high'")],
+)
+def test_a_setting_that_is_none_is_refused(llama_folder, tmp_path, capsys, text, message):
+    assert run("quantize", llama_folder, tmp_path / "o", "--set", text) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_quantize_refuses_to_overwrite(quantized, llama_folder, capsys):
     assert run("quantize", llama_folder, quantized) == 1
     assert "holds a model already" in capsys.readouterr().err
@@ -110,7 +130,7 @@ def test_the_commands_and_their_options_are_these(capsys):
     assert options == {
         "quantize": sorted([*common, "--bits", "--dataset", "--tokenizer", "--samples",
                             "--sequence-length", "--batch-size", "--layer-bits", "--skip",
-                            "--seed", "--dtype", "--device-map", "--max-shard-size"]),
+                            "--set", "--seed", "--dtype", "--device-map", "--max-shard-size"]),
         "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
                         "--dtype", "--device-map", "--prompt"]),
         "inspect": common,

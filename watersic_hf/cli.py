@@ -64,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--skip", action="append", metavar="PATTERN", help="layers to leave dense; may be repeated"
     )
+    quantize.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of WaterSICConfig, its value in JSON: drift=0, mixing=true; may be "
+        "repeated",
+    )
     quantize.add_argument("--seed", type=int, default=0)
     quantize.add_argument("--dtype", default="auto", help="of the dense rest (the model's own)")
     quantize.add_argument("--device-map", help="as in from_pretrained")
@@ -112,6 +120,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         layer_bits=dict(_pattern_bits(arguments.layer_bits)),
         modules_to_not_convert=arguments.skip,
         seed=arguments.seed,
+        **dict(_settings(arguments.set)),
     )
     reports = quantize_to_folder(
         arguments.model, arguments.out, config, dtype=arguments.dtype,
@@ -138,6 +147,20 @@ def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:
             equals = ""
         if not equals:
             raise ValueError(f"--layer-bits {text!r} must be PATTERN=BITS, as in down_proj=3.5")
+
+
+def _settings(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
+    """The settings that are named on the command line; the others have options of their own."""
+    names = ("allocation", "row_importance", "drift", "residual", "attention", "mixing",
+             "zero_rows", "damping", "rescale")  # fmt: skip
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names:
+            raise ValueError(f"--set {text!r} must be NAME=VALUE with a name among {names}")
+        try:
+            yield name, json.loads(value)
+        except json.JSONDecodeError:
+            yield name, value
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -91,7 +91,7 @@ def test_another_seed_gives_another_file(quantize, tmp_path):
 
 
 def test_layers_can_have_bits_of_their_own(quantize):
-    model = quantize(bits=4.0, layer_bits={"down_proj": 6.0})
+    model = quantize(bits=4.0, layer_bits={"down_proj": 6.0}, allocation="uniform")
 
     bits = {r.name: r.bits for r in model.hf_quantizer.reports}
 
@@ -255,3 +255,71 @@ def test_registering_twice_does_nothing():
 
     watersic_hf.register()
     watersic_hf.register()
+
+
+@pytest.mark.parametrize("dataset", [None, "pydoc"])
+def test_rows_named_by_hand_are_zero_and_what_they_feed_is_dead(quantize, dataset):
+    rows = [3, 70]
+
+    model = quantize(dataset=dataset, zero_rows={r"layers\.0\.mlp\.(gate|up)_proj": rows})
+
+    mlp = model.model.layers[0].mlp
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        weight = layer.dequantize().weight
+        assert torch.equal((weight == 0).all(1).nonzero()[:, 0], torch.tensor(rows))
+    if dataset is not None:
+        assert bool((mlp.down_proj.dequantize().weight[:, rows] == 0).all())
+
+
+def test_massive_channels_are_found_and_written_into_the_configuration(
+    make_llama, quantize, tmp_path
+):
+    dense = make_llama()
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):
+            dense.get_submodule(f"model.layers.1.mlp.{name}").weight[7] *= 300
+    dense.save_pretrained(tmp_path)
+
+    model = quantize(tmp_path, zero_rows="auto")
+
+    assert model.config.quantization_config.zero_rows == {
+        rf"model\.layers\.1\.mlp\.{name}_proj": [7] for name in ("gate", "up")
+    }
+    assert bool((model.model.layers[1].mlp.up_proj.dequantize().weight[7] == 0).all())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation": "uniform"},
+        {"row_importance": False},
+        {"drift": 0.0, "residual": False},
+        {"drift": 1.0},
+        {"residual": False},
+        {"attention": 0.7},
+        {"mixing": True},
+        {"rescale": False},
+        {"damping": 1e-2},
+    ],
+    ids=str,
+)
+def test_every_switch_changes_the_file_and_keeps_the_bits(quantize, changes):
+    ordinary, changed = quantize(bits=3.0), quantize(bits=3.0, **changes)
+
+    for model in (ordinary, changed):
+        assert average_bits(model.hf_quantizer.reports) == pytest.approx(3.0, rel=0.01)
+    assert any(
+        not torch.equal(a.weight, b.weight)
+        for a, b in zip(ordinary.modules(), changed.modules(), strict=True)
+        if isinstance(a, WaterSICLinear)
+    )
+
+
+def test_bits_given_to_a_layer_by_hand_are_not_moved_to_others(quantize):
+    model = quantize(bits=4.0, layer_bits={"down_proj": 6.0}, allocation="sensitivity")
+
+    bits = {r.name: r.bits for r in model.hf_quantizer.reports}
+
+    assert all(b == pytest.approx(6, abs=0.2) for n, b in bits.items() if "down_proj" in n)
+    others = [b for n, b in bits.items() if "down_proj" not in n]
+    assert max(others) - min(others) > 0.2

@@ -2,17 +2,24 @@
 
 from watersic_hf.calibration.data import calibration_windows, describe, pydoc_texts
 from watersic_hf.calibration.layer import LayerQuantizer
+from watersic_hf.calibration.massive import massive_rows, zero_rows
 from watersic_hf.calibration.pipeline import quantize_blocks
 from watersic_hf.calibration.report import LayerReport, average_bits, read_report, write_report
+from watersic_hf.calibration.settings import CalibrationSettings
+from watersic_hf.calibration.topology import decoder_blocks
 
 __all__ = [
+    "CalibrationSettings",
     "LayerQuantizer",
     "LayerReport",
     "average_bits",
     "calibration_windows",
+    "decoder_blocks",
     "describe",
+    "massive_rows",
     "pydoc_texts",
     "quantize_blocks",
     "read_report",
     "write_report",
+    "zero_rows",
 ]

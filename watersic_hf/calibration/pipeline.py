@@ -5,21 +5,30 @@ group of layers on what the quantized groups before it put out, so that later la
 the errors of earlier ones.
 """
 
+import copy
 import functools
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from watersic_hf.calibration.capture import BlockStream, block_stream, group_moments
+from watersic_hf.calibration.attention import attention_importance
+from watersic_hf.calibration.capture import Side, block_stream, group_moments
 from watersic_hf.calibration.layer import LayerQuantizer
+from watersic_hf.calibration.mixing import search_mixture
 from watersic_hf.calibration.report import average_bits
-from watersic_hf.calibration.topology import decoder_blocks, input_groups
+from watersic_hf.calibration.sensitivity import layer_sensitivities
+from watersic_hf.calibration.settings import CalibrationSettings
+from watersic_hf.calibration.topology import InputGroup, decoder_blocks, input_groups
+from watersic_hf.core import Moments
 from watersic_hf.nn import WaterSICLinear, replace_module
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_SETTINGS = CalibrationSettings()
 
 
 @torch.no_grad()
@@ -29,6 +38,7 @@ def quantize_blocks(
     layers: Iterable[str],
     quantizer: LayerQuantizer,
     *,
+    settings: CalibrationSettings = DEFAULT_SETTINGS,
     batch_size: int = 8,
     device: torch.device | str | None = None,
 ) -> None:
@@ -39,6 +49,7 @@ def quantize_blocks(
         windows: 1-D token ids.
         layers: names of the `nn.Linear` modules to quantize.
         quantizer: does the layers, and holds their budget and reports.
+        settings: which statistics are taken, and how they are used.
         batch_size: windows in a batch.
         device: where blocks are moved to while it is their turn; default: they stay where they are.
 
@@ -51,14 +62,30 @@ def quantize_blocks(
     layers = list(layers)
     blocks = decoder_blocks(model, layers)
     _warn_of_few_tokens(model, windows, layers)
+    if settings.sensitivity:
+        sensitivities = layer_sensitivities(
+            model, blocks, _first_windows(windows, settings.sensitivity_tokens), layers,
+            damping=quantizer.settings.damping, seed=quantizer.seed, device=device,
+        )  # fmt: skip
+        quantizer.weigh(
+            sensitivities,
+            allocate=settings.allocation == "sensitivity",
+            rows=settings.row_importance,
+        )
     stream = block_stream(model, [block for _, block in blocks], windows, batch_size=batch_size)
+    original = stream.copy() if settings.two_streams else None
     done: set[str] = set()
     with tqdm(total=len(layers), desc="Quantizing", unit="layer") as bar:
         for index, (name, block) in enumerate(blocks):
             home = next(block.parameters()).device
             block.to(device or home)
             inside = [n.removeprefix(f"{name}.") for n in layers if n.startswith(f"{name}.")]
-            for layer in _quantize_block(index, name, block, inside, stream, quantizer):
+            turn = _Turn(
+                index, name, quantizer, settings,
+                working=Side(stream, block),
+                original=None if original is None else Side(original, copy.deepcopy(block)),
+            )  # fmt: skip
+            for layer in turn.quantize(inside):
                 done.add(layer)
                 bar.set_postfix_str(
                     f"block {index + 1}/{len(blocks)}, {layer.removeprefix(f'{name}.')}, "
@@ -67,6 +94,8 @@ def quantize_blocks(
                 )
                 bar.update()
             stream.advance(index, block)
+            if original is not None:
+                original.advance(index, turn.original.block)
             block.to(home)
     left = [layer for layer in layers if layer not in done]
     if left:
@@ -84,31 +113,86 @@ def _warn_of_few_tokens(model: nn.Module, windows: Sequence[Tensor], layers: Seq
     if tokens < 2 * columns:
         logger.warning(
             "%d calibration tokens do not determine the moments of %d inputs, and the result can "
-            "be worse than without data. Use at least %d tokens, better a hundred times as many, "
-            "or raise `damping` (3e-2).",
+            "be worse than without data. Use at least %d tokens, better a hundred times as many.",
             tokens,
             columns,
             2 * columns,
         )
 
 
-def _quantize_block(
-    index: int,
-    name: str,
-    block: nn.Module,
-    layers: Sequence[str],
-    stream: BlockStream,
-    quantizer: LayerQuantizer,
-) -> Iterable[str]:
-    """Quantize the layers of one block, group by group; yields their full names when done."""
-    for group in input_groups(block, layers, functools.partial(stream.run, index, block, 0)):
-        moments = group_moments(stream, index, block, group, name=name)
-        for layer in group.layers:
-            linear = block.get_submodule(layer)
-            packed = quantizer.quantize(f"{name}.{layer}", linear.weight, moments)
-            quantized = WaterSICLinear.from_packed(
-                packed, bias=linear.bias, dtype=linear.weight.dtype, device=linear.weight.device
+def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first windows that hold so many tokens, at least one."""
+    chosen: list[Tensor] = []
+    for window in windows:
+        if chosen and sum(map(len, chosen)) >= tokens:
+            break
+        chosen.append(window)
+    return chosen
+
+
+@dataclass
+class _Turn:
+    """One block, while it is its turn."""
+
+    index: int
+    name: str
+    quantizer: LayerQuantizer
+    settings: CalibrationSettings
+    working: Side
+    original: Side | None
+
+    def quantize(self, layers: Sequence[str]) -> Iterable[str]:
+        """Quantize the layers of the block, group by group; yields their full names when done."""
+        block = self.working.block
+        run = functools.partial(self.working.stream.run, self.index, block)
+        groups = input_groups(block, layers, lambda: run(0), self.working.stream.hidden[0])
+        importance = self._importance() if any(g.feeds_attention for g in groups) else None
+        for number, group in enumerate(groups):
+            moments = self._moments(
+                group,
+                next((g for g in groups[number:] if not g.feeds_attention), None),
+                importance if group.feeds_attention else None,
             )
-            quantized.set_residency("dense")
-            replace_module(block, layer, quantized)
-            yield f"{name}.{layer}"
+            for layer in group.layers:
+                linear = block.get_submodule(layer)
+                weight_AN = linear.weight
+                packed, codes_AN = self.quantizer.quantize(
+                    f"{self.name}.{layer}", weight_AN, moments
+                )
+                quantized = WaterSICLinear.from_packed(
+                    packed, bias=linear.bias, codes_AN=codes_AN, dtype=weight_AN.dtype,
+                    device=weight_AN.device,
+                )  # fmt: skip
+                replace_module(block, layer, quantized)
+                yield f"{self.name}.{layer}"
+
+    def _importance(self) -> list[Tensor] | None:
+        """Attention weights of all tokens, if they are wanted."""
+        if self.original is None or not (self.settings.attention or self.settings.mixing):
+            return None
+        run = functools.partial(self.original.stream.run, self.index, self.original.block)
+        return attention_importance(run, len(self.original.stream.hidden))
+
+    def _moments(
+        self, group: InputGroup, after: InputGroup | None, importance: list[Tensor] | None
+    ) -> Moments:
+        """The statistics that a group is quantized with."""
+        settings = self.settings
+        plain, weighted = group_moments(
+            self.working, self.index, group, name=self.name, original=self.original,
+            residual=settings.residual, importance=importance,
+        )  # fmt: skip
+
+        def mixture(drift: float, attention: float) -> Moments:
+            mixed = plain if weighted is None else plain.mix(weighted, attention)
+            return mixed.with_drift(drift)
+
+        if not (settings.mixing and group.feeds_attention and after is not None):
+            return mixture(settings.drift, settings.attention)
+        shares = search_mixture(
+            mixture, group, after, self.index, self.working, self.original,
+            bits=self.quantizer.budget.ask(f"{self.name}.{group.layers[0]}"),
+            settings=self.quantizer.settings, weighted=weighted is not None,
+        )  # fmt: skip
+        logger.info("%s: drift share %.3f, attention share %.3f", self.name, *shares)
+        return mixture(*shares)

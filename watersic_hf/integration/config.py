@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from watersic_hf.calibration import describe
+from watersic_hf.calibration import CalibrationSettings, describe
 from watersic_hf.checkpoint import FORMAT_VERSION
 from watersic_hf.core import LayerSettings
 from watersic_hf.nn import RESIDENCIES, module_matches
@@ -57,7 +57,23 @@ class WaterSICConfig(QuantizationConfigMixin):
             ``{"down_proj": 3.5, r"layers\.0": 4}``.  The first that matches counts.
         modules_to_not_convert: patterns of layers to leave dense, besides the output head and what
             is tied to the embeddings.
-        damping: added to the second moment of the inputs, relative to its mean diagonal.
+        zero_rows: rows of layers to set to zero before anything else, by pattern as in
+            `layer_bits`: channels with massive activations (paper, dead rows).  ``"auto"`` looks
+            for them on the calibration windows.  It changes the model, and is for models that
+            cannot be quantized well with them.
+        damping: added to the second moment of the inputs, relative to its mean diagonal; None
+            takes 0.05 times inputs over calibration tokens, at least 1e-4.
+        allocation: ``"sensitivity"`` moves bits to the layers whose errors change the model's
+            predictions most, by the Fisher information of a few calibration windows;
+            ``"uniform"`` gives all layers the same.
+        row_importance: give the rows of each layer steps by the same measure.
+        drift: share, from 0 to 1, of the drift of a layer's input that the layer makes up for
+            (paper, drift correction); above 0 the original model runs beside the quantized one.
+        residual: layers that write to the residual stream make up for its error too, by the same
+            share (paper, residual compensation).
+        attention: share, from 0 to 1, of the statistics of q, k and v that weighs tokens by the
+            attention they receive (paper, attention weighting).
+        mixing: search both shares for q, k and v of every block (paper, adaptive mixing).
         rescale: fit a scale per row and per column after rounding (paper, section on rescalers).
         seed: of the calibration windows and of the search; the same seed gives the same file.
         runtime: how this process runs the layers, a `WaterSICRuntime` or a dict; never saved, and
@@ -79,7 +95,14 @@ class WaterSICConfig(QuantizationConfigMixin):
         batch_size: int = 8,
         layer_bits: Mapping[str, float] | None = None,
         modules_to_not_convert: list[str] | None = None,
-        damping: float = LayerSettings.damping,
+        zero_rows: Mapping[str, list[int]] | str | None = None,
+        damping: float | None = None,
+        allocation: str = CalibrationSettings.allocation,
+        row_importance: bool = CalibrationSettings.row_importance,
+        drift: float = CalibrationSettings.drift,
+        residual: bool = CalibrationSettings.residual,
+        attention: float = CalibrationSettings.attention,
+        mixing: bool = CalibrationSettings.mixing,
         rescale: bool = True,
         seed: int = 0,
         runtime: WaterSICRuntime | Mapping[str, Any] | None = None,
@@ -96,7 +119,14 @@ class WaterSICConfig(QuantizationConfigMixin):
         self.batch_size = batch_size
         self.layer_bits = dict(layer_bits or {})
         self.modules_to_not_convert = modules_to_not_convert
+        self.zero_rows = zero_rows
         self.damping = damping
+        self.allocation = allocation
+        self.row_importance = row_importance
+        self.drift = drift
+        self.residual = residual
+        self.attention = attention
+        self.mixing = mixing
         self.rescale = rescale
         self.seed = seed
         if not isinstance(runtime, WaterSICRuntime):
@@ -110,6 +140,18 @@ class WaterSICConfig(QuantizationConfigMixin):
     def settings(self) -> LayerSettings:
         """Settings of the method for one layer."""
         return LayerSettings(damping=self.damping, rescale=self.rescale)
+
+    @property
+    def calibration(self) -> CalibrationSettings:
+        """Settings of the method that look beyond one layer; without a dataset they do nothing."""
+        return CalibrationSettings(
+            allocation=self.allocation,
+            row_importance=self.row_importance,
+            drift=self.drift,
+            residual=self.residual,
+            attention=self.attention,
+            mixing=self.mixing,
+        )
 
     def bits_of(self, layer: str) -> float:
         """Bits asked for a layer: those of the first pattern of `layer_bits` that matches."""
@@ -150,7 +192,10 @@ class WaterSICConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, but must be a positive integer")
-        for pattern in (*self.layer_bits, *(self.modules_to_not_convert or ())):
+        if isinstance(self.zero_rows, str) and self.zero_rows != "auto":
+            raise ValueError(f'zero_rows is {self.zero_rows!r}, but must be "auto" or a mapping')
+        rows = self.zero_rows if isinstance(self.zero_rows, Mapping) else {}
+        for pattern in (*self.layer_bits, *(self.modules_to_not_convert or ()), *rows):
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -163,4 +208,4 @@ class WaterSICConfig(QuantizationConfigMixin):
                 f"watersic_hf reads up to {FORMAT_VERSION}. Run `pip install -U watersic-hf`."
             )
         # its own checks
-        _ = self.settings
+        _ = self.settings, self.calibration

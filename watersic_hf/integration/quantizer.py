@@ -16,6 +16,7 @@ import ctypes
 import logging
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from watersic_hf.calibration import (
     LayerQuantizer,
     LayerReport,
     calibration_windows,
+    decoder_blocks,
+    massive_rows,
     quantize_blocks,
     read_report,
+    zero_rows,
 )
 from watersic_hf.checkpoint import CheckpointError, stored_layers, validate_layer
 from watersic_hf.core import Moments
@@ -64,6 +68,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.reports: list[LayerReport] = []
         self._device_map: Any = None
         self._layers: set[str] = set()
+        self._zero_rows: dict[str, list[int]] = {}
         self._quantizer: LayerQuantizer | None = None
         self._failure: ValueError | None = None
 
@@ -167,7 +172,16 @@ class WaterSICHfQuantizer(HfQuantizer):
             for name in linear
             if name in self._layers
         }
-        self._quantizer = LayerQuantizer(targets, settings=config.settings, seed=config.seed)
+        pinned = [name for name in targets if module_matches(name, config.layer_bits) is not None]
+        if isinstance(config.zero_rows, Mapping):
+            self._zero_rows = {
+                name: config.zero_rows[pattern]
+                for name in targets
+                if (pattern := module_matches(name, config.zero_rows)) is not None
+            }
+        self._quantizer = LayerQuantizer(
+            targets, settings=config.settings, seed=config.seed, pinned=pinned
+        )
 
     def _skipped(self, model: nn.Module) -> list[str]:
         """Patterns of the layers that stay dense: the head, what is tied, and the user's."""
@@ -242,9 +256,17 @@ class WaterSICHfQuantizer(HfQuantizer):
             seed=config.seed,
         )  # fmt: skip
         layers = [name for name, _ in model.named_modules() if name in self._layers]
+        if config.zero_rows == "auto":
+            self._zero_rows = massive_rows(
+                model, decoder_blocks(model, layers), windows, layers, batch_size=config.batch_size
+            )
+            config.zero_rows = {
+                name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
+            }
+        zero_rows(model, self._zero_rows)
         quantize_blocks(
-            model, windows, layers, self._quantizer, batch_size=config.batch_size,
-            device="cuda" if torch.cuda.is_available() else None,
+            model, windows, layers, self._quantizer, settings=config.calibration,
+            batch_size=config.batch_size, device="cuda" if torch.cuda.is_available() else None,
         )  # fmt: skip
         self._keep_dense(model, [n for n, m in model.named_modules() if type(m) is nn.Linear])
 
@@ -288,9 +310,11 @@ class WaterSICQuantize(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         module = model.get_submodule(name)
         layers = self.hf_quantizer._quantizer
+        weight_AN = weight_AN.clone() if name in self.hf_quantizer._zero_rows else weight_AN
+        weight_AN[self.hf_quantizer._zero_rows.get(name, [])] = 0
         moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
         try:
-            packed = layers.quantize(name, weight_AN, moments)
+            packed, _ = layers.quantize(name, weight_AN, moments)
         except ValueError as error:
             self.hf_quantizer._failure = error
             return {full_layer_name: weight_AN}

@@ -73,10 +73,14 @@ class WaterSICLinear(nn.Linear):
         packed: PackedLayer,
         *,
         bias: Tensor | None = None,
+        codes_AN: Tensor | None = None,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> "WaterSICLinear":
-        """A layer that holds the tensors of `packed`, with a copy of `bias`."""
+        """A layer that holds the tensors of `packed`, with a copy of `bias`.
+
+        With `codes_AN`, what the payload decodes to, its residency is ``dense`` without decoding.
+        """
         rows, columns = packed.shape
         layer = cls(
             columns, rows, bias=bias is not None, payload_bytes=len(packed.weight), dtype=dtype,
@@ -86,6 +90,10 @@ class WaterSICLinear(nn.Linear):
             setattr(layer, name, nn.Parameter(tensor.to(device), False))
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype), False)
+        if codes_AN is not None:
+            layer.dense_weight = ops.scale_codes(
+                codes_AN.to(device), layer.row_scale, layer.col_scale, dtype
+            )
         return layer
 
     @property

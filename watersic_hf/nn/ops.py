@@ -115,9 +115,14 @@ def _weight_tiles(
     # a range of rows that starts at a multiple of the band splits no chunk
     band = header.geometry.band_rows
     band *= max(1, SCRATCH_BYTES // (4 * max(1, N) * band))
-    col_scale_N = col_scale_N.float()
     for start in range(0, A, band):
         rows = slice(start, min(start + band, A))
         codes = codec.decode(payload_B, rows=rows).to(row_scale_A.device)
-        tile = row_scale_A[rows, None].float() * (codes * col_scale_N)
-        yield rows, tile.to(dtype)
+        yield rows, scale_codes(codes, row_scale_A[rows], col_scale_N, dtype)
+
+
+def scale_codes(
+    codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return ``diag(row) @ codes @ diag(col)``, computed in float32, rounded once to `dtype`."""
+    return (row_scale_A[:, None].float() * (codes_AN * col_scale_N.float())).to(dtype)

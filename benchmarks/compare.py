@@ -1,0 +1,287 @@
+"""Every method on one model: ours, its parts switched off one by one, baselines and rivals.
+
+    python benchmarks/compare.py run --model FOLDER --calibration calib.txt --text eval.txt \
+        --method full plain gptq-ec rtn-ec --bits 2 3 4 --json results.json
+    python benchmarks/compare.py judge --model FOLDER --text eval.txt --json results.json RIVAL...
+    python benchmarks/compare.py show results.json --plot results.svg
+
+`run` quantizes with our machinery and appends a row per method, rate and seed; `judge` appends one
+for every folder that `rivals.py` wrote; `show` prints the table, means over seeds with their
+spread, and draws KL against stored bits.  Bits are stored bytes of the quantized tensors, for all.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from watersic_hf import WaterSICConfig
+from watersic_hf.calibration import (
+    LayerQuantizer,
+    average_bits,
+    calibration_windows,
+    quantize_blocks,
+)
+from watersic_hf.core import LayerSettings
+from watersic_hf.evaluation import evaluate, evaluation_text, evaluation_windows
+
+#: Our method: the default, its parts switched off one by one, and what the paper has.
+OURS = {
+    "full": {},
+    "uniform allocation": {"allocation": "uniform"},
+    "no row importance": {"row_importance": False},
+    "no drift": {"drift": 0.0, "residual": False},
+    "whole drift": {"drift": 1.0},
+    "no residual": {"residual": False},
+    "attention": {"attention": 0.5},
+    "mixing": {"mixing": True},
+    "no rescalers": {"rescale": False},
+    "damping 1e-4": {"damping": 1e-4},
+    "damping 1e-2": {"damping": 1e-2},
+    "plain": {
+        "allocation": "uniform", "row_importance": False, "drift": 0.0, "residual": False,
+    },
+    "paper": {
+        "allocation": "uniform", "row_importance": False, "drift": 1.0, "residual": True,
+        "mixing": True,
+    },
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run")
+    run.set_defaults(run=_run)
+    run.add_argument("--method", nargs="+", default=["full", "plain"])
+    run.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0])
+    run.add_argument("--seeds", type=int, nargs="+", default=[0])
+    run.add_argument("--calibration", default="pydoc", help="as WaterSICConfig(dataset=...)")
+    run.add_argument("--samples", type=int, default=64)
+    judge = commands.add_parser("judge")
+    judge.set_defaults(run=_judge)
+    judge.add_argument("folders", nargs="+", help="folders that rivals.py wrote")
+    for command in (run, judge):
+        command.add_argument("--model", required=True)
+        command.add_argument("--text", nargs="*", default=[], help="evaluation text files")
+        command.add_argument("--sequence-length", type=int, default=512)
+        command.add_argument("--windows", type=int, default=24, help="of each evaluation text")
+        command.add_argument("--json", required=True, help="rows are appended to this file")
+    show = commands.add_parser("show")
+    show.set_defaults(run=_show)
+    show.add_argument("json")
+    show.add_argument("--plot", help="also draw KL against bits into this SVG file")
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> list[dict]:
+    judge = Judge(arguments)
+    for seed in arguments.seeds:
+        windows = calibration_windows(
+            arguments.calibration, tokenizer=judge.tokenizer, samples=arguments.samples,
+            sequence_length=arguments.sequence_length, seed=seed,
+        )  # fmt: skip
+        for bits in arguments.bits:
+            for method in arguments.method:
+                judge.add(_quantized(arguments.model, method, bits, seed, windows))
+    return judge.rows
+
+
+def _quantized(
+    folder: str, method: str, bits: float, seed: int, windows: Sequence[Tensor]
+) -> tuple[nn.Module, dict]:
+    """A model quantized in memory by one of our methods or baselines, and its row."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not model.get_output_embeddings()
+    ]
+    targets = {name: (model.get_submodule(name).weight.numel(), bits) for name in layers}
+    if method in OURS:
+        config = WaterSICConfig(bits=bits, **OURS[method])
+        quantizer = LayerQuantizer(targets, settings=config.settings, seed=seed)
+        settings = config.calibration
+    else:
+        from baselines import METHODS, BaselineQuantizer
+
+        quantizer = BaselineQuantizer(targets, settings=LayerSettings(), seed=seed)
+        quantizer.method = METHODS[method]
+        settings = WaterSICConfig(**OURS["plain"]).calibration
+    # processor time, as on a shared machine
+    start = time.process_time()
+    quantize_blocks(model, windows, layers, quantizer, settings=settings)
+    return model, {
+        "method": method,
+        "settings": "",
+        "asked": bits,
+        "bits": average_bits(quantizer.reports),
+        "seed": seed,
+        "seconds": time.process_time() - start,
+    }
+
+
+def _judge(arguments: argparse.Namespace) -> list[dict]:
+    judge = Judge(arguments)
+    for folder in arguments.folders:
+        record = json.loads((Path(folder) / "rival.json").read_text(encoding="utf-8"))
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        row = {
+            "method": record["rival"],
+            "settings": record["settings"],
+            "asked": None,
+            "bits": record["bits"],
+            "seed": 0,
+            "seconds": record["seconds"],
+        }
+        judge.add((model, row))
+    return judge.rows
+
+
+class Judge:
+    """Evaluates models against one original, whose logits are computed once."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.model = arguments.model
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        self.original = Remembered(AutoModelForCausalLM.from_pretrained(arguments.model).eval())
+        self.texts = {
+            Path(file).stem if file else "pydoc": evaluation_windows(
+                evaluation_text(file), self.tokenizer,
+                sequence_length=arguments.sequence_length, limit=arguments.windows,
+            )
+            for file in (*arguments.text, None)
+        }  # fmt: skip
+        self.file = Path(arguments.json)
+        self.rows: list[dict] = json.loads(self.file.read_text()) if self.file.is_file() else []
+
+    def add(self, quantized: tuple[nn.Module, dict]) -> None:
+        model, row = quantized
+        row = {"model": Path(self.model).name} | row
+        for name, windows in self.texts.items():
+            result = evaluate(model.eval(), windows, self.original)
+            row |= {
+                f"KL {name}": result.kl_bits,
+                f"ppl {name}": result.perplexity,
+                f"original ppl {name}": result.original_perplexity,
+                f"top-1 {name}": result.top1_agreement,
+            }
+        self.rows.append(row)
+        self.file.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        print(json.dumps(row), flush=True)
+
+
+class Remembered:
+    """A model whose logits of every window are kept after the first time, in its own dtype."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = model.device
+        self.logits: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        key = tuple(input_ids.flatten().tolist())
+        if key not in self.logits:
+            self.logits[key] = self.model(input_ids=input_ids, use_cache=use_cache).logits
+        return SimpleNamespace(logits=self.logits[key])
+
+
+def _show(arguments: argparse.Namespace) -> list[dict]:
+    rows = json.loads(Path(arguments.json).read_text(encoding="utf-8"))
+    texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["model"], row["method"], row["settings"], row["asked"]].append(row)
+    columns = ["model", "method", "settings", "bits"]
+    columns += [f"{what} {text}" for text in texts for what in ("KL", "ppl", "top-1")]
+    print("| " + " | ".join([*columns, "seeds", "cpu s"]) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for (model, method, settings, _), members in sorted(groups.items(), key=_by_bits):
+        cells = [model, method, settings]
+        cells += [_cell([row[column] for row in members]) for column in columns[3:]]
+        cells += [str(len(members)), f"{mean(row['seconds'] for row in members):.0f}"]
+        print("| " + " | ".join(cells) + " |")
+    if arguments.plot:
+        Path(arguments.plot).write_text(plot(rows, f"KL {texts[0]}"), encoding="utf-8")
+    return rows
+
+
+def _by_bits(group: tuple[tuple, list[dict]]) -> tuple:
+    (model, *_), members = group
+    return model, round(mean(row["bits"] for row in members), 1), members[0][_first_kl(members[0])]
+
+
+def _first_kl(row: dict) -> str:
+    return next(key for key in row if key.startswith("KL "))
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean(values):.4g}{spread}"
+
+
+def plot(rows: Iterable[dict], key: str) -> str:
+    """An SVG with one panel per model: `key` on a logarithmic axis against stored bits."""
+    width, height, margin = 560, 420, 56
+    models = sorted({row["model"] for row in rows})
+    colors = (
+        "#1b6ca8",
+        "#d1495b",
+        "#2e933c",
+        "#e08e0b",
+        "#7a4fb5",
+        "#444444",
+        "#0a9396",
+        "#b07d62",
+    )
+    parts = []
+    for panel, model in enumerate(models):
+        mine = [row for row in rows if row["model"] == model]
+        low, high = (
+            f(math.log10(row[key]) for row in mine) for f in (min, max)
+        )  # fmt: skip
+
+        def place(row: dict, panel=panel, low=low, high=high) -> tuple[float, float]:
+            x = margin + (row["bits"] - 1) / 4 * (width - 2 * margin)
+            share = (math.log10(row[key]) - low) / max(high - low, 1e-9)
+            return panel * width + x, height - margin - share * (height - 2 * margin)
+
+        parts.append(_text(panel * width + margin, 24, f"{model}: {key} (log) against stored bits"))
+        for bits in range(1, 6):
+            x, _ = place({"bits": bits, key: 10**low})
+            parts.append(_text(x, height - margin + 18, str(bits)))
+        for value in (low, (low + high) / 2, high):
+            _, y = place({"bits": 1, key: 10**value})
+            parts.append(_text(panel * width + 4, y, f"{10**value:.2g}"))
+        for number, method in enumerate(sorted({row["method"] for row in mine})):
+            points = sorted(place(row) for row in mine if row["method"] == method)
+            color = colors[number % len(colors)]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}"/>')
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points
+            ]
+            y = margin + 15 * number
+            parts.append(_text((panel + 1) * width - 150, y, method, color))
+    size = f'width="{width * len(models)}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
+
+
+def _text(x: float, y: float, text: str, color: str = "#222222") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-family="sans-serif" font-size="12" '
+        f'fill="{color}">{text}</text>'
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from watersic_hf.calibration import decoder_blocks, massive_rows, zero_rows
+
+
+def layers_of(model):
+    return [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
+
+
+def windows(count=4, length=16):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 320, (length,), generator=g) for _ in range(count)]
+
+
+def find(model):
+    layers = layers_of(model)
+    return massive_rows(model, decoder_blocks(model, layers), windows(), layers, batch_size=2)
+
+
+def test_a_channel_a_thousand_times_larger_is_found_with_the_rows_that_make_it(make_llama):
+    model = make_llama()
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):
+            model.get_submodule(f"model.layers.1.mlp.{name}").weight[7] *= 300
+
+    found = find(model)
+
+    assert found == {f"model.layers.1.mlp.{name}_proj": [7] for name in ("gate", "up")}
+
+
+def test_an_ordinary_model_has_none(make_llama):
+    assert find(make_llama()) == {}
+
+
+def test_zeroed_rows_and_their_biases_put_nothing_out(make_llama):
+    model = make_llama(mlp_bias=True)
+    layer = model.model.layers[0].mlp.up_proj
+    with torch.no_grad():
+        layer.bias.fill_(1.0)
+
+    zero_rows(model, {"model.layers.0.mlp.up_proj": [3, 5]})
+
+    with torch.no_grad():
+        y = layer(torch.randn(4, 64))
+    assert torch.equal((y == 0).all(0).nonzero()[:, 0], torch.tensor([3, 5]))
+
+
+def test_a_row_that_is_not_there_is_refused(make_llama):
+    with pytest.raises(ValueError, match=r"up_proj has rows 0 to 159, and \[160\]"):
+        zero_rows(make_llama(), {"model.layers.0.mlp.up_proj": [160]})

@@ -1,0 +1,138 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from watersic_hf.calibration.budget import LEAST_BITS, sensitive_targets
+from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
+from watersic_hf.calibration.topology import decoder_blocks
+from watersic_hf.core import SHAPING_LOSS, CalibrationError
+
+
+def layers_of(model):
+    return [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
+
+
+def windows(count=8, length=32):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 320, (length,), generator=g) for _ in range(count)]
+
+
+def sensitivities(model, tokens):
+    layers = layers_of(model)
+    return layer_sensitivities(
+        model, decoder_blocks(model, layers), tokens, layers, damping=1e-2, seed=0
+    )
+
+
+def test_the_power_of_every_row_is_the_mean_square_of_the_whole_models_gradient(make_llama):
+    model = make_llama().requires_grad_(False)
+    tokens = windows()
+
+    found = sensitivities(model, tokens)
+
+    # the same draws, differentiated through the whole model at once
+    name = "model.layers.0.mlp.up_proj"
+    kept, generator, power_A, count = [], torch.Generator().manual_seed(0), 0, 0
+    layer = model.get_submodule(name)
+
+    def keep(module, args, y):
+        kept.append(y.requires_grad_())
+        return y
+
+    handle = layer.register_forward_hook(keep)
+    for window in tokens:
+        log_p_TV = F.log_softmax(model(input_ids=window[None]).logits[0], -1)
+        drawn = torch.multinomial(log_p_TV.detach().exp(), 1, generator=generator)
+        (grad,) = torch.autograd.grad(log_p_TV.gather(1, drawn).sum(), kept[-1])
+        power_A, count = power_A + grad.square().sum((0, 1)), count + len(window)
+    handle.remove()
+    assert set(found) == set(layers_of(model))
+    torch.testing.assert_close(
+        found[name].row_power_A, (power_A / count).double(), rtol=1e-3, atol=1e-12
+    )
+
+
+def test_it_predicts_the_divergence_that_noise_in_an_output_causes(make_llama):
+    torch.manual_seed(2)
+    model = make_llama().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(3) if parameter.ndim == 2 else None
+    tokens = windows(32)
+    found = sensitivities(model, tokens)
+    name, size = "model.layers.1.self_attn.v_proj", 1e-2
+
+    def noisy(module, args, y):
+        return y + size * torch.randn(y.shape)
+
+    measured = 0.0
+    with torch.no_grad():
+        for window in tokens:
+            p = F.log_softmax(model(input_ids=window[None]).logits[0], -1)
+            handle = model.get_submodule(name).register_forward_hook(noisy)
+            q = F.log_softmax(model(input_ids=window[None]).logits[0], -1)
+            handle.remove()
+            measured += float(F.kl_div(q, p, reduction="sum", log_target=True)) / 32 / len(window)
+
+    predicted = 0.5 * size**2 * float(found[name].row_power_A.sum())
+    # one draw of a token for each of 1024 positions
+    assert measured == pytest.approx(predicted, rel=0.25)
+
+
+def test_nothing_of_the_model_is_changed(make_llama):
+    model = make_llama()
+    before = copy.deepcopy(model.state_dict())
+
+    sensitivities(model, windows(2))
+
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_predictions_that_are_not_finite_are_an_error(make_llama):
+    model = make_llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[5, 5] = float("nan")
+
+    with pytest.raises(CalibrationError, match="its predictions on the calibration windows"):
+        sensitivities(model, windows(2))
+
+
+def known(power, variance, columns=4):
+    return Sensitivity(
+        row_power_A=torch.full((3,), power), variance_N=torch.full((columns,), variance)
+    )
+
+
+def test_a_layer_whose_errors_count_sixteen_times_gets_two_bits_more():
+    targets = {"a": (100, 4.0), "b": (100, 4.0)}
+
+    moved = sensitive_targets(targets, {"a": known(16.0, 1.0), "b": known(1.0, 1.0)})
+
+    assert moved["a"] == (100, pytest.approx(5.0))
+    assert moved["b"] == (100, pytest.approx(3.0))
+
+
+def test_the_sum_of_the_bits_is_kept_and_no_layer_falls_below_the_least():
+    targets = {"a": (100, 1.5), "b": (300, 1.5), "c": (50, 2.0)}
+
+    moved = sensitive_targets(targets, {"a": known(1e6, 1.0), "b": known(1.0, 1.0)})
+
+    assert moved["b"][1] == LEAST_BITS
+    assert sum(n * b for n, b in moved.values()) == pytest.approx(150 + 450 + 100)
+    assert moved["c"] == (50, 2.0)
+
+
+def test_columns_below_the_level_cost_nothing():
+    variance_N = torch.tensor([1.0, 1e-9, 1e-9, 1e-9])
+    sensitivity = Sensitivity(row_power_A=torch.ones(3), variance_N=variance_N)
+
+    moved = sensitive_targets(
+        {"a": (100, 1.0), "b": (100, 3.0)}, {"a": sensitivity, "b": known(1.0, 1.0)}
+    )
+
+    # with one live column of four, a bit of the layer is four bits of the column
+    a, b = (moved[k][1] - SHAPING_LOSS for k in "ab")
+    assert 4 * a == pytest.approx(b)

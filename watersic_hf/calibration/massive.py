@@ -1,0 +1,91 @@
+"""Channels with massive activations: found, or named by hand, and taken out of the model.
+
+A few rows of a gated MLP can put out values thousands of times larger than all others, for a few
+tokens (Sun et al. 2024, arXiv 2402.17762).  The paper zeroes four such rows of one model: what they
+feed is then a dead column, which costs nothing and spoils no statistic.  It changes the model, so
+nothing is zeroed unless it is asked for.
+"""
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from watersic_hf.calibration.capture import Side, block_stream, group_inputs
+from watersic_hf.calibration.topology import InputGroup, input_groups
+
+logger = logging.getLogger(__name__)
+
+#: A channel is massive when its largest magnitude is so many times that of the median channel.
+MASSIVE = 1000.0
+
+
+@torch.no_grad()
+def massive_rows(
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    windows: Sequence[Tensor],
+    layers: Iterable[str],
+    *,
+    batch_size: int,
+) -> dict[str, list[int]]:
+    """Rows of layers that alone make a massive channel of the input of the layers behind them.
+
+    Only layers whose outputs are combined entry by entry are looked at, as gate and up of an MLP
+    are: row j of each of them belongs to column j of the layer behind.  They are told by their
+    width, which is that layer's and not that of the residual stream.
+    """
+    layers = list(layers)
+    stream = block_stream(model, [block for _, block in blocks], windows, batch_size=batch_size)
+    width = stream.hidden[0].shape[-1]
+    found: dict[str, list[int]] = {}
+    for index, (name, block) in enumerate(blocks):
+        inside = [n.removeprefix(f"{name}.") for n in layers if n.startswith(f"{name}.")]
+        run = functools.partial(stream.run, index, block)
+        groups = input_groups(block, inside, functools.partial(run, 0), stream.hidden[0])
+        side = Side(stream, block)
+        for before, after in itertools.pairwise(groups):
+            columns = block.get_submodule(after.layers[0]).in_features
+            rows = {block.get_submodule(layer).out_features for layer in before.layers}
+            if before.feeds_attention or rows != {columns} or columns == width:
+                continue
+            peak_N = _peaks(side, index, after)
+            massive = (peak_N > MASSIVE * peak_N.median()).nonzero()[:, 0].tolist()
+            if massive:
+                found |= {f"{name}.{layer}": massive for layer in before.layers}
+        stream.advance(index, block)
+    return found
+
+
+@torch.no_grad()
+def zero_rows(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> None:
+    """Set rows of linear layers, and their biases, to zero.
+
+    Raises:
+        ValueError: a layer has no such row; the message names it.
+    """
+    for name, numbers in rows.items():
+        layer = model.get_submodule(name)
+        bad = [row for row in numbers if not 0 <= row < layer.out_features]
+        if bad:
+            raise ValueError(
+                f"{name} has rows 0 to {layer.out_features - 1}, and {bad} are to be zeroed; check "
+                f"`zero_rows`."
+            )
+        logger.info("%s: rows %s are zeroed", name, list(numbers))
+        layer.weight[list(numbers)] = 0
+        if layer.bias is not None:
+            layer.bias[list(numbers)] = 0
+
+
+def _peaks(side: Side, index: int, group: InputGroup) -> Tensor:
+    """Largest magnitude of every input column of a group."""
+    peaks = [
+        x.abs().flatten(0, -2).amax(0).float()
+        for batch in range(len(side.stream.hidden))
+        for x in group_inputs(side, index, group, batch)
+    ]
+    return torch.stack(peaks).amax(0)

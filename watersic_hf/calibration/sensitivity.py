@@ -1,0 +1,195 @@
+r"""What an error in a layer's output does to the model's predictions.
+
+Shapes: A = out_features (rows), N = in_features (columns), B = windows in a batch, T = tokens,
+        V = vocabulary.
+
+To second order, an error :math:`\delta` in the output of a layer moves the predictions by
+
+.. math:: \operatorname{KL} = \tfrac12 E[(g^T \delta)^2] \text{ nats}
+
+with g the gradient of the log-likelihood of a token that the model itself draws: the Fisher
+information (Martens 2014, arXiv 1412.1193).  Kept of it is E[g_r^2] of every row r of every layer,
+from one backward pass that holds one block's graph at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from watersic_hf.calibration.capture import BlockStream, block_stream
+from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What one layer's errors cost, known before anything is quantized."""
+
+    row_power_A: Tensor
+    """E[g_r^2] of every row: nats per unit of squared error, times two."""
+
+    variance_N: Tensor
+    """Variance of every column of the weight in the whitened domain; see `whitened_variances`."""
+
+
+def layer_sensitivities(
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    windows: Sequence[Tensor],
+    layers: Sequence[str],
+    *,
+    damping: float | None,
+    seed: int,
+    device: torch.device | str | None = None,
+) -> dict[str, Sensitivity]:
+    """Sensitivity of layers, by name.
+
+    Args:
+        model: the model before quantization.
+        blocks: its blocks, in order, by name.
+        windows: 1-D token ids; a few thousand tokens are enough.
+        layers: full names of linear layers inside the blocks; those that the windows do not reach
+            are left out of the result.
+        damping: of the inputs' second moments; None is `damping_for` the tokens.
+        seed: of the tokens that the model draws.
+        device: where a block is moved to while it is its turn; default: blocks stay where they are.
+
+    Returns:
+        The sensitivities; none at all if hidden states are not finite.
+
+    Raises:
+        CalibrationError: the hidden states are finite, but the predictions are not.
+    """
+    modules = [block for _, block in blocks]
+    stream = block_stream(model, modules, windows, batch_size=1)
+    inputs: list[list[Tensor]] = []
+    for index, block in enumerate(tqdm(modules, desc="Sensitivity, forward", unit="block")):
+        inputs.append(list(stream.hidden))
+        with _on(block, device):
+            stream.advance(index, block)
+    if not all(bool(hidden.isfinite().all()) for hidden in stream.hidden):
+        # the block loop stops at the layer where it begins, and names it
+        return {}
+    grads = _gradients_of_last_block(model, modules, windows, stream.hidden, seed)
+
+    found: dict[str, Sensitivity] = {}
+    backward = tqdm(list(enumerate(blocks)), desc="Sensitivity, backward", unit="block")
+    for index, (name, block) in list(backward)[::-1]:
+        stream.hidden = inputs.pop()
+        inside = {n.removeprefix(f"{name}."): n for n in layers if n.startswith(f"{name}.")}
+        with _on(block, device):
+            sums = {n: _Sums(block.get_submodule(n)) for n in inside}
+            for batch in range(len(windows)):
+                grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
+            found |= {inside[n]: s.result(damping, inside[n]) for n, s in sums.items() if s.tokens}
+    return found
+
+
+@contextmanager
+def _on(block: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+    """Have a block on a device for a while."""
+    home = next(block.parameters()).device
+    block.to(device or home)
+    yield
+    block.to(home)
+
+
+class _Sums:
+    """What is summed of one layer over the batches."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self.moments = MomentAccumulator(layer.in_features, device=layer.weight.device)
+        self.power_A = torch.zeros(
+            layer.out_features, dtype=torch.float64, device=layer.weight.device
+        )
+        self.tokens = 0
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        self.moments.add(x)
+        self.power_A += grad.float().square().flatten(0, -2).sum(0)
+        self.tokens += grad[..., 0].numel()
+
+    def result(self, damping: float | None, name: str) -> Sensitivity:
+        moments = self.moments.result()
+        return Sensitivity(
+            row_power_A=(self.power_A / self.tokens).cpu(),
+            variance_N=whitened_variances(self.layer.weight, moments, damping, name=name).cpu(),
+        )
+
+
+def _block_backward(
+    stream: BlockStream,
+    index: int,
+    block: nn.Module,
+    batch: int,
+    grad: Tensor,
+    sums: dict[str, _Sums],
+) -> Tensor:
+    """Add one batch to the sums of a block's layers; returns the gradient at the block's input."""
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def record(name: str) -> Callable:
+        return lambda module, args, output: seen.append((name, args[0].detach(), output))
+
+    handles = [block.get_submodule(n).register_forward_hook(record(n)) for n in sums]
+    stream.hidden[batch] = hidden = stream.hidden[batch].detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            result = stream.run(index, block, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    outputs = [output for _, _, output in seen]
+    grad, *grads = torch.autograd.grad(result, [hidden, *outputs], grad.to(result.device))
+    for (name, x, _), grad_y in zip(seen, grads, strict=True):
+        sums[name].add(x, grad_y)
+    return grad
+
+
+def _gradients_of_last_block(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    windows: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    seed: int,
+) -> list[Tensor]:
+    """Gradients, at the output of the last block, of the log-likelihood of drawn tokens.
+
+    The blocks are bypassed: `hidden` is what the last of them put out for every window.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaf: Tensor
+
+    def bypass(*args: Any, **kwargs: Any) -> Tensor:
+        return leaf
+
+    grads = []
+    for block in blocks:
+        block.forward = bypass
+    try:
+        for window, state in zip(windows, hidden, strict=True):
+            leaf = state.detach().requires_grad_()
+            with torch.enable_grad():
+                tokens = window[None].to(state.device)
+                logits = model(input_ids=tokens, use_cache=False).logits[0]
+                log_p_TV = F.log_softmax(logits.float(), dim=-1)
+                p_TV = log_p_TV.detach().exp().cpu()
+                if not bool(p_TV.isfinite().all()):
+                    raise CalibrationError(
+                        f"{type(model).__name__}: its predictions on the calibration windows are "
+                        f"not finite, though its hidden states are. Repair the output head, or "
+                        f"run the model in a wider dtype (bfloat16 or float32)."
+                    )
+                drawn_T1 = torch.multinomial(p_TV, 1, generator=generator)
+                likelihood = log_p_TV.gather(1, drawn_T1.to(log_p_TV.device)).sum()
+            grads += torch.autograd.grad(likelihood, leaf)
+    finally:
+        for block in blocks:
+            del block.forward
+    return grads
