@@ -6,6 +6,7 @@ from watersic_hf.checkpoint import (
     CheckpointError,
     layer_charge,
     pack_layer,
+    rescale_layer,
     stored_layers,
     tensor_specs,
     validate_layer,
@@ -100,6 +101,26 @@ def test_scales_too_far_apart_for_float16_are_refused():
 def test_scales_too_small_for_float16_are_refused():
     with pytest.raises(CheckpointError, match=r"l\.col_scale: scales from .* do not fit float16"):
         pack_layer(*layer(scale=1e-9), name="l")
+
+
+def test_other_scales_change_neither_the_codes_nor_the_bits():
+    packed = pack_layer(*layer(), name="l")
+    row_scale, col_scale = packed.row_scale.float() * 1.01, packed.col_scale.float() * 0.9
+
+    other = rescale_layer(packed, row_scale, col_scale, name="l")
+
+    other.verify("l")
+    assert torch.equal(codec.decode(other.weight), codec.decode(packed.weight))
+    assert other.stored_bits == packed.stored_bits
+    assert torch.equal(other.row_scale, row_scale.half())
+    assert torch.equal(other.col_scale, col_scale.half())
+
+
+def test_other_scales_must_be_finite_in_float16():
+    packed = pack_layer(*layer(), name="l")
+
+    with pytest.raises(CheckpointError, match=r"l\.col_scale: 24 of 24 new scales are not finite"):
+        rescale_layer(packed, packed.row_scale, packed.col_scale.float() + 1e6, name="l")
 
 
 def test_all_columns_dead_packs():

@@ -163,6 +163,17 @@ def test_verify_binds_the_associated_bytes(small):
         codec.verify(payload, associated=b"scalez")
 
 
+def test_a_payload_can_be_bound_to_other_bytes_and_is_otherwise_the_same(small):
+    payload, codes_AN = small
+
+    other = codec.reassociate(payload, b"scalez")
+
+    codec.verify(other, associated=b"scalez")
+    assert torch.equal(other, codec.encode(codes_AN, associated=b"scalez"))
+    assert set((other != payload).nonzero().flatten().tolist()) <= set(range(44, 52))
+    codec.verify(payload, associated=b"scales")
+
+
 @pytest.mark.parametrize(
     "payload",
     [torch.zeros(3, 3, dtype=torch.uint8), torch.zeros(99), torch.zeros(99, dtype=torch.int8)],

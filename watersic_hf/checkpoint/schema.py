@@ -112,6 +112,30 @@ def pack_layer(
     return PackedLayer(weight=payload, row_scale=row_scale, col_scale=col_scale)
 
 
+def rescale_layer(
+    packed: PackedLayer, row_scale_A: Tensor, col_scale_N: Tensor, *, name: str
+) -> PackedLayer:
+    """The same codes under other scales, rounded to 16 bits; no tensor changes its size.
+
+    The split between rows and columns stays as it is given.
+
+    Raises:
+        CheckpointError: a scale is not finite in float16; the message names the layer.
+        CodecError: the payload is damaged.
+    """
+    scales = {}
+    for field, scale in (("row_scale", row_scale_A), ("col_scale", col_scale_N)):
+        scales[field] = scale.cpu().to(_SCALE_DTYPE)
+        if not scales[field].isfinite().all():
+            bad = int((~scales[field].isfinite()).sum())
+            raise CheckpointError(
+                f"{name}.{field}: {bad} of {scale.numel()} new scales are not finite in float16. "
+                f"Finetune with a smaller learning rate."
+            )
+    payload = codec.reassociate(packed.weight, _scale_bytes(**scales))
+    return PackedLayer(weight=payload, **scales)
+
+
 def layer_charge(codes_AN: Tensor, rows: int) -> float:
     """Stored bits per weight of a layer of `rows` rows whose codes look like `codes_AN`."""
     columns = codes_AN.shape[1]

@@ -7,6 +7,7 @@ from watersic_hf.codec.coder import (
     encode,
     payload_bits,
     read_header,
+    reassociate,
     verify,
 )
 from watersic_hf.codec.payload import FORMAT_VERSION, CodecError, EncodedCodes, Header
@@ -22,5 +23,6 @@ __all__ = [
     "encode",
     "payload_bits",
     "read_header",
+    "reassociate",
     "verify",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from watersic_hf.codec.fit import fit_model
 from watersic_hf.codec.layout import choose_geometry
-from watersic_hf.codec.payload import CodecError, EncodedCodes, Header, build, head_bits
+from watersic_hf.codec.payload import CodecError, EncodedCodes, Header, build, head_bits, rebind
 from watersic_hf.codec.statistics import CodeStatistics, codes_statistics
 from watersic_hf.codec.stream import StreamError, decode_chunks, encode_chunks
 
@@ -137,6 +137,22 @@ def verify(payload: Tensor, *, associated: bytes | None = None) -> None:
                 f"payload: the associated {len(associated)} bytes have checksum {found:08x}, not "
                 f"{needed:08x}; they are damaged or belong to other codes"
             )
+
+
+def reassociate(payload: Tensor, associated: bytes) -> Tensor:
+    """The same codes, bound to other associated bytes: all but two checksums stays as it is.
+
+    Args:
+        payload: what `encode` returned.
+        associated: as in `encode`.
+
+    Returns:
+        A new payload of the same length, on the CPU.
+
+    Raises:
+        CodecError: the payload is damaged in its head, cut off, or of an unknown kind.
+    """
+    return torch.from_numpy(rebind(_payload_array(payload), associated))
 
 
 def read_header(payload: Tensor) -> Header:

@@ -25,6 +25,8 @@ MAX_KEYS = 1024
 _HEADER = struct.Struct("<4sHHIIIIHHHHBBHIIII")
 #: The last four bytes of the fixed header: checksum of the head without these bytes.
 _CHECKSUM = slice(_HEADER.size - 4, _HEADER.size)
+#: The four bytes before them: checksum of the associated bytes.
+_ASSOCIATED = slice(_CHECKSUM.start - 4, _CHECKSUM.start)
 
 
 class CodecError(ValueError):
@@ -131,6 +133,10 @@ class Header:
         return self.directory_start + 8 * self.geometry.chunks
 
 
+def _head_checksum(head: np.ndarray) -> int:
+    return zlib.crc32(head[_HEADER.size :], zlib.crc32(head[: _CHECKSUM.start]))
+
+
 def _pack_classes(classes: np.ndarray) -> tuple[int, int, bytes]:
     """Return centre, Rice parameter and code of a vector of classes."""
     centre, folded = _fold(classes)
@@ -198,7 +204,7 @@ class EncodedCodes:
         """
         header = Header.parse(payload)
         head = payload[: header.words_start]
-        checksum = zlib.crc32(head[_HEADER.size :], zlib.crc32(head[: _CHECKSUM.start]))
+        checksum = _head_checksum(head)
         if checksum != header.head_checksum:
             _fail(
                 f"head has checksum {checksum:08x}, not {header.head_checksum:08x}; it is damaged"
@@ -311,3 +317,17 @@ def build(
     parts = [np.frombuffer(head, np.uint8)]
     parts += [words.astype("<u2", copy=False).view(np.uint8) for words, _ in groups]
     return np.concatenate(parts)
+
+
+def rebind(payload: np.ndarray, associated: bytes) -> np.ndarray:
+    """Return a copy of a payload whose checksum of associated bytes is that of `associated`.
+
+    Raises:
+        CodecError: the payload is damaged or of an unknown kind.
+    """
+    header = EncodedCodes.parse(payload).header
+    payload = payload.copy()
+    payload[_ASSOCIATED] = np.frombuffer(struct.pack("<I", zlib.crc32(associated)), np.uint8)
+    checksum = _head_checksum(payload[: header.words_start])
+    payload[_CHECKSUM] = np.frombuffer(struct.pack("<I", checksum), np.uint8)
+    return payload
