@@ -5,6 +5,8 @@ from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moment
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import whitened_variances
+from watersic_hf.core.rate import narrow
+from watersic_hf.core.waterfill import SHAPING_LOSS
 
 __all__ = [
     "SHAPING_LOSS",
@@ -14,6 +16,7 @@ __all__ = [
     "Moments",
     "QuantizedWeight",
     "gap_to_bound",
+    "narrow",
     "quantize_weight",
     "rate_at_level",
     "relative_output_error",

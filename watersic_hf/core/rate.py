@@ -145,7 +145,7 @@ def code_layer(
 ) -> CodedLayer:
     """Run the recursion over all rows."""
     codes_AN, shrinkage_N = zsic(target_AN, chol, step)
-    codes_AN = _narrow(insert_columns(codes_AN, live_N))
+    codes_AN = narrow(insert_columns(codes_AN, live_N))
     spent = None if charge is None else charge(codes_AN, len(codes_AN))
     return CodedLayer(step=step, codes_AN=codes_AN, shrinkage_N=shrinkage_N, bits=spent)
 
@@ -221,9 +221,9 @@ def insert_columns(live_values: Tensor, live_N: Tensor) -> Tensor:
     return values
 
 
-def _narrow(codes_AN: Tensor) -> Tensor:
+def narrow(codes_AN: Tensor) -> Tensor:
     """Return the codes in the smallest signed integer dtype that holds them."""
-    low, high = int(codes_AN.min()), int(codes_AN.max())
+    low, high = (int(end) for end in codes_AN.aminmax()) if codes_AN.numel() else (0, 0)
     for dtype in (torch.int8, torch.int16):
         limits = torch.iinfo(dtype)
         if limits.min <= low and high <= limits.max:
