@@ -4,7 +4,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from watersic_hf.checkpoint import CheckpointError, checkpoint_files, read_headers, read_tensors
+from watersic_hf.checkpoint import (
+    CheckpointError,
+    checkpoint_files,
+    read_headers,
+    read_state,
+    read_tensors,
+    write_state,
+)
 
 
 @pytest.fixture
@@ -62,3 +69,33 @@ def test_a_missing_shard_and_an_empty_folder_are_errors(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="model-00001-of-00001"):
         checkpoint_files(tmp_path)
+
+
+def test_a_state_comes_back_and_replaces_the_one_before(tmp_path):
+    file = tmp_path / "made" / "state.safetensors"
+    identity = {"settings": {"rate": 0.1}, "windows": "abc"}
+    write_state(file, {"x": torch.zeros(3)}, {"identity": identity, "step": 1})
+    values = torch.randn(4, 6).T
+
+    write_state(file, {"x": values}, {"identity": identity, "step": 2, "kl": 0.1 + 0.2})
+    tensors, facts = read_state(file, identity=identity)
+
+    assert torch.equal(tensors["x"], values)
+    assert facts == {"identity": identity, "step": 2, "kl": 0.1 + 0.2}
+    assert [f.name for f in file.parent.iterdir()] == ["state.safetensors"]
+
+
+def test_a_state_of_another_computation_says_in_what_it_differs(tmp_path, file):
+    write_state(tmp_path / "state", {}, {"identity": {"a": 1, "b": 2, "c": 3}})
+
+    with pytest.raises(CheckpointError, match="written with other b and c, and cannot be resumed"):
+        read_state(tmp_path / "state", identity={"a": 1, "b": 0, "c": 0})
+    with pytest.raises(CheckpointError, match="written with other a"):
+        read_state(file, identity={"a": 1})
+
+
+def test_a_damaged_state_is_an_error(tmp_path):
+    (tmp_path / "state").write_bytes(b"not a state")
+
+    with pytest.raises(CheckpointError, match="state: "):
+        read_state(tmp_path / "state", identity={})

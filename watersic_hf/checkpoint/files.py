@@ -1,12 +1,13 @@
-"""Safetensors files: which ones a folder has, what their headers say, and reading from them."""
+"""Safetensors files: what a folder has, what headers say, reading, and states to resume from."""
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from watersic_hf.checkpoint.schema import CheckpointError
@@ -80,6 +81,52 @@ def read_tensors(file: str | os.PathLike, names: Iterable[str]) -> dict[str, Ten
             return {name: handle.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise CheckpointError(f"{Path(file).name}: {error}.") from error
+
+
+def write_state(
+    file: str | os.PathLike, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Write the state of a computation to one file, which is whole at any time.
+
+    Args:
+        file: the file; its folder is made if it is not there.
+        tensors: by name.
+        facts: what JSON holds; one of them, ``identity``, says which computation this is the state
+            of.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f"{file.name}.tmp")
+    stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    # in one file with the tensors, so that the two cannot be of different times
+    save_file(stored, scratch, metadata={"facts": json.dumps(facts)})
+    os.replace(scratch, file)
+
+
+def read_state(
+    file: str | os.PathLike, *, identity: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts that `write_state` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is the state of another computation; the
+            message says in what the two differ.
+    """
+    file = Path(file)
+    try:
+        with safe_open(file, framework="pt") as handle:
+            facts = json.loads((handle.metadata() or {}).get("facts", "{}"))
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file.name}: {error}.") from error
+    found = facts.get("identity", {})
+    differing = [name for name in identity if found.get(name) != identity[name]]
+    if differing:
+        raise CheckpointError(
+            f"{file}: this state was written with other {' and '.join(differing)}, and cannot be "
+            f"resumed with these. Give what it was started with, or choose another folder."
+        )
+    return tensors, facts
 
 
 def _parse_header(file: Path) -> tuple[dict, int]:
