@@ -17,6 +17,8 @@ from transformers import (
 import watersic_hf
 from watersic_hf import WaterSICConfig
 from watersic_hf.calibration import pydoc_texts
+from watersic_hf.checkpoint import rescale_layer
+from watersic_hf.nn import packed_layers
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +85,27 @@ def quantized_folder(tmp_path_factory, quantize, tokenizer):
     quantize().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def spoil_scales():
+    """Put the scales of a quantized model off by a tenth, so that finetuning has much to mend."""
+
+    def spoil(model):
+        g = torch.Generator().manual_seed(0)
+        for name, layer in packed_layers(model):
+            scales = (
+                scale.float() * (0.1 * torch.randn(scale.shape, generator=g)).exp()
+                for scale in (layer.row_scale.data, layer.col_scale.data)
+            )
+            packed = rescale_layer(layer.packed, *scales, name=name)
+            for field, tensor in packed.tensors().items():
+                getattr(layer, field).data = tensor
+            layer.set_residency("entropy")
+            layer.set_residency("dense")
+        return model
+
+    return spoil
 
 
 @pytest.fixture(scope="session")
