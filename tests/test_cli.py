@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from watersic_hf.cli import main
 
@@ -96,6 +97,40 @@ def test_eval_prints_a_table(quantized, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_finetune_saves_a_folder_of_the_same_size_and_goes_on_where_it_was(
+    quantized, llama_folder, spoil_scales, tmp_path, capsys
+):
+    spoil_scales(AutoModelForCausalLM.from_pretrained(quantized)).save_pretrained(tmp_path / "q")
+    options = ("--teacher", llama_folder, "--tokenizer", llama_folder, "--samples", 8,
+               "--sequence-length", 32, "--epochs", 1, "--batch-size", 2, "--learning-rate", 1e-2,
+               "--resume", tmp_path / "state")  # fmt: skip
+    assert run("finetune", tmp_path / "q", tmp_path / "a", *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run("finetune", tmp_path / "q", tmp_path / "b", *options) == 0
+    table = capsys.readouterr().out
+
+    assert found["kl_bits_after"] < 0.9 * found["kl_bits_before"]
+    assert f"{found['kl_bits_after']:.5f}" in table
+    card = (tmp_path / "a" / "README.md").read_text("utf-8")
+    assert "| scales finetuned | pydoc, 224 tokens, epoch 1 |" in card
+    before, first, second = (tmp_path / name / "model.safetensors" for name in ("q", "a", "b"))
+    assert first.stat().st_size == before.stat().st_size
+    assert first.read_bytes() != before.read_bytes()
+    # the second run found the first one's state
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_finetune_refuses_to_overwrite_and_models_that_are_not_quantized(
+    quantized, llama_folder, tmp_path, capsys
+):
+    options = ("--teacher", llama_folder, "--samples", 2, "--sequence-length", 16)
+
+    assert run("finetune", quantized, quantized, *options) == 1
+    assert "holds a model already" in capsys.readouterr().err
+    assert run("finetune", llama_folder, tmp_path / "out", *options) == 1
+    assert "no layer quantized with WaterSIC" in capsys.readouterr().err
+
+
 def test_an_error_is_one_line_without_a_traceback(tmp_path, capsys):
     assert run("verify", tmp_path) == 1
 
@@ -131,6 +166,10 @@ def test_the_commands_and_their_options_are_these(capsys):
         "quantize": sorted([*common, "--bits", "--dataset", "--tokenizer", "--samples",
                             "--sequence-length", "--batch-size", "--layer-bits", "--skip",
                             "--set", "--seed", "--dtype", "--device-map", "--max-shard-size"]),
+                            "--seed", "--dtype", "--device-map", "--max-shard-size"]),
+        "finetune": sorted([*common, "--teacher", "--dataset", "--tokenizer", "--samples",
+                            "--sequence-length", "--epochs", "--learning-rate", "--batch-size",
+                            "--seed", "--resume", "--dtype", "--device-map"]),
         "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
                         "--dtype", "--device-map", "--prompt"]),
         "inspect": common,

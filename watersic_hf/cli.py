@@ -1,4 +1,4 @@
-"""The command line: ``watersic quantize | eval | inspect | verify | demo``."""
+"""The command line: ``watersic quantize | finetune | eval | inspect | verify | demo``."""
 
 import argparse
 import json
@@ -76,6 +76,35 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--dtype", default="auto", help="of the dense rest (the model's own)")
     quantize.add_argument("--device-map", help="as in from_pretrained")
     quantize.add_argument("--max-shard-size", default="5GB")
+
+    finetune = commands.add_parser(
+        "finetune", parents=[common], help="train the scales of a quantized model; same bits"
+    )
+    finetune.set_defaults(run=_finetune)
+    finetune.add_argument("quantized", help="folder or hub name of a quantized model")
+    finetune.add_argument("out", help="folder to save to")
+    finetune.add_argument(
+        "--teacher", required=True, metavar="ORIGINAL", help="the model that was quantized"
+    )
+    finetune.add_argument(
+        "--dataset", default="pydoc", help="text to train on, as for quantize (pydoc)"
+    )
+    finetune.add_argument("--tokenizer", help="folder or hub name (the quantized model's)")
+    finetune.add_argument(
+        "--samples", type=int, default=64, help="windows; the last eighth is held out (64)"
+    )
+    finetune.add_argument("--sequence-length", type=int, default=512, help="their tokens (512)")
+    finetune.add_argument("--epochs", type=int, help="passes over the windows (4)")
+    finetune.add_argument(
+        "--learning-rate", type=float, help="relative to every scale, at the first step (5e-4)"
+    )
+    finetune.add_argument("--batch-size", type=int, help="windows per optimizer step (8)")
+    finetune.add_argument("--seed", type=int, help="of the choice and order of the windows (0)")
+    finetune.add_argument(
+        "--resume", metavar="FOLDER", help="keep the state here, and go on from what is there"
+    )
+    finetune.add_argument("--dtype", default="auto", help="of both models (their own)")
+    finetune.add_argument("--device-map", help="as in from_pretrained")
 
     evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL, speed")
     evaluate.set_defaults(run=_evaluate)
@@ -161,6 +190,32 @@ def _settings(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
             yield name, json.loads(value)
         except json.JSONDecodeError:
             yield name, value
+def _finetune(arguments: argparse.Namespace) -> None:
+    from watersic_hf.finetuning import FinetuneSettings, finetune_to_folder
+
+    given = {
+        name: value
+        for name in ("epochs", "learning_rate", "batch_size", "seed")
+        if (value := getattr(arguments, name)) is not None
+    }
+    report = finetune_to_folder(
+        arguments.quantized, arguments.out, arguments.teacher, dataset=arguments.dataset,
+        tokenizer=arguments.tokenizer, samples=arguments.samples,
+        sequence_length=arguments.sequence_length, settings=FinetuneSettings(**given),
+        resume_folder=arguments.resume, dtype=arguments.dtype, device_map=arguments.device_map,
+    )  # fmt: skip
+    before, after = report.kl_bits_before, report.kl_bits_after
+    if arguments.json:
+        _print_json(asdict(report) | {"kl_bits_before": before, "kl_bits_after": after})
+        return
+    rows = [("0", "", f"{report.kl_bits_before:.5f}")]
+    epochs = zip(report.train_kl_bits, report.validation_kl_bits[1:], strict=True)
+    rows += [(str(n), f"{t:.5f}", f"{v:.5f}") for n, (t, v) in enumerate(epochs, 1)]
+    _print_table(("epoch", "KL trained on", "KL held out, bits per token"), rows)
+    print(
+        f"\n{arguments.out}: {report.layers} layers, scales of epoch {report.kept_epoch}, "
+        f"KL {before:.5f} -> {after:.5f} bits per token; bits per weight as before"
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import codec
-from watersic_hf.calibration import decoder_blocks
+from watersic_hf.calibration import calibration_windows, decoder_blocks, describe
 from watersic_hf.checkpoint import PackedLayer, read_state, rescale_layer, write_state
 from watersic_hf.core import narrow
+from watersic_hf.integration import require_no_model, save_quantized
 from watersic_hf.nn import WaterSICLinear, packed_layers, replace_module
 
 logger = logging.getLogger(__name__)
@@ -180,6 +182,61 @@ def finetune_scales(
         kept_epoch=progress.kept_epoch,
         seconds=progress.seconds,
     )
+
+
+def finetune_to_folder(
+    quantized: str,
+    folder: str | os.PathLike,
+    teacher: str,
+    *,
+    dataset: Any = "pydoc",
+    tokenizer: str | None = None,
+    samples: int = 64,
+    sequence_length: int = 512,
+    settings: FinetuneSettings | None = None,
+    resume_folder: str | os.PathLike | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+) -> FinetuneReport:
+    """Finetune a quantized model's scales and save it with its tokenizer and a model card.
+
+    Args:
+        quantized: folder or hub name of the quantized model.
+        folder: where to save; made if it is not there.
+        teacher: folder or hub name of the original.
+        dataset: text to train on, as in `watersic_hf.calibration.calibration_windows`; ``"self"``
+            is what the teacher samples.
+        tokenizer: folder or hub name; default: that of the quantized model.
+        samples: windows, with those held out.
+        sequence_length: their tokens.
+        settings: how to train; its seed also chooses the windows.
+        resume_folder: as in `finetune_scales`.
+        dtype: of both models, as in `from_pretrained`.
+        device_map: of both models, as in `from_pretrained`.
+
+    Raises:
+        FileExistsError: `folder` holds a model already.
+        ValueError, CheckpointError: as in `finetune_scales`.
+    """
+    settings = settings or FinetuneSettings()
+    require_no_model(folder)
+    options = {"dtype": dtype, "device_map": device_map}
+    model = AutoModelForCausalLM.from_pretrained(quantized, **options)
+    original = AutoModelForCausalLM.from_pretrained(teacher, **options).eval()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sequence_length)
+    windows = calibration_windows(
+        dataset, tokenizer=AutoTokenizer.from_pretrained(tokenizer or quantized), model=original,
+        samples=samples, sequence_length=min(sequence_length, longest), seed=settings.seed,
+    )  # fmt: skip
+    report = finetune_scales(
+        model, original, windows, settings=settings, resume_folder=resume_folder
+    )
+    finetuning = f"{describe(dataset)}, {report.tokens:,} tokens, epoch {report.kept_epoch}"
+    save_quantized(
+        model, folder, tokenizer=quantized, base=teacher,
+        finetuning=finetuning if report.kept_epoch else None,
+    )  # fmt: skip
+    return report
 
 
 class _ScaledLinear(torch.autograd.Function):

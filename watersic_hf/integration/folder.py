@@ -37,19 +37,50 @@ def quantize_to_folder(
     Raises:
         FileExistsError: `folder` holds a model already.
     """
-    folder = Path(folder)
-    if any(folder.glob("*.safetensors")):
-        raise FileExistsError(f"{folder} holds a model already; choose another folder or empty it")
+    require_no_model(folder)
     quantized = AutoModelForCausalLM.from_pretrained(
         model, quantization_config=config, dtype=dtype, device_map=device_map
     )
-    quantized.save_pretrained(folder, max_shard_size=max_shard_size)
+    save_quantized(quantized, folder, tokenizer=model, base=model, max_shard_size=max_shard_size)
+    return quantized.hf_quantizer.reports
+
+
+def require_no_model(folder: str | os.PathLike) -> None:
+    """Refuse to save over a model.
+
+    Raises:
+        FileExistsError: `folder` holds a model already.
+    """
+    if any(Path(folder).glob("*.safetensors")):
+        raise FileExistsError(f"{folder} holds a model already; choose another folder or empty it")
+
+
+def save_quantized(
+    model: Any,
+    folder: str | os.PathLike,
+    *,
+    tokenizer: str,
+    base: str,
+    finetuning: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Save a quantized model with a tokenizer and a model card.
+
+    Args:
+        model: the quantized model.
+        folder: where to save; made if it is not there.
+        tokenizer: folder or hub name of a model; if it has no tokenizer, none is saved.
+        base: folder or hub name of the model that was quantized, for the card.
+        finetuning: for the card, on what the scales were finetuned; None = they were not.
+        max_shard_size: as in `save_pretrained`.
+    """
+    folder = Path(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     # a model without a tokenizer is still a model
     with contextlib.suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    reports = quantized.hf_quantizer.reports
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     card = model_card(
-        quantized.config.quantization_config, reports, repo=folder.name, base=Path(model).name
-    )
+        model.config.quantization_config, model.hf_quantizer.reports, repo=folder.name,
+        base=Path(base).name, finetuning=finetuning,
+    )  # fmt: skip
     card.save(folder / "README.md")
-    return reports

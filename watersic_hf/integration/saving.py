@@ -38,7 +38,12 @@ codes are entropy coded.
 
 
 def model_card(
-    config: Any, reports: list[LayerReport], *, repo: str, base: str | None
+    config: Any,
+    reports: list[LayerReport],
+    *,
+    repo: str,
+    base: str | None,
+    finetuning: str | None = None,
 ) -> ModelCard:
     """The card of a quantized model.
 
@@ -47,6 +52,7 @@ def model_card(
         reports: its layers.
         repo: the name that users will load it by.
         base: the model that was quantized, or None.
+        finetuning: on what its scales were finetuned, or None.
     """
     data = ModelCardData(
         library_name="transformers", tags=list(TAGS), pipeline_tag="text-generation"
@@ -58,6 +64,8 @@ def model_card(
         stored=average_bits(reports), layers=len(reports),
         weights=sum(report.weights for report in reports), calibration=calibration,
     )  # fmt: skip
+    if finetuning is not None:
+        body += f"| scales finetuned | {finetuning} |\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
