@@ -120,6 +120,17 @@ def test_finetune_saves_a_folder_of_the_same_size_and_goes_on_where_it_was(
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_finetune_says_when_it_did_not_help(quantized, llama_folder, tmp_path, capsys):
+    options = ("--samples", 2, "--sequence-length", 16, "--epochs", 1, "--learning-rate", 0.5)
+
+    assert run("finetune", quantized, tmp_path / "o", "--teacher", llama_folder, *options) == 0
+
+    assert "no epoch was better, scales as they were" in capsys.readouterr().out
+    assert "finetuned" not in (tmp_path / "o" / "README.md").read_text("utf-8")
+    before, after = (folder / "model.safetensors" for folder in (quantized, tmp_path / "o"))
+    assert before.read_bytes() == after.read_bytes()
+
+
 def test_finetune_refuses_to_overwrite_and_models_that_are_not_quantized(
     quantized, llama_folder, tmp_path, capsys
 ):

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--sequence-length", type=int, default=512, help="their tokens (512)")
     finetune.add_argument("--epochs", type=int, help="passes over the windows (4)")
     finetune.add_argument(
-        "--learning-rate", type=float, help="relative to every scale, at the first step (5e-4)"
+        "--learning-rate", type=float, help="relative to every scale, at the first step (2e-3)"
     )
     finetune.add_argument("--batch-size", type=int, help="windows per optimizer step (8)")
     finetune.add_argument("--seed", type=int, help="of the choice and order of the windows (0)")
@@ -212,8 +212,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
     epochs = zip(report.train_kl_bits, report.validation_kl_bits[1:], strict=True)
     rows += [(str(n), f"{t:.5f}", f"{v:.5f}") for n, (t, v) in enumerate(epochs, 1)]
     _print_table(("epoch", "KL trained on", "KL held out, bits per token"), rows)
+    kept = f"scales of epoch {report.kept_epoch}"
+    if report.kept_epoch == 0:
+        kept = "no epoch was better, scales as they were"
     print(
-        f"\n{arguments.out}: {report.layers} layers, scales of epoch {report.kept_epoch}, "
+        f"\n{arguments.out}: {report.layers} layers, {kept}, "
         f"KL {before:.5f} -> {after:.5f} bits per token; bits per weight as before"
     )
 
