@@ -190,6 +190,8 @@ def _settings(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
             yield name, json.loads(value)
         except json.JSONDecodeError:
             yield name, value
+
+
 def _finetune(arguments: argparse.Namespace) -> None:
     from watersic_hf.finetuning import FinetuneSettings, finetune_to_folder
 

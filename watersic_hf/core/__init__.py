@@ -3,10 +3,9 @@
 from watersic_hf.core.metrics import gap_to_bound, relative_output_error
 from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
+from watersic_hf.core.rate import narrow
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import whitened_variances
-from watersic_hf.core.rate import narrow
-from watersic_hf.core.waterfill import SHAPING_LOSS
 
 __all__ = [
     "SHAPING_LOSS",
