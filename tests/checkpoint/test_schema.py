@@ -11,6 +11,9 @@ from watersic_hf.checkpoint import (
     tensor_specs,
     validate_layer,
 )
+from watersic_hf.core import Moments, quantize_weight
+from watersic_hf.core.rate import paper_rate
+from watersic_hf.testing import random_layer
 
 
 def layer(rows=40, columns=24, *, scale=1.0):
@@ -157,3 +160,18 @@ def test_validation_names_the_layer_and_the_field():
         validate_layer("l", shapes, 9, 4)
     with pytest.raises(CheckpointError, match=r"no tensor l\.col_scale"):
         validate_layer("l", {"weight": (99,), "row_scale": (8,)}, 8, 4)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.0, 3.0])
+def test_at_the_rate_that_the_paper_counts_the_stored_layer_has_less_error(rate):
+    weight_AN, cov_NN = random_layer(1024, 256, seed=0)
+    moments = Moments(cov=cov_NN, tokens=10**6)
+    theirs = quantize_weight(weight_AN, moments, rate=rate)
+    # a pooled entropy and 16 bits per scale: no tables, no header, no checksum
+    counted = paper_rate(theirs.codes_AN)
+
+    ours = quantize_weight(weight_AN, moments, bits=counted, charge=layer_charge)
+
+    packed = pack_layer(ours.codes_AN, ours.row_scale_A, ours.col_scale_N, name="layer")
+    assert packed.bits_per_weight <= counted * 1.008
+    assert ours.error < 0.9 * theirs.error

@@ -61,6 +61,19 @@ def test_entropy_and_rate_equal_the_authors(golden, quantized):
     assert paper_rate(quantized.codes_AN) == pytest.approx(float(golden["rate"]), abs=1e-6)
 
 
+def test_the_error_is_not_above_the_authors_loss(golden, quantized):
+    weight_AN, found_AN = golden["weight"].double(), quantized.dequantize()
+    cross_NN = golden.get("cross_cov", golden["cov"]).double()
+    seen_NN = golden.get("drifted_cov", golden["cov"]).double()
+
+    # their loss leaves the residual stream out
+    loss = (weight_AN @ golden["cov"].double() * weight_AN).sum()
+    loss += ((found_AN @ seen_NN - 2 * weight_AN @ cross_NN) * found_AN).sum()
+
+    # theirs is float32
+    assert float(loss) / weight_AN.numel() <= float(golden["loss"]) * (1 + 1e-5)
+
+
 def test_no_damping_beyond_the_first_was_needed(quantized):
     assert quantized.damping == 1e-4
     assert bool(quantized.live_N.all())
