@@ -239,7 +239,8 @@ def test_reports_name_every_layer(quantize, packed_names):
     reports = model.hf_quantizer.reports
 
     assert sorted(r.name for r in reports) == sorted(packed_names(model))
-    assert all(r.tokens == 4 * 64 and 0 < r.error < 1 for r in reports)
+    # a layer that makes up for others may leave its own output further off than zeros would
+    assert all(r.tokens == 4 * 64 and r.error > 0 for r in reports)
 
 
 def test_a_dictionary_serves_as_configuration(llama_folder):
