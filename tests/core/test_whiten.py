@@ -182,7 +182,7 @@ def test_whitened_variances_need_no_dead_column():
 
 
 def test_the_damping_falls_with_the_tokens_to_the_papers():
-    assert damping_for(1000, 1000) == pytest.approx(0.05)
-    assert damping_for(1000, 100_000) == pytest.approx(5e-4)
+    assert damping_for(1000, 1000) == pytest.approx(0.1)
+    assert damping_for(1000, 100_000) == pytest.approx(1e-3)
     assert damping_for(1000, 10_000_000) == 1e-4
     assert damping_for(1000, 0) == 1e-4

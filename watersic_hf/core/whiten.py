@@ -21,7 +21,7 @@ DEAD_FRACTION = 1e-3
 #: Damping of moments that were measured on many tokens; the paper's.
 LEAST_DAMPING = 1e-4
 #: Damping for every column there is per token.
-DAMPING_PER_COLUMN = 0.05
+DAMPING_PER_COLUMN = 0.1
 #: How often a failed factorization is tried again, each time with ten times the damping.
 RETRIES = 3
 
