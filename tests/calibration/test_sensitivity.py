@@ -81,6 +81,18 @@ def test_it_predicts_the_divergence_that_noise_in_an_output_causes(make_llama):
     assert measured == pytest.approx(predicted, rel=0.25)
 
 
+def test_blocks_may_return_tuples():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=2)
+    model = BloomForCausalLM(config).eval()
+
+    found = sensitivities(model, windows(2))
+
+    assert set(found) == set(layers_of(model))
+    assert all(bool((s.row_power_A >= 0).all()) for s in found.values())
+
+
 def test_nothing_of_the_model_is_changed(make_llama):
     model = make_llama()
     before = copy.deepcopy(model.state_dict())

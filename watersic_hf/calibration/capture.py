@@ -32,6 +32,9 @@ class BlockStream:
     """By the shape (B, T) of a batch: what each block is called with besides its hidden states.
     Blocks differ: layers with a sliding window have a mask of their own."""
 
+    returns_tuples: bool = False
+    """Whether the blocks put out a tuple that begins with the hidden states; known once one ran."""
+
     def copy(self) -> "BlockStream":
         """A stream of its own from the same hidden states on."""
         return BlockStream(list(self.hidden), self.arguments)
@@ -42,7 +45,8 @@ class BlockStream:
         inputs = (hidden, *self.arguments[tuple(hidden.shape[:2])][index])
         hidden, args, kwargs = _moved(inputs, next(block.parameters()).device)
         output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        self.returns_tuples = isinstance(output, tuple)
+        return output[0] if self.returns_tuples else output
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Push all batches through a block."""

@@ -75,11 +75,11 @@ def layer_sensitivities(
     if not all(bool(hidden.isfinite().all()) for hidden in stream.hidden):
         # the block loop stops at the layer where it begins, and names it
         return {}
-    grads = _gradients_of_last_block(model, modules, windows, stream.hidden, seed)
+    grads = _gradients_of_last_block(model, modules, windows, stream, seed)
 
     found: dict[str, Sensitivity] = {}
-    backward = tqdm(list(enumerate(blocks)), desc="Sensitivity, backward", unit="block")
-    for index, (name, block) in list(backward)[::-1]:
+    backward = list(enumerate(blocks))[::-1]
+    for index, (name, block) in tqdm(backward, desc="Sensitivity, backward", unit="block"):
         stream.hidden = inputs.pop()
         inside = {n.removeprefix(f"{name}."): n for n in layers if n.startswith(f"{name}.")}
         with _on(block, device):
@@ -156,24 +156,24 @@ def _gradients_of_last_block(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     windows: Sequence[Tensor],
-    hidden: Sequence[Tensor],
+    stream: BlockStream,
     seed: int,
 ) -> list[Tensor]:
     """Gradients, at the output of the last block, of the log-likelihood of drawn tokens.
 
-    The blocks are bypassed: `hidden` is what the last of them put out for every window.
+    The blocks are bypassed: `stream` is at what the last of them put out for every window.
     """
     generator = torch.Generator().manual_seed(seed)
     leaf: Tensor
 
-    def bypass(*args: Any, **kwargs: Any) -> Tensor:
-        return leaf
+    def bypass(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        return (leaf,) if stream.returns_tuples else leaf
 
     grads = []
     for block in blocks:
         block.forward = bypass
     try:
-        for window, state in zip(windows, hidden, strict=True):
+        for window, state in zip(windows, stream.hidden, strict=True):
             leaf = state.detach().requires_grad_()
             with torch.enable_grad():
                 tokens = window[None].to(state.device)
