@@ -1,11 +1,16 @@
 """Every benchmark runs, on a case small enough for a test."""
 
+import argparse
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from watersic_hf.core import LayerSettings, Moments
 from watersic_hf.testing import random_layer
@@ -122,3 +127,120 @@ def test_folders_of_rivals_are_judged_like_all_others(llama_folder, tmp_path):
 
     assert row["KL pydoc"] == pytest.approx(0, abs=1e-6)
     assert row["method"] == "none"
+@pytest.fixture
+def rivals():
+    return load("rivals")
+
+
+def fake_rival(job):
+    """Stands in for a package: four bits a weight and a scale for every layer."""
+    job.settings, job.version = "fake", "0"
+    job.each_layer(
+        lambda weight: weight.float() + 1,
+        lambda moved: (moved, [torch.zeros(moved.numel() // 2, dtype=torch.uint8), moved[:1, :1]]),
+    )
+
+
+def test_a_rival_leaves_a_dense_folder_and_its_record(rivals, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "bnb", fake_rival)
+    fake_rival.__name__ = "bnb"
+
+    result = rivals.main(["bnb", "--model", str(llama_folder), "--out", str(tmp_path)])
+
+    assert tuple(json.loads((tmp_path / "rival.json").read_text())) == rivals.RECORD
+    assert result["weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 160)
+    assert result["bytes"] == result["weights"] // 2 + 14 * 4
+    assert result["bits"] == pytest.approx(4 + 14 * 32 / result["weights"])
+    assert result["calibration"] is None
+    before = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    moved = {name for name in before if (after[name].float() - before[name]).mean() > 0.9}
+    assert moved == {name for name in before if "_proj" in name}
+    assert all(tensor.dtype == torch.bfloat16 for tensor in after.values())
+
+
+def test_rivals_share_one_file_of_windows(rivals, llama_folder, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "windows.safetensors"
+    text.write_text("All rivals see the same tokens. " * 200)
+    options = ["--samples", "3", "--sequence-length", "16", "--text", str(text)]
+
+    rivals.main(["windows", "--model", str(llama_folder), "--out", str(out), *options])
+
+    windows = rivals.read_windows(out)
+    assert windows.shape == (3, 16)
+    assert windows.dtype == torch.int64
+
+
+def test_a_file_without_windows_is_refused(rivals, tmp_path):
+    save_file({"tokens": torch.zeros(3, dtype=torch.int64)}, tmp_path / "w")
+
+    with pytest.raises(SystemExit, match="needs one int64 tensor `windows`"):
+        rivals.read_windows(tmp_path / "w")
+
+
+def test_a_rival_that_is_not_installed_is_named(rivals, llama_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hqq.core.quantize", None)
+    monkeypatch.setitem(sys.modules, "hqq", None)
+
+    with pytest.raises(SystemExit, match=r"the package `hqq.*` is not installed here"):
+        rivals.main(["hqq", "--bits", "3", "--model", str(llama_folder), "--out", str(tmp_path)])
+
+
+def test_a_broken_conversion_is_not_written(rivals, llama_folder, tmp_path, monkeypatch):
+    def broken(job):
+        job.weights = {name: weight.float() / 0 for name, weight in job.weights.items()}
+
+    broken.__name__ = "bnb"
+    monkeypatch.setattr(rivals, "bnb", broken)
+
+    with pytest.raises(ValueError, match="not finite"):
+        rivals.main(["bnb", "--model", str(llama_folder), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_folder_in_the_format_of_gptq_is_read_back(rivals, bits, tmp_path):
+    N, A, group = 128, 32, 64
+    codes_NA = torch.randint(0, 2**bits, (N, A))
+    zeros_GA = torch.randint(0, 2**bits, (N // group, A))
+    scales_GA = torch.rand(N // group, A).half()
+    stem = "model.layers.0.mlp.up_proj."
+    tensors = {
+        "qweight": pack(codes_NA, bits), "qzeros": pack(zeros_GA.T, bits).T.contiguous(),
+        "scales": scales_GA, "g_idx": torch.arange(N, dtype=torch.int32) // group,
+    }  # fmt: skip
+    save_file({stem + key: tensor for key, tensor in tensors.items()}, tmp_path / "m.safetensors")
+    options = argparse.Namespace(bits=bits, group=group)
+    job = rivals.Job(options, {stem + "weight": torch.zeros(A, N)})
+
+    rivals.read_gptq(job, tmp_path, first_zero=1)
+
+    group_N = torch.arange(N) // group
+    expected = (codes_NA - zeros_GA[group_N] - 1) * scales_GA.float()[group_N]
+    assert torch.equal(job.weights[stem + "weight"], expected.T)
+    # codes, then for every group a scale of 16 bits and a zero, then an index for every input
+    assert 8 * job.bytes == N * A * bits + N // group * A * (16 + bits) + 32 * N
+
+
+def pack(values, bits):
+    """Rows of integers to int32 words, lowest bit first."""
+    stream = (values[:, None] >> torch.arange(bits)[None, :, None]) & 1
+    words = stream.reshape(-1, 32, values.shape[1]) << torch.arange(32)[None, :, None]
+    return words.sum(1).to(torch.uint32).view(torch.int32)
+
+
+def test_the_importance_of_an_input_is_its_mean_square(rivals, llama_folder):
+    weights = rivals.linear_weights(llama_folder)
+    windows = torch.randint(0, 320, (3, 16))
+    options = argparse.Namespace(model=llama_folder)
+
+    squares = rivals.mean_squares(rivals.Job(options, weights, windows))
+
+    assert {name: len(s) for name, s in squares.items()} == {
+        name: weight.shape[1] for name, weight in weights.items()
+    }
+    # the norm in front of q leaves rows of about unit mean square, its weight is one
+    assert squares["model.layers.0.self_attn.q_proj.weight"].mean() == pytest.approx(1, abs=0.1)
+
+
+def test_rows_are_folded_to_multiples_of_256_columns(rivals):
+    assert [rivals.folding(n) for n in (256, 576, 640, 1536)] == [1, 4, 2, 1]
