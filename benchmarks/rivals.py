@@ -6,7 +6,8 @@
 
 Every rival quantizes the linear layers of the decoder blocks and nothing else.  DIR becomes an
 ordinary dense bfloat16 folder with the dequantized weights, so that one evaluator judges all
-rivals, and `rival.json`, which says what ran and what it stores (`RECORD` lists the fields).
+rivals, and `rival.json`, which says what ran and what it stores (`RECORD` lists the fields).  Its
+`seconds` are processor time, of all threads, since these machines are shared.
 
 Only `windows` needs watersic_hf: the others run where the rival is installed.  One environment for
 each line (Python 3.11, CPU), after `pip install torch==2.13.0` and with a constraints file that
@@ -15,6 +16,7 @@ keeps it; these versions ran:
     hqq, bnb, quanto, torchao, llamacpp:
         transformers==5.23.0 accelerate==1.15.0 hqq==0.2.8.post1 bitsandbytes==0.50.2
         optimum-quanto==0.2.7 torchao==0.18.0 gguf==0.19.0
+    sinq:       as for hqq, datasets==5.2.0, then sinq==0.2.0 with --no-deps (gemlite needs CUDA)
     gptq:       transformers==5.23.0 gptqmodel==7.6.0 (7.7.0 needs a newer torch), wheel, setuptools
     autoround:  transformers==5.23.0 auto-round==0.16.1
 
@@ -35,7 +37,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -79,10 +80,10 @@ class Job:
 
     @contextmanager
     def timed(self):
-        """Count the time spent inside as the rival's."""
-        start = time.perf_counter()
+        """Count the processor time spent inside, of subprocesses too, as the rival's."""
+        start = sum(os.times()[:4])
         yield
-        self.seconds += time.perf_counter() - start
+        self.seconds += sum(os.times()[:4]) - start
 
     def each_layer(self, quantize: Callable, dequantize: Callable) -> None:
         """Quantize layer by layer; `quantize` takes a weight, `dequantize` what that returned.
@@ -109,6 +110,21 @@ def hqq(job: Job) -> None:
             linear(weight), dict(config), compute_dtype=torch.bfloat16, device="cpu"
         ),
         lambda layer: (layer.dequantize(), layer.state_dict().values()),
+    )
+
+
+def sinq(job: Job) -> None:
+    from sinq.sinqlinear import SINQLinear, sinq_base_quant_config
+
+    bits, group = job.options.bits, job.options.group
+    config = sinq_base_quant_config(bits, group, method="sinq")
+    job.version = version("sinq")
+    job.settings = f"sinq, {bits} bits, group {group}, 1D tiles, scales and zeros of 8 bits"
+    job.each_layer(
+        lambda weight: SINQLinear(
+            linear(weight), config, compute_dtype=torch.bfloat16, device="cpu"
+        ),
+        lambda layer: (layer.dequantize(), flat(layer.state_dict())),
     )
 
 
@@ -188,7 +204,7 @@ def llamacpp(job: Job) -> None:
     fold = {n: folding(w.shape[1]) if job.options.fold else 1 for n, w in job.weights.items()}
     with tempfile.TemporaryDirectory() as scratch, job.timed():
         source, matrix, target = (f"{scratch}/{name}.gguf" for name in ("source", "matrix", "out"))
-        squares = mean_squares(job)
+        squares = kept(job.options.squares, partial(mean_squares, job))
         writer = gguf.GGUFWriter(matrix, arch="", endianess=gguf.GGUFEndian.LITTLE)
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", ["windows"])
@@ -343,6 +359,16 @@ def folding(columns: int) -> int:
     return 256 // math.gcd(columns, 256)
 
 
+def kept(file: str | None, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of a file, which is written first where there is none."""
+    if file and Path(file).is_file():
+        return load_file(file)
+    made = make()
+    if file:
+        save_file(made, file)
+    return made
+
+
 def close(writer) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -450,6 +476,15 @@ def nbytes(tensors: Iterable) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
+def flat(nested) -> list:
+    """The leaves of nested dicts, lists and tuples."""
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    if isinstance(nested, list | tuple):
+        return [leaf for branch in nested for leaf in flat(branch)]
+    return [nested]
+
+
 def linear(weight: Tensor) -> nn.Linear:
     """The layer of one weight, without a bias."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
@@ -483,6 +518,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--sequence-length", type=int, default=512)
     made.add_argument("--seed", type=int, default=0)
     command(hqq, bits=(1, 2, 3, 4, 8)).add_argument("--axis", type=int, choices=(0, 1), default=1)
+    command(sinq, bits=(2, 3, 4, 8))
     made = command(bnb)
     made.add_argument("--type", choices=("nf4", "fp4"), default="nf4")
     made.add_argument("--double", action="store_true", help="quantize the scales too")
@@ -494,6 +530,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument(
         "--fold", action="store_true", help="quantize several rows as one, so that .."
     )
+    made.add_argument("--squares", help="file to keep the inputs' mean squares in, for other types")
     made.add_argument("--tools", help="folder of llama-quantize (the PATH)")
     made.add_argument("--release", default="unknown", help="of llama.cpp, for the record")
     made = command(gptq, bits=(2, 3, 4), calibrated=True)

@@ -197,6 +197,12 @@ def test_a_broken_conversion_is_not_written(rivals, llama_folder, tmp_path, monk
         rivals.main(["bnb", "--model", str(llama_folder), "--out", str(tmp_path / "out")])
 
 
+def test_nested_tensors_are_counted_and_settings_are_not(rivals):
+    stored = {"codes": torch.zeros(3, dtype=torch.uint8), "meta": {"scale": (torch.zeros(2), 64)}}
+
+    assert rivals.nbytes(rivals.flat(stored)) == 3 + 8
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_folder_in_the_format_of_gptq_is_read_back(rivals, bits, tmp_path):
     N, A, group = 128, 32, 64
