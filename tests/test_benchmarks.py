@@ -127,6 +127,8 @@ def test_folders_of_rivals_are_judged_like_all_others(llama_folder, tmp_path):
 
     assert row["KL pydoc"] == pytest.approx(0, abs=1e-6)
     assert row["method"] == "none"
+
+
 @pytest.fixture
 def rivals():
     return load("rivals")

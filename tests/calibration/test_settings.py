@@ -1,13 +1,6 @@
 import pytest
 
 from watersic_hf.calibration import CalibrationSettings
-from watersic_hf.calibration.settings import drift_share
-
-
-def test_the_share_of_the_drift_grows_with_the_tokens_to_the_whole():
-    assert drift_share(1000, 8000) == pytest.approx(0.5)
-    assert drift_share(1000, 10_000_000) > 0.99
-    assert drift_share(1000, 10) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
 from watersic_hf.calibration.report import average_bits
 from watersic_hf.calibration.sensitivity import layer_sensitivities
-from watersic_hf.calibration.settings import CalibrationSettings, drift_share
+from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import InputGroup, decoder_blocks, input_groups
 from watersic_hf.core import Moments
 from watersic_hf.nn import WaterSICLinear, replace_module
@@ -183,9 +183,7 @@ class _Turn:
             residual=settings.residual and self.original is not None, importance=importance,
         )  # fmt: skip
 
-        def mixture(drift: float | None, attention: float) -> Moments:
-            if drift is None:
-                drift = drift_share(plain.columns, plain.tokens)
+        def mixture(drift: float, attention: float) -> Moments:
             mixed = plain if weighted is None else plain.mix(weighted, attention)
             return mixed.with_drift(drift)
 

@@ -6,18 +6,6 @@ from dataclasses import dataclass
 ALLOCATIONS = ("sensitivity", "uniform")
 
 
-#: Calibration tokens per input of a layer at which half of its drift is corrected.
-TOKENS_PER_COLUMN = 8
-
-
-def drift_share(columns: int, tokens: int) -> float:
-    """Share of the drift correction that so many tokens support in a layer of so many inputs.
-
-    The correction is a regression; the share shrinks it as its noise grows with columns / tokens.
-    """
-    return tokens / (tokens + TOKENS_PER_COLUMN * columns)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """The parts of the method that look beyond one layer; each can be switched off.
@@ -33,9 +21,10 @@ class CalibrationSettings:
     row_importance: bool = True
     """Give every row of a weight a step by what its errors do to the model's predictions."""
 
-    drift: float | None = None
+    drift: float = 0.5
     """Share of the drift of a layer's input, against that in the original model, that the layer
-    makes up for (paper, section on drift correction); None is `drift_share`."""
+    makes up for (paper, section on drift correction).  The correction is a regression on the
+    calibration tokens, and the whole of it is worse than none when they are few."""
 
     residual: bool = True
     """Layers that write to the residual stream also make up for its error, by the same share."""
@@ -54,8 +43,6 @@ class CalibrationSettings:
             raise ValueError(f"allocation is {self.allocation!r}, but must be one of {ALLOCATIONS}")
         for name in ("drift", "attention"):
             value = getattr(self, name)
-            if name == "drift" and value is None:
-                continue
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value!r}, but must be a number from 0 to 1")
         if self.sensitivity_tokens < 1:

@@ -69,7 +69,6 @@ class WaterSICConfig(QuantizationConfigMixin):
         row_importance: give the rows of each layer steps by the same measure.
         drift: share, from 0 to 1, of the drift of a layer's input that the layer makes up for
             (paper, drift correction); above 0 the original model runs beside the quantized one.
-            None takes the share that the calibration tokens support in each layer.
         residual: layers that write to the residual stream make up for its error too, by the same
             share (paper, residual compensation).
         attention: share, from 0 to 1, of the statistics of q, k and v that weighs tokens by the
@@ -100,7 +99,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         damping: float | None = None,
         allocation: str = CalibrationSettings.allocation,
         row_importance: bool = CalibrationSettings.row_importance,
-        drift: float | None = CalibrationSettings.drift,
+        drift: float = CalibrationSettings.drift,
         residual: bool = CalibrationSettings.residual,
         attention: float = CalibrationSettings.attention,
         mixing: bool = CalibrationSettings.mixing,
