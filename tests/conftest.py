@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 
@@ -111,6 +112,30 @@ def spoil_scales():
 @pytest.fixture(scope="session")
 def tokens():
     return torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def write_task(tmp_path):
+    """Write a task of lm-evaluation-harness and its documents; multiple choice by default."""
+
+    def write(name, documents, **changes):
+        folder = tmp_path / "tasks"
+        folder.mkdir(exist_ok=True)
+        data = folder / f"{name}.json"
+        data.write_text(json.dumps(documents))
+        config = {
+            "task": name, "dataset_path": "json", "test_split": "train",
+            "dataset_kwargs": {"data_files": str(data), "cache_dir": str(tmp_path / "cache")},
+            "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+            "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"},
+            "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        # JSON is YAML
+        (folder / f"{name}.yaml").write_text(json.dumps(config | changes))
+        return folder / f"{name}.yaml"
+
+    return write
 
 
 @pytest.fixture(scope="session")

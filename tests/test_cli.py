@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -97,6 +98,28 @@ def test_eval_prints_a_table(quantized, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_eval_shows_tasks_of_both_models(quantized, llama_folder, write_task, capsys):
+    documents = [{"question": f"Item {n} is", "choices": ["a", "b"], "answer": n % 2}
+                 for n in range(8)]  # fmt: skip
+    task = write_task("quiz", documents)
+    options = ("--windows", 1, "--sequence-length", 64, "--limit", 6, "--against", llama_folder)
+
+    assert run("eval", quantized, *options, "--tasks", task) == 0
+    table = capsys.readouterr().out
+    assert run("eval", quantized, *options, "--tasks", task, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+
+    both = [found[key]["quiz"] for key in ("original_tasks", "tasks")]
+    row = next(line for line in table.splitlines() if line.startswith("quiz, acc "))
+    cells = [f"{metrics['acc']:.4f} +- {metrics['acc_stderr']:.4f}" for metrics in both]
+    assert re.split("  +", row) == ["quiz, acc", *cells]
+
+
+def test_eval_refuses_settings_of_tasks_without_tasks(quantized, capsys):
+    assert run("eval", quantized, "--few-shot", 2) == 1
+    assert "are for --tasks" in capsys.readouterr().err
+
+
 def test_finetune_saves_a_folder_of_the_same_size_and_goes_on_where_it_was(
     quantized, llama_folder, spoil_scales, tmp_path, capsys
 ):
@@ -181,7 +204,8 @@ def test_the_commands_and_their_options_are_these(capsys):
                             "--sequence-length", "--epochs", "--learning-rate", "--batch-size",
                             "--seed", "--resume", "--dtype", "--device-map"]),
         "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
-                        "--dtype", "--device-map", "--prompt"]),
+                        "--tasks", "--few-shot", "--limit", "--batch-size", "--dtype",
+                        "--device-map", "--prompt"]),
         "inspect": common,
         "verify": common,
         "demo": sorted([*common, "--bits", "--model", "--out"]),

@@ -45,7 +45,8 @@ def test_the_kernels_refuse_a_second_name():
 def test_importing_the_package_touches_neither_triton_nor_the_calibration_sets():
     code = (
         "import sys, watersic_hf; "
-        "print([m for m in ('triton', 'datasets', 'optimum', 'watersic_kernels', 'gguf') "
+        "print([m for m in ('triton', 'datasets', 'optimum', 'watersic_kernels', 'gguf', "
+        "'lm_eval') "
         "if m in sys.modules])"
     )
 

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--dtype", default="auto", help="of both models (their own)")
     finetune.add_argument("--device-map", help="as in from_pretrained")
 
-    evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL, speed")
+    evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL, tasks, speed")
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("model", help="folder or hub name")
     evaluate.add_argument("--against", metavar="ORIGINAL", help="model to compare with")
@@ -115,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--sequence-length", type=int, default=512)
     evaluate.add_argument("--windows", type=int, help="at most so many windows (all)")
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="NAME_OR_YAML",
+        help="tasks of lm-evaluation-harness: names, task files, folders of them",
+    )
+    evaluate.add_argument(
+        "--few-shot", type=int, help="solved examples before every question of a task (0)"
+    )
+    evaluate.add_argument("--limit", type=int, help="at most so many questions of a task (all)")
+    evaluate.add_argument("--batch-size", type=int, help="sequences of a task at a time (1)")
     evaluate.add_argument("--dtype", default="auto")
     evaluate.add_argument("--device-map")
     evaluate.add_argument("--prompt", help="also print a greedy continuation of this text")
@@ -192,14 +204,15 @@ def _settings(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that are on the command line; the others keep the library's defaults."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
 def _finetune(arguments: argparse.Namespace) -> None:
     from watersic_hf.finetuning import FinetuneSettings, finetune_to_folder
 
-    given = {
-        name: value
-        for name in ("epochs", "learning_rate", "batch_size", "seed")
-        if (value := getattr(arguments, name)) is not None
-    }
+    given = _given(arguments, "epochs", "learning_rate", "batch_size", "seed")
     report = finetune_to_folder(
         arguments.quantized, arguments.out, arguments.teacher, dataset=arguments.dataset,
         tokenizer=arguments.tokenizer, samples=arguments.samples,
@@ -228,6 +241,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     from watersic_hf.evaluation import (
         evaluate,
+        evaluate_tasks,
         evaluation_text,
         evaluation_windows,
         generation_speed,
@@ -238,6 +252,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             name, dtype=arguments.dtype, device_map=arguments.device_map
         ).eval()
 
+    task_options = _given(arguments, "few_shot", "limit", "batch_size")
+    if task_options and not arguments.tasks:
+        raise ValueError("--few-shot, --limit and --batch-size are for --tasks, which is missing")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = evaluation_windows(
         evaluation_text(arguments.text),
@@ -247,7 +264,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     model = load(arguments.model)
     original = load(arguments.against) if arguments.against else None
-    result = asdict(evaluate(model, windows, original))
+    task_results = {}
+    if arguments.tasks:
+        # before the perplexity, so that a misspelt name shows first
+        task_results["tasks"] = evaluate_tasks(model, tokenizer, arguments.tasks, **task_options)
+        if original is not None:
+            task_results["original_tasks"] = evaluate_tasks(
+                original, tokenizer, arguments.tasks, **task_options
+            )
+    result = asdict(evaluate(model, windows, original)) | task_results
     result["tokens_per_second"] = generation_speed(model, windows[0][:32])
     if arguments.prompt:
         prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
@@ -268,8 +293,29 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         ("tokens per second", f"{result['tokens_per_second']:.1f}"),
     ]
     _print_table(("", arguments.model), rows)
+    if task_results:
+        print()
+        names = {"original_tasks": arguments.against, "tasks": arguments.model}
+        _print_tasks([(names[key], task_results[key]) for key in names if key in task_results])
     if arguments.prompt:
         print(f"\n{result['text']}")
+
+
+def _print_tasks(models: Sequence[tuple[str, dict[str, dict[str, float]]]]) -> None:
+    """A row per task and metric, a column per model; a standard error stands by its metric."""
+
+    def cell(metrics: dict[str, float], metric: str) -> str:
+        name, comma, answer_filter = metric.partition(",")
+        error = metrics.get(f"{name}_stderr{comma}{answer_filter}")
+        return f"{metrics[metric]:.4f}" + ("" if error is None else f" +- {error:.4f}")
+
+    rows = [
+        (f"{task}, {metric}", *(cell(found[task], metric) for _, found in models))
+        for task, metrics in models[0][1].items()
+        for metric in metrics
+        if "_stderr" not in metric
+    ]
+    _print_table(("task, metric", *(name for name, _ in models)), rows)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

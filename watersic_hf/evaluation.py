@@ -1,12 +1,18 @@
-"""How good a quantized model is: perplexity, divergence from the original, agreement, speed."""
+"""How good a quantized model is: perplexity, divergence from the original, tasks, speed."""
 
+import contextlib
+import copy
 import math
 import os
+import random
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,6 +79,67 @@ def evaluate(
     )
 
 
+def evaluate_tasks(
+    model: torch.nn.Module,
+    tokenizer: object,
+    tasks: Sequence[str | os.PathLike],
+    *,
+    few_shot: int = 0,
+    limit: int | None = None,
+    batch_size: int = 1,
+) -> dict[str, dict[str, float]]:
+    """Evaluate a causal language model on tasks of lm-evaluation-harness.
+
+    A task that is not built in is a YAML file in the harness's format.  With ``dataset_path: json``
+    and ``dataset_kwargs: {data_files: FILE}`` its data are a local file, relative to the working
+    directory, and no network is needed.
+
+    The harness seeds the generators of Python, NumPy and PyTorch, and puts the model in evaluation
+    mode.
+
+    Args:
+        model: the model to judge, quantized or not.
+        tokenizer: its tokenizer; stays as it is.
+        tasks: names that the harness knows ("hellaswag", "mmlu"), task files, and folders, which
+            stand for every ``*.yaml`` in them.  What exists as a path is not read as a name.
+        few_shot: solved examples before every question, whatever number the task itself names.
+        limit: use only so many of a task's first questions.
+        batch_size: sequences at a time.
+
+    Returns:
+        Task or group -> metric -> value.  Standard errors are metrics named ``acc_stderr``, where
+        the harness can estimate them; a filter of the answers is named as in
+        ``exact_match,strict-match``.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: there is no such task, two have one name, or one allows no examples.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError('tasks need `pip install "watersic-hf[eval]"`') from error
+    if few_shot < 0 or batch_size < 1 or (limit is not None and limit < 1):
+        raise ValueError(
+            f"few_shot is {few_shot}, limit {limit}, batch_size {batch_size}, but the first must "
+            "be at least 0 and the others at least 1"
+        )
+    # the harness prints to standard output, which is for results
+    with contextlib.redirect_stdout(sys.stderr):
+        manager, loaded = _load_tasks(tasks, few_shot)
+        found = simple_evaluate(
+            # the harness adds a padding token to the tokenizer it is given
+            HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
+            tasks=loaded,
+            num_fewshot=few_shot,
+            limit=limit,
+            log_samples=False,
+            task_manager=manager,
+        )
+    return {name: _task_metrics(values) for name, values in found["results"].items()}
+
+
 @torch.no_grad()
 def generation_speed(model: torch.nn.Module, prompt_T: Tensor, *, new_tokens: int = 64) -> float:
     """Tokens per second of greedy generation for one sequence, after one token of warm-up."""
@@ -115,3 +182,61 @@ def _log_probabilities(model: torch.nn.Module, window_T: Tensor) -> Tensor:
     """Log-probabilities of tokens 1.. given those before, float32."""
     logits = model(input_ids=window_T[None].to(model.device), use_cache=False).logits
     return F.log_softmax(logits[0, :-1].float(), dim=-1)
+
+
+def _load_tasks(tasks: Sequence[str | os.PathLike], few_shot: int) -> tuple[Any, list]:
+    """The harness's task manager, and the tasks and outermost groups that `tasks` stand for."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.tasks import TaskManager
+
+    specs = [spec for task in tasks for spec in _task_files(task)]
+    names = {spec for spec in specs if not Path(spec).is_file()}
+    if not specs:
+        raise ValueError("tasks is empty; name at least one task")
+    # more than ten thousand built-in files: reading them takes ten seconds
+    manager = TaskManager(include_defaults=bool(names))
+    if unknown := sorted(names.difference(manager.all_tasks)):
+        raise ValueError(
+            f"{', '.join(unknown)}: neither a task of lm-eval nor a file; `lm-eval ls tasks` "
+            "prints the names"
+        )
+    # some tasks shuffle their answers while they load; the harness seeds before it loads, too
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    found, groups, inside = {}, {}, set()
+    for spec in specs:
+        try:
+            loaded = manager.load([spec])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"task {spec}: {error}") from error
+        if twice := sorted(found.keys() & loaded["tasks"].keys()):
+            raise ValueError(f"task {spec}: {', '.join(twice)} is the name of another task, too")
+        found |= loaded["tasks"]
+        groups |= loaded["groups"]
+        inside.update(*loaded["group_map"].values())
+    # the harness would go on without examples where a task says so
+    fixed = [name for name, task in found.items() if task.get_config("num_fewshot") == 0]
+    if few_shot and fixed:
+        raise ValueError(
+            f"few_shot is {few_shot}, but {', '.join(fixed)} allows no examples; evaluate it apart"
+        )
+    return manager, [item for name, item in (found | groups).items() if name not in inside]
+
+
+def _task_files(task: str | os.PathLike) -> list[str]:
+    """The task files of a folder; anything else is returned as it is."""
+    if not Path(task).is_dir():
+        return [os.fspath(task)]
+    files = sorted(Path(task).rglob("*.yaml"))
+    if not files:
+        raise ValueError(f"the folder {os.fspath(task)} holds no task file (*.yaml)")
+    return [os.fspath(file) for file in files]
+
+
+def _task_metrics(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers among what the harness reports of a task, whose keys are "metric,filter"."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if "," in name and isinstance(value, int | float)
+    }
