@@ -120,16 +120,6 @@ class Moments:
             residual_AN=mixed("residual_AN"),
         )
 
-    def towards_original(self, share: float) -> Moments:
-        """Return these moments with S_H and S_C mixed with S_X: 1 = as if nothing had drifted."""
-        if self.cross_cov_NN is None or share == 0:
-            return self
-        return replace(
-            self,
-            drifted_cov_NN=self.drifted_cov_NN.lerp(self.cov, share),
-            cross_cov_NN=self.cross_cov_NN.lerp(self.cov, share),
-        )
-
     def scale_rows(self, factor_A1: Tensor) -> Moments:
         """Return the moments of a problem whose outputs, row by row, are `factor_A1` times these.
 
