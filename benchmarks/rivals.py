@@ -184,11 +184,7 @@ def torchao(job: Job) -> None:
 
 
 def llamacpp(job: Job) -> None:
-    """llama-quantize with an importance matrix: the mean squares of each layer's inputs.
-
-    The GGUF holds the linear layers only, and their names are all that matters: every row is
-    quantized by itself, so that q and k need not be permuted as llama.cpp's own models are.
-    """
+    """llama-quantize with an importance matrix: the mean squares of each layer's inputs."""
     import gguf
 
     tool = shutil.which("llama-quantize", path=job.options.tools)
@@ -198,58 +194,74 @@ def llamacpp(job: Job) -> None:
     arch = {"llama": gguf.MODEL_ARCH.LLAMA, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}[
         config["model_type"]
     ]
-    blocks = config["num_hidden_layers"]
-    names = gguf.get_tensor_name_map(arch, blocks)
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     names = {names.get_name(n, try_suffixes=(".weight",)): n for n in job.weights}
     fold = {n: folding(w.shape[1]) if job.options.fold else 1 for n, w in job.weights.items()}
+    pure = ["--pure"] * job.options.pure
+    types = Counter()
     with tempfile.TemporaryDirectory() as scratch, job.timed():
         source, matrix, target = (f"{scratch}/{name}.gguf" for name in ("source", "matrix", "out"))
-        squares = kept(job.options.squares, partial(mean_squares, job))
-        writer = gguf.GGUFWriter(matrix, arch="", endianess=gguf.GGUFEndian.LITTLE)
-        writer.add_type("imatrix")
-        writer.add_array("imatrix.datasets", ["windows"])
-        writer.add_uint32("imatrix.chunk_count", len(job.windows))
-        writer.add_uint32("imatrix.chunk_size", job.windows.shape[1])
-        for short, name in names.items():
-            total = (squares[name] * job.windows.numel()).tile(fold[name])
-            writer.add_tensor(f"{short}.in_sum2", total[None].numpy())
-            count = torch.full((1, 1), float(job.windows.numel()))
-            writer.add_tensor(f"{short}.counts", count.numpy())
-        close(writer)
-        writer = gguf.GGUFWriter(source, gguf.MODEL_ARCH_NAMES[arch])
-        writer.add_block_count(blocks)
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_head_count(config["num_attention_heads"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_sliding_window(config.get("sliding_window") or 0)
-        writer.add_vocab_size(config["vocab_size"])
-        for short, name in names.items():
-            rows = job.weights[name].float().reshape(-1, fold[name] * job.weights[name].shape[1])
-            writer.add_tensor(short, rows.numpy())
-        close(writer)
-        pure = ["--pure"] * job.options.pure
+        write_source(job, source, gguf.MODEL_ARCH_NAMES[arch], config, names, fold)
+        write_matrix(job, matrix, names, fold)
         command = [tool, "--imatrix", matrix, *pure, source, target, job.options.type, "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"llamacpp: {' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        types = Counter()
         for tensor in gguf.GGUFReader(target).tensors:
             name = names[tensor.name]
-            dense = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+            dense = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
             job.weights[name] = dense.reshape(job.shapes[name])
             job.bytes += int(tensor.n_bytes)
             types[tensor.tensor_type.name] += job.shapes[name].numel()
-    job.version = job.options.release
-    job.counted = "tensors of the GGUF file"
     weights = sum(types.values())
     parts = ", ".join(f"{n} {w / weights:.1%}" for n, w in types.most_common())
+    job.version = job.options.release
+    job.counted = "tensors of the GGUF file"
     job.settings = f"{job.options.type}{' pure' * job.options.pure}, importance matrix"
     job.settings += ", rows folded to multiples of 256 columns" * job.options.fold + f" ({parts})"
+
+
+def write_source(job: Job, file: str, arch: str, config: dict, names: dict, fold: dict) -> None:
+    """A GGUF of the linear layers alone, with what llama-quantize wants to know of the model.
+
+    Every row is quantized by itself, so that q and k need not be permuted as in llama.cpp's models.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_sliding_window(config.get("sliding_window") or 0)
+    writer.add_vocab_size(config["vocab_size"])
+    for short, name in names.items():
+        columns = fold[name] * job.shapes[name][1]
+        writer.add_tensor(short, job.weights[name].float().reshape(-1, columns).numpy())
+    close(writer)
+
+
+def write_matrix(job: Job, file: str, names: dict, fold: dict) -> None:
+    """An importance matrix in llama-imatrix's format, from the windows."""
+    import gguf
+
+    squares = kept(job.options.squares, partial(mean_squares, job))
+    tokens = float(job.windows.numel())
+    writer = gguf.GGUFWriter(file, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["windows"])
+    writer.add_uint32("imatrix.chunk_count", len(job.windows))
+    writer.add_uint32("imatrix.chunk_size", job.windows.shape[1])
+    for short, name in names.items():
+        total = (squares[name] * tokens).tile(fold[name])
+        writer.add_tensor(f"{short}.in_sum2", total[None].numpy())
+        writer.add_tensor(f"{short}.counts", torch.full((1, 1), tokens).numpy())
+    close(writer)
 
 
 def gptq(job: Job) -> None:
@@ -527,10 +539,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = command(llamacpp, calibrated=True)
     made.add_argument("--type", required=True, help="as llama-quantize names it: Q3_K_M, IQ2_XXS")
     made.add_argument("--pure", action="store_true", help="one type instead of the type's recipe")
-    made.add_argument(
-        "--fold", action="store_true", help="quantize several rows as one, so that .."
-    )
-    made.add_argument("--squares", help="file to keep the inputs' mean squares in, for other types")
+    made.add_argument("--fold", action="store_true", help="join rows so that k- and i-quants fit")
+    made.add_argument("--squares", help="file that keeps the importances of these windows")
     made.add_argument("--tools", help="folder of llama-quantize (the PATH)")
     made.add_argument("--release", default="unknown", help="of llama.cpp, for the record")
     made = command(gptq, bits=(2, 3, 4), calibrated=True)

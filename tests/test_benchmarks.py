@@ -252,3 +252,29 @@ def test_the_importance_of_an_input_is_its_mean_square(rivals, llama_folder):
 
 def test_rows_are_folded_to_multiples_of_256_columns(rivals):
     assert [rivals.folding(n) for n in (256, 576, 640, 1536)] == [1, 4, 2, 1]
+
+
+@pytest.mark.parametrize("fold", [[], ["--fold"]])
+def test_llama_cpp_is_handed_every_layer_and_its_importances(rivals, llama_folder, tmp_path, fold):
+    gguf = pytest.importorskip("gguf")
+    tool = tmp_path / "llama-quantize"
+    tool.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/matrix && cp "$3" "$4"\n')
+    tool.chmod(0o755)
+    windows = tmp_path / "windows"
+    save_file({"windows": torch.randint(0, 320, (2, 16))}, windows)
+    options = ["--type", "Q2_K", "--tools", str(tmp_path), "--windows", str(windows), *fold]
+
+    result = rivals.main(
+        ["llamacpp", "--model", str(llama_folder), "--out", str(tmp_path / "out"), *options]
+    )
+
+    # the tool of this test copies, so that the folder holds the original in bfloat16
+    assert result["bits"] == 32
+    assert result["calibration"] == "2 windows of 16 tokens"
+    before = rivals.linear_weights(llama_folder)
+    after = rivals.linear_weights(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name].bfloat16()) for name in before)
+    entries = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "matrix").tensors}
+    assert len(entries) == 2 * len(before)
+    length = 256 if fold else 64
+    assert entries["blk.1.attn_k.weight.in_sum2"].data.shape == (1, length)
