@@ -11,6 +11,7 @@ spread, and draws KL against stored bits.  Bits are stored bytes of the quantize
 """
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -25,9 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import WaterSICConfig
 from watersic_hf.calibration import (
+    CalibrationSettings,
     LayerQuantizer,
+    Sensitivity,
     average_bits,
     calibration_windows,
+    decoder_blocks,
+    layer_sensitivities,
     quantize_blocks,
 )
 from watersic_hf.core import LayerSettings
@@ -66,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     run.add_argument("--seeds", type=int, nargs="+", default=[0])
     run.add_argument("--calibration", default="pydoc", help="as WaterSICConfig(dataset=...)")
     run.add_argument("--samples", type=int, default=64)
+    run.add_argument("--blocks", type=int, help="quantize the layers of the first blocks only")
     judge = commands.add_parser("judge")
     judge.set_defaults(run=_judge)
     judge.add_argument("folders", nargs="+", help="folders that rivals.py wrote")
     for command in (run, judge):
         command.add_argument("--model", required=True)
-        command.add_argument("--text", nargs="*", default=[], help="evaluation text files")
+        command.add_argument("--text", nargs="+", default=["pydoc"], help="files, or pydoc")
         command.add_argument("--sequence-length", type=int, default=512)
         command.add_argument("--windows", type=int, default=24, help="of each evaluation text")
         command.add_argument("--json", required=True, help="rows are appended to this file")
@@ -90,44 +96,70 @@ def _run(arguments: argparse.Namespace) -> list[dict]:
             arguments.calibration, tokenizer=judge.tokenizer, samples=arguments.samples,
             sequence_length=arguments.sequence_length, seed=seed,
         )  # fmt: skip
+        bench = Bench(arguments.model, arguments.blocks, seed, windows)
         for bits in arguments.bits:
             for method in arguments.method:
-                judge.add(_quantized(arguments.model, method, bits, seed, windows))
+                judge.add(bench.quantized(method, bits))
     return judge.rows
 
 
-def _quantized(
-    folder: str, method: str, bits: float, seed: int, windows: Sequence[Tensor]
-) -> tuple[nn.Module, dict]:
-    """A model quantized in memory by one of our methods or baselines, and its row."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not model.get_output_embeddings()
-    ]
-    targets = {name: (model.get_submodule(name).weight.numel(), bits) for name in layers}
-    if method in OURS:
-        config = WaterSICConfig(bits=bits, **OURS[method])
-        quantizer = LayerQuantizer(targets, settings=config.settings, seed=seed)
-        settings = config.calibration
-    else:
-        from baselines import METHODS, BaselineQuantizer
+class Bench:
+    """Quantizes one model on one calibration set, by one method after another."""
 
-        quantizer = BaselineQuantizer(targets, settings=LayerSettings(), seed=seed)
-        quantizer.method = METHODS[method]
-        settings = WaterSICConfig(**OURS["plain"]).calibration
-    # processor time, as on a shared machine
-    start = time.process_time()
-    quantize_blocks(model, windows, layers, quantizer, settings=settings)
-    return model, {
-        "method": method,
-        "settings": "",
-        "asked": bits,
-        "bits": average_bits(quantizer.reports),
-        "seed": seed,
-        "seconds": time.process_time() - start,
-    }
+    def __init__(self, folder: str, blocks: int | None, seed: int, windows: Sequence[Tensor]):
+        self.folder, self.seed, self.windows = folder, seed, windows
+        model = self.load()
+        self.layers = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and module is not model.get_output_embeddings()
+        ]
+        if blocks is not None:
+            first = tuple(f"{name}." for name, _ in decoder_blocks(model, self.layers)[:blocks])
+            self.layers = [layer for layer in self.layers if layer.startswith(first)]
+
+    def load(self) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.folder).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def sensitivities(self) -> tuple[dict[str, Sensitivity], float]:
+        """The same for all methods and rates: measured once; and the seconds that it takes."""
+        start = time.process_time()
+        sensitivities = layer_sensitivities(
+            self.load(), self.windows, self.layers, seed=self.seed, damping=None,
+            tokens=CalibrationSettings.sensitivity_tokens,
+        )  # fmt: skip
+        return sensitivities, time.process_time() - start
+
+    def quantized(self, method: str, bits: float) -> tuple[nn.Module, dict]:
+        """A model quantized in memory by one of our methods or baselines, and its row."""
+        model = self.load()
+        targets = {name: (model.get_submodule(name).weight.numel(), bits) for name in self.layers}
+        if method in OURS:
+            config = WaterSICConfig(bits=bits, **OURS[method])
+            quantizer = LayerQuantizer(targets, settings=config.settings, seed=self.seed)
+            settings = config.calibration
+        else:
+            from baselines import METHODS, BaselineQuantizer
+
+            quantizer = BaselineQuantizer(targets, settings=LayerSettings(), seed=self.seed)
+            quantizer.method = METHODS[method]
+            settings = WaterSICConfig(**OURS["plain"]).calibration
+        sensitivities, seconds = self.sensitivities if settings.sensitivity else (None, 0.0)
+        # processor time, as on a shared machine
+        start = time.process_time()
+        quantize_blocks(
+            model, self.windows, self.layers, quantizer,
+            settings=settings, sensitivities=sensitivities,
+        )  # fmt: skip
+        return model, {
+            "method": method,
+            "settings": "",
+            "asked": bits,
+            "bits": average_bits(quantizer.reports),
+            "seed": self.seed,
+            "seconds": seconds + time.process_time() - start,
+        }
 
 
 def _judge(arguments: argparse.Namespace) -> list[dict]:
@@ -155,11 +187,11 @@ class Judge:
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         self.original = Remembered(AutoModelForCausalLM.from_pretrained(arguments.model).eval())
         self.texts = {
-            Path(file).stem if file else "pydoc": evaluation_windows(
-                evaluation_text(file), self.tokenizer,
+            Path(file).stem: evaluation_windows(
+                evaluation_text(None if file == "pydoc" else file), self.tokenizer,
                 sequence_length=arguments.sequence_length, limit=arguments.windows,
             )
-            for file in (*arguments.text, None)
+            for file in arguments.text
         }  # fmt: skip
         self.file = Path(arguments.json)
         self.rows: list[dict] = json.loads(self.file.read_text()) if self.file.is_file() else []

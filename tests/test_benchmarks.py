@@ -96,7 +96,7 @@ def test_methods_are_compared_on_the_same_windows_and_drawn(llama_folder, tmp_pa
     text = tmp_path / "other.txt"
     text.write_text(" ".join(str(n) for n in range(2000)))
     options = ["--model", str(llama_folder), "--json", str(rows), "--sequence-length", "64",
-               "--windows", "2", "--text", str(text)]  # fmt: skip
+               "--windows", "2", "--text", str(text), "pydoc"]  # fmt: skip
 
     compare.main(
         ["run", *options, "--method", "full", "plain", "--bits", "3", "5", "--samples", "8",

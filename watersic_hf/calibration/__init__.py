@@ -5,6 +5,7 @@ from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.massive import massive_rows, zero_rows
 from watersic_hf.calibration.pipeline import quantize_blocks
 from watersic_hf.calibration.report import LayerReport, average_bits, read_report, write_report
+from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import decoder_blocks
 
@@ -12,10 +13,12 @@ __all__ = [
     "CalibrationSettings",
     "LayerQuantizer",
     "LayerReport",
+    "Sensitivity",
     "average_bits",
     "calibration_windows",
     "decoder_blocks",
     "describe",
+    "layer_sensitivities",
     "massive_rows",
     "pydoc_texts",
     "quantize_blocks",

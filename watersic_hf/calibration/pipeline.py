@@ -8,7 +8,7 @@ the errors of earlier ones.
 import copy
 import functools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from watersic_hf.calibration.capture import Side, block_stream, group_moments
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
 from watersic_hf.calibration.report import average_bits
-from watersic_hf.calibration.sensitivity import layer_sensitivities
+from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import InputGroup, decoder_blocks, input_groups
 from watersic_hf.core import Moments
@@ -39,6 +39,7 @@ def quantize_blocks(
     quantizer: LayerQuantizer,
     *,
     settings: CalibrationSettings = DEFAULT_SETTINGS,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
     batch_size: int = 8,
     device: torch.device | str | None = None,
 ) -> None:
@@ -50,6 +51,8 @@ def quantize_blocks(
         layers: names of the `nn.Linear` modules to quantize.
         quantizer: does the layers, and holds their budget and reports.
         settings: which statistics are taken, and how they are used.
+        sensitivities: by layer, where they are known, as from a run at another rate; default: they
+            are measured if `settings` ask for them.
         batch_size: windows in a batch.
         device: where blocks are moved to while it is their turn; default: they stay where they are.
 
@@ -63,10 +66,11 @@ def quantize_blocks(
     blocks = decoder_blocks(model, layers)
     _warn_of_few_tokens(model, windows, layers)
     if settings.sensitivity:
-        sensitivities = layer_sensitivities(
-            model, blocks, _first_windows(windows, settings.sensitivity_tokens), layers,
-            damping=quantizer.settings.damping, seed=quantizer.seed, device=device,
-        )  # fmt: skip
+        if sensitivities is None:
+            sensitivities = layer_sensitivities(
+                model, windows, layers, tokens=settings.sensitivity_tokens,
+                damping=quantizer.settings.damping, seed=quantizer.seed, device=device,
+            )  # fmt: skip
         quantizer.weigh(
             sensitivities,
             allocate=settings.allocation == "sensitivity",
@@ -75,6 +79,8 @@ def quantize_blocks(
     stream = block_stream(model, [block for _, block in blocks], windows, batch_size=batch_size)
     original = stream.copy() if settings.two_streams else None
     done: set[str] = set()
+    while not any(layer.startswith(f"{blocks[-1][0]}.") for layer in layers):
+        blocks.pop()
     with tqdm(total=len(layers), desc="Quantizing", unit="layer") as bar:
         for index, (name, block) in enumerate(blocks):
             home = next(block.parameters()).device
@@ -118,16 +124,6 @@ def _warn_of_few_tokens(model: nn.Module, windows: Sequence[Tensor], layers: Seq
             columns,
             2 * columns,
         )
-
-
-def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first windows that hold so many tokens, at least one."""
-    chosen: list[Tensor] = []
-    for window in windows:
-        if chosen and sum(map(len, chosen)) >= tokens:
-            break
-        chosen.append(window)
-    return chosen
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from watersic_hf.calibration.capture import BlockStream, block_stream
+from watersic_hf.calibration.topology import decoder_blocks
 from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
 
 
@@ -39,10 +40,10 @@ class Sensitivity:
 
 def layer_sensitivities(
     model: nn.Module,
-    blocks: Sequence[tuple[str, nn.Module]],
     windows: Sequence[Tensor],
     layers: Sequence[str],
     *,
+    tokens: int,
     damping: float | None,
     seed: int,
     device: torch.device | str | None = None,
@@ -51,10 +52,10 @@ def layer_sensitivities(
 
     Args:
         model: the model before quantization.
-        blocks: its blocks, in order, by name.
-        windows: 1-D token ids; a few thousand tokens are enough.
+        windows: 1-D token ids.
         layers: full names of linear layers inside the blocks; those that the windows do not reach
             are left out of the result.
+        tokens: how many to measure on: the first windows that hold them; a few thousand do.
         damping: of the inputs' second moments; None is `damping_for` the tokens.
         seed: of the tokens that the model draws.
         device: where a block is moved to while it is its turn; default: blocks stay where they are.
@@ -65,7 +66,9 @@ def layer_sensitivities(
     Raises:
         CalibrationError: the hidden states are finite, but the predictions are not.
     """
+    blocks = decoder_blocks(model, layers)
     modules = [block for _, block in blocks]
+    windows = _first_windows(windows, tokens)
     stream = block_stream(model, modules, windows, batch_size=1)
     inputs: list[list[Tensor]] = []
     for index, block in enumerate(tqdm(modules, desc="Sensitivity, forward", unit="block")):
@@ -88,6 +91,16 @@ def layer_sensitivities(
                 grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
             found |= {inside[n]: s.result(damping, inside[n]) for n, s in sums.items() if s.tokens}
     return found
+
+
+def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first windows that hold so many tokens, at least one."""
+    chosen: list[Tensor] = []
+    for window in windows:
+        if chosen and sum(map(len, chosen)) >= tokens:
+            break
+        chosen.append(window)
+    return chosen
 
 
 @contextmanager
@@ -186,10 +199,21 @@ def _gradients_of_last_block(
                         f"not finite, though its hidden states are. Repair the output head, or "
                         f"run the model in a wider dtype (bfloat16 or float32)."
                     )
-                drawn_T1 = torch.multinomial(p_TV, 1, generator=generator)
+                drawn_T1 = _draw(p_TV, generator)
                 likelihood = log_p_TV.gather(1, drawn_T1.to(log_p_TV.device)).sum()
             grads += torch.autograd.grad(likelihood, leaf)
     finally:
         for block in blocks:
             del block.forward
     return grads
+
+
+def _draw(p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """One column of every row with the row's probabilities, (T, 1).
+
+    By the inverse of the distribution function: a number per row, where `torch.multinomial` draws
+    one per entry.
+    """
+    sums_TV = p_TV.cumsum(-1)
+    level_T1 = torch.rand(len(p_TV), 1, generator=generator) * sums_TV[:, -1:]
+    return torch.searchsorted(sums_TV, level_T1, right=True).clamp_(max=p_TV.shape[-1] - 1)
