@@ -30,6 +30,22 @@ def test_means_are_those_of_the_whole_stream_and_not_centred():
     assert moments.cov.dtype == torch.float64
 
 
+def test_wide_moments_are_summed_by_panels_and_mirrored():
+    torch.manual_seed(0)
+    x_TN, drifted_TN = torch.randn(2, 40, 600, dtype=torch.float64)
+    weight_T = torch.rand(40)
+    sums = MomentAccumulator(600, drift=True)
+
+    for part in (slice(0, 30), slice(30, 40)):
+        sums.add(x_TN[part], drifted_TN[part], weight_T=weight_T[part])
+        moments = sums.result()
+
+    weighted_TN = drifted_TN * weight_T[:, None]
+    assert_close(moments.cov, x_TN.T @ (x_TN * weight_T[:, None]) / 40, tolerance=1e-13)
+    assert_close(moments.drifted_cov_NN, drifted_TN.T @ weighted_TN / 40, tolerance=1e-13)
+    assert_close(moments.cross_cov_NN, x_TN.T @ weighted_TN / 40, tolerance=1e-13)
+
+
 def test_a_token_weight_multiplies_both_streams_products():
     x_TN, drifted_TN, residual_TA = streams()
     weight_T = torch.rand(3000, generator=torch.Generator().manual_seed(1))

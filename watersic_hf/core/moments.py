@@ -6,6 +6,7 @@ Units:  every moment is a mean over tokens and is not centred.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 #: Tokens whose products are summed in float32 before they enter the float64 sum.
 TOKENS_PER_BLOCK = 512
+
+#: Rows of a symmetric moment that are summed at a time, at least.
+PANEL = 256
 
 
 class CalibrationError(ValueError):
@@ -218,11 +222,11 @@ class MomentAccumulator:
             block = slice(start, start + TOKENS_PER_BLOCK)
             importance = 1.0 if weight_T is None else _widen(weight_T[block])
             x_BN = _widen(x_TN[block])
-            self._sum(self._cov_NN, x_BN, x_BN * importance)
+            self._sum_square(self._cov_NN, x_BN, x_BN * importance)
             seen_BN = x_BN if drifted_TN is None else _widen(drifted_TN[block])
             weighted_BN = seen_BN * importance
             if drifted_TN is not None:
-                self._sum(self._drifted_cov_NN, seen_BN, weighted_BN)
+                self._sum_square(self._drifted_cov_NN, seen_BN, weighted_BN)
                 self._sum(self._cross_cov_NN, x_BN, weighted_BN)
             if residual_TA is not None:
                 self._sum(self._residual_AN, _widen(residual_TA[block]), weighted_BN)
@@ -239,6 +243,9 @@ class MomentAccumulator:
         def mean(total: Tensor | None) -> Tensor | None:
             return None if total is None else total / self.tokens
 
+        for total in (self._cov_NN, self._drifted_cov_NN):
+            for panel in () if total is None else self._panels():
+                total[: panel.start, panel] = total[panel, : panel.start].T
         return Moments(
             cov=mean(self._cov_NN),
             tokens=self.tokens,
@@ -250,6 +257,18 @@ class MomentAccumulator:
     @staticmethod
     def _sum(total: Tensor, left_TA: Tensor, right_TN: Tensor) -> None:
         total.add_((left_TA.T @ right_TN).to(total.device))
+
+    def _panels(self) -> Iterator[slice]:
+        """Rows of the symmetric moments, some at a time."""
+        width = max(PANEL, self.columns // 8)
+        for start in range(0, self.columns, width):
+            yield slice(start, min(start + width, self.columns))
+
+    def _sum_square(self, total: Tensor, left_TN: Tensor, right_TN: Tensor) -> None:
+        """Add a symmetric product up to its diagonal panels; `result` mirrors the rest."""
+        for panel in self._panels():
+            columns = slice(0, panel.stop)
+            self._sum(total[panel, columns], left_TN[:, panel], right_TN[:, columns])
 
     @staticmethod
     def _optional(
