@@ -8,10 +8,13 @@
 `run` quantizes with our machinery and appends a row per method, rate and seed; `judge` appends one
 for every folder that `rivals.py` wrote; `show` prints the table, means over seeds with their
 spread, and draws KL against stored bits.  Bits are stored bytes of the quantized tensors, for all.
+"full at" is the bits at which the full method reaches a row's KL, and how much fewer bytes that is;
+between the rates that were measured, the logarithm of its KL is interpolated.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import time
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         command.add_argument("--json", required=True, help="rows are appended to this file")
     show = commands.add_parser("show")
     show.set_defaults(run=_show)
-    show.add_argument("json")
+    show.add_argument("json", nargs="+")
     show.add_argument("--plot", help="also draw KL against bits into this SVG file")
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
@@ -228,23 +231,50 @@ class Remembered:
 
 
 def _show(arguments: argparse.Namespace) -> list[dict]:
-    rows = json.loads(Path(arguments.json).read_text(encoding="utf-8"))
+    rows = [
+        row for file in arguments.json for row in json.loads(Path(file).read_text(encoding="utf-8"))
+    ]
     texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["model"], row["method"], row["settings"], row["asked"]].append(row)
     columns = ["model", "method", "settings", "bits"]
     columns += [f"{what} {text}" for text in texts for what in ("KL", "ppl", "top-1")]
-    print("| " + " | ".join([*columns, "seeds", "cpu s"]) + " |")
-    print("|---" * (len(columns) + 2) + "|")
+    print("| " + " | ".join([*columns, "full at", "seeds", "cpu s"]) + " |")
+    print("|---" * (len(columns) + 3) + "|")
     for (model, method, settings, _), members in sorted(groups.items(), key=_by_bits):
         cells = [model, method, settings]
         cells += [_cell([row[column] for row in members]) for column in columns[3:]]
+        cells.append(_full_at(members, [row for row in rows if row["model"] == model]))
         cells += [str(len(members)), f"{mean(row['seconds'] for row in members):.0f}"]
         print("| " + " | ".join(cells) + " |")
     if arguments.plot:
         Path(arguments.plot).write_text(plot(rows, f"KL {texts[0]}"), encoding="utf-8")
     return rows
+
+
+def _full_at(members: Sequence[dict], rows: Sequence[dict]) -> str:
+    """The bits at which the full method has the mean KL of `members`, as a cell of the table."""
+    key = _first_kl(members[0])
+    rates: dict[float, list[dict]] = defaultdict(list)
+    for row in rows:
+        if row["method"] == "full":
+            rates[row["asked"]].append(row)
+    curve = [(mean(r["bits"] for r in rate), mean(r[key] for r in rate)) for rate in rates.values()]
+    bits = matching_bits(curve, mean(row[key] for row in members))
+    if bits is None or members[0]["method"] == "full":
+        return ""
+    return f"{bits:.2f} ({bits / mean(row['bits'] for row in members) - 1:+.0%})"
+
+
+def matching_bits(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
+    """Bits at which a curve of (bits, KL) points reaches a KL; None outside of the curve."""
+    points = sorted(curve)
+    for (low, worse), (high, better) in itertools.pairwise(points):
+        if better <= kl <= worse:
+            share = math.log(worse / kl) / math.log(worse / better)
+            return low + share * (high - low)
+    return None
 
 
 def _by_bits(group: tuple[tuple, list[dict]]) -> tuple:

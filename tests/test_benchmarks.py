@@ -114,6 +114,16 @@ def test_methods_are_compared_on_the_same_windows_and_drawn(llama_folder, tmp_pa
     assert (tmp_path / "plot.svg").read_text().count("<circle") == 8
 
 
+def test_the_bits_that_reach_a_divergence_are_interpolated():
+    matching_bits = load("compare").matching_bits
+    curve = [(4.0, 0.01), (2.0, 1.0), (3.0, 0.1)]
+
+    assert matching_bits(curve, 0.1) == pytest.approx(3)
+    assert matching_bits(curve, 10**-1.5) == pytest.approx(3.5)
+    assert matching_bits(curve, 2.0) is None
+    assert matching_bits(curve, 0.001) is None
+
+
 def test_folders_of_rivals_are_judged_like_all_others(llama_folder, tmp_path):
     rival = tmp_path / "rival"
     shutil.copytree(llama_folder, rival)
