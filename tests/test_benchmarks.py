@@ -288,3 +288,11 @@ def test_llama_cpp_is_handed_every_layer_and_its_importances(rivals, llama_folde
     assert len(entries) == 2 * len(before)
     length = 256 if fold else 64
     assert entries["blk.1.attn_k.weight.in_sum2"].data.shape == (1, length)
+
+
+def test_the_kernels_benchmark_checks_a_product_before_it_would_time_it(capsys):
+    rows = load("kernels_speed").main(["--dry-run", "--tokens", "1", "70"])
+
+    assert [row["M"] for row in rows] == [1, 70]
+    assert all(3 < row["bits held"] < 5 for row in rows)
+    assert "| small small 192 x 320 | 70 |" in capsys.readouterr().out

@@ -22,17 +22,19 @@ def make(rows=48, columns=32, *, bias=True, dtype=torch.float32):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_both_residencies_give_the_output_of_the_dense_layer(bias, dtype):
+def test_all_residencies_give_the_output_of_the_dense_layer(bias, dtype):
     layer = make(bias=bias, dtype=dtype)
     x = torch.randn(2, 5, 32, dtype=dtype)
     expected = layer.dequantize()(x)
 
-    entropy = layer(x)
+    for residency in ("packed", "entropy"):
+        layer.set_residency(residency)
+        assert layer.residency == residency
+        # one product in two orders of summation
+        torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
     layer.set_residency("dense")
 
     assert torch.equal(layer(x), expected)
-    # one product in two orders of summation
-    torch.testing.assert_close(entropy, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_packed_tensors_are_parameters_without_gradient():
@@ -44,14 +46,15 @@ def test_packed_tensors_are_parameters_without_gradient():
     assert not any(p.requires_grad for p in parameters.values())
 
 
-def test_the_dense_weight_is_never_saved():
+@pytest.mark.parametrize("residency", ["dense", "packed"])
+def test_other_forms_of_the_weight_are_never_saved(residency):
     layer = make()
-    layer.set_residency("dense")
+    layer.set_residency(residency)
 
     assert set(layer.state_dict()) == {"weight", "row_scale", "col_scale", "bias"}
 
 
-@pytest.mark.parametrize("residency", ["dense", "entropy"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
 def test_casting_the_layer_keeps_the_stored_tensors(residency):
     layer = make()
     layer.set_residency(residency)
@@ -88,7 +91,7 @@ def test_gradients_flow_to_the_input_only():
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("residency", ["dense", "entropy"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
 def test_torch_compile_sees_one_graph(residency):
     layer = make()
     layer.set_residency(residency)
@@ -114,12 +117,18 @@ def test_an_unknown_residency_is_refused():
         make().set_residency("fast")
 
 
-def test_a_damaged_payload_names_the_layer():
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend is 'cuda'"):
+        make().set_residency("packed", backend="cuda")
+
+
+@pytest.mark.parametrize("residency", ["dense", "packed"])
+def test_a_damaged_payload_names_the_layer(residency):
     model = nn.Sequential(make())
     model[0].weight.data[40] ^= 1
 
     with pytest.raises(CheckpointError, match=r"^0: "):
-        set_residency(model, "dense")
+        set_residency(model, residency)
 
 
 def test_the_representation_tells_the_bits():

@@ -8,6 +8,7 @@ from watersic_hf.codec.coder import (
     payload_bits,
     read_header,
     reassociate,
+    take_apart,
     verify,
 )
 from watersic_hf.codec.payload import FORMAT_VERSION, CodecError, EncodedCodes, Header
@@ -24,5 +25,6 @@ __all__ = [
     "payload_bits",
     "read_header",
     "reassociate",
+    "take_apart",
     "verify",
 ]

@@ -4,6 +4,7 @@ Shapes: A = rows, N = columns.
 """
 
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -184,3 +185,32 @@ def payload_bits(codes_AN: Tensor, *, rows: int | None = None) -> float:
 def code_statistics(codes_AN: Tensor) -> CodeStatistics:
     """Return entropies, classes and tables of a matrix of codes."""
     return codes_statistics(_codes_array(codes_AN))
+
+
+class Parts(NamedTuple):
+    """What a decoder on another device needs of a payload."""
+
+    header: Header
+    tensors: tuple[Tensor, ...]
+    """The words (int16), the first word of every chunk and the number of words (int64), classes of
+    rows and of columns (int32), `CodeModel.decoder_table` and the shifts of the keys (int32)."""
+
+
+def take_apart(payload: Tensor) -> Parts:
+    """Check every checksum of a payload, and return its parts.
+
+    Raises:
+        CodecError: the payload is damaged, cut off, or of an unknown kind.
+    """
+    encoded = EncodedCodes.parse(_payload_array(payload))
+    encoded.check_chunks()
+    model = encoded.model
+    arrays = (
+        encoded.words.view(np.int16),
+        encoded.offsets.astype(np.int64),
+        model.row_class_A.astype(np.int32),
+        model.col_class_N.astype(np.int32),
+        model.decoder_table().view(np.int32),
+        model.shift_K.astype(np.int32),
+    )
+    return Parts(encoded.header, tuple(torch.from_numpy(array) for array in arrays))

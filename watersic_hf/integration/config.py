@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from watersic_hf.calibration import CalibrationSettings, describe
 from watersic_hf.checkpoint import FORMAT_VERSION
 from watersic_hf.core import LayerSettings
-from watersic_hf.nn import RESIDENCIES, module_matches
+from watersic_hf.nn import BACKENDS, RESIDENCIES, module_matches
 
 QUANT_METHOD = "watersic"
 
@@ -20,6 +20,7 @@ QUANT_METHOD = "watersic"
 BITS_RANGE = (0.75, 8.0)
 
 _RESIDENCY_VARIABLE = "WATERSIC_RESIDENCY"
+_BACKEND_VARIABLE = "WATERSIC_BACKEND"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,19 @@ class WaterSICRuntime:
 
     residency: str = field(default_factory=lambda: os.environ.get(_RESIDENCY_VARIABLE, "auto"))
     """Form of the weights in memory: ``dense`` (decoded once at load, the speed of the dense
-    model), ``entropy`` (packed bytes only, decoded in every forward), or ``auto``, which is
-    ``dense`` wherever no kernel decodes inside the product.  The environment variable
+    model), ``packed`` (codes of fixed width, for CUDA), ``entropy`` (packed bytes only, decoded in
+    every forward), or ``auto``, which is ``dense``.  The environment variable
     ``WATERSIC_RESIDENCY`` sets the default."""
+
+    backend: str = field(default_factory=lambda: os.environ.get(_BACKEND_VARIABLE, "auto"))
+    """What multiplies with ``packed`` weights on CUDA: ``triton``, ``reference``, or ``auto``, that
+    is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
 
     def __post_init__(self) -> None:
         if self.residency not in RESIDENCIES:
             raise ValueError(f"residency is {self.residency!r}, but must be one of {RESIDENCIES}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend is {self.backend!r}, but must be one of {BACKENDS}")
 
 
 class WaterSICConfig(QuantizationConfigMixin):

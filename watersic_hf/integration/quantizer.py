@@ -238,7 +238,8 @@ class WaterSICHfQuantizer(HfQuantizer):
         if self._quantizer is not None:
             self.reports = self._quantizer.reports
             self._quantizer = None
-        set_residency(model, self.quantization_config.runtime.residency)
+        runtime = self.quantization_config.runtime
+        set_residency(model, runtime.residency, backend=runtime.backend)
         if self._calibrated:
             _place(model, self._device_map)
         attach_extras(model)

@@ -5,14 +5,27 @@ Shapes: A = out_features, N = in_features, B = bytes of the payload; x has any l
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
+
+`packed_linear` and `decode` have Triton kernels on CUDA.  Their `backend` is ``triton``,
+``reference`` (the same without kernels, to compare with), or ``auto``: Triton where it can be
+imported, and where it cannot, the reference, with a warning.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from watersic_hf import codec
+from watersic_hf.nn.packing import PackedCodes, unpack_bands
+
+logger = logging.getLogger(__name__)
+
+#: What runs on packed codes; see the module docstring.
+BACKENDS = ("auto", "triton", "reference")
 
 #: Bound on the dense weights that the reference holds at a time.
 SCRATCH_BYTES = 32 << 20
@@ -98,6 +111,146 @@ def _backward(ctx, grad_y):
 
 
 dequant_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("watersic::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    words_G: Tensor,
+    tiles_BT: Tensor,
+    row_order_R: Tensor,
+    column_order_C: Tensor,
+    outliers_O: Tensor,
+    outlier_start_R: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    backend: str,
+) -> Tensor:
+    """Return ``x @ W.T`` with the codes of W packed (`packing.PackedCodes`), in the dtype of `x`.
+
+    Differentiable in `x`.
+
+    Raises:
+        ValueError: x does not end in N entries.
+        ImportError: `backend` is ``triton``, and it cannot be imported.
+    """
+    A, N = len(row_scale_A), len(col_scale_N)
+    if x.shape[-1:] != (N,):
+        raise ValueError(
+            f"packed_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs "
+            f"(..., {N})"
+        )
+    layout = (words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R)
+    if x.is_cuda and backend != "reference":
+        kernels = _kernels(backend)
+        if kernels is not None:
+            y_MA = kernels.packed.packed_linear(x.reshape(-1, N), *layout, row_scale_A, col_scale_N)
+            return y_MA.view(*x.shape[:-1], A)
+    y = x.new_empty((*x.shape[:-1], A))
+    for rows, weight_rN in _packed_bands(*layout, row_scale_A, col_scale_N, x.dtype):
+        y[..., rows] = x @ weight_rN.T
+    return y
+
+
+@packed_linear.register_fake
+def _(
+    x, words, tiles, row_order, column_order, outliers, starts, row_scale_A, col_scale_N, backend
+):
+    return x.new_empty((*x.shape[:-1], row_scale_A.shape[0]))
+
+
+@torch.library.custom_op("watersic::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    grad_y: Tensor,
+    words_G: Tensor,
+    tiles_BT: Tensor,
+    row_order_R: Tensor,
+    column_order_C: Tensor,
+    outliers_O: Tensor,
+    outlier_start_R: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+) -> Tensor:
+    """Gradient of `packed_linear` in x: ``grad_y @ W``, summed over bands in float32 or wider."""
+    layout = (words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R)
+    wide = torch.promote_types(grad_y.dtype, torch.float32)
+    grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
+    for rows, weight_rN in _packed_bands(*layout, row_scale_A, col_scale_N, grad_y.dtype):
+        grad_x += grad_y[..., rows] @ weight_rN
+    return grad_x.to(grad_y.dtype)
+
+
+@packed_linear_backward.register_fake
+def _(grad_y, *layout_and_scales):
+    return grad_y.new_empty((*grad_y.shape[:-1], layout_and_scales[-1].shape[0]))
+
+
+def _setup_packed_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:-1])
+
+
+def _packed_backward(ctx, grad_y):
+    return packed_linear_backward(grad_y, *ctx.saved_tensors), *([None] * 9)
+
+
+packed_linear.register_autograd(_packed_backward, setup_context=_setup_packed_context)
+
+
+@functools.cache
+def _kernels(backend: str) -> ModuleType | None:
+    """The Triton kernels; None if they cannot be imported and need not be."""
+    try:
+        import watersic_kernels.packed
+        import watersic_kernels.rans
+    except ImportError as error:
+        if backend == "triton":
+            raise
+        logger.warning(
+            "Packed weights are multiplied by the slow reference, since Triton's kernels cannot be "
+            "imported: %s. Install triton, or choose the residency `dense`.",
+            error,
+        )
+        return None
+    return watersic_kernels
+
+
+def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
+    """The codes of a payload, A x N, int32, on a device; decoded there if it is a CUDA device.
+
+    Raises:
+        CodecError: the payload is damaged.
+        ImportError: `backend` is ``triton``, and it cannot be imported.
+    """
+    payload_B = payload_B.cpu()
+    kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
+    if kernels is None:
+        return codec.decode(payload_B).to(device)
+    parts = codec.take_apart(payload_B)
+    codes_AN = torch.empty(parts.header.rows, parts.header.cols, dtype=torch.int32, device=device)
+    good_C = kernels.rans.decode_chunks(
+        *(tensor.to(device) for tensor in parts.tensors),
+        codes_AN,
+        rows_per_lane=parts.header.rows_per_lane,
+        cols_per_chunk=parts.header.cols_per_chunk,
+        escape_words=parts.header.escape_words,
+    )
+    bad_C = (good_C == 0).nonzero().flatten()
+    if len(bad_C):
+        raise codec.CodecError(f"payload: chunk {int(bad_C[0])} does not end where and as it must")
+    return codes_AN
+
+
+def _packed_bands(*arguments) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of the dense weight after another, each with their numbers."""
+    *layout, row_scale_A, col_scale_N, dtype = arguments
+    words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R = layout
+    packed = PackedCodes(
+        rows=len(row_scale_A), columns=len(col_scale_N), words_G=words_G, tiles_BT=tiles_BT,
+        row_order_R=row_order_R, column_order_C=column_order_C, outliers_O=outliers_O,
+        outlier_start_R=outlier_start_R,
+    )  # fmt: skip
+    for rows, codes_rN in unpack_bands(packed):
+        yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
 
 
 def _weight_tiles(

@@ -37,7 +37,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, WaterSICLinear]]:
             yield name, module
 
 
-def set_residency(model: nn.Module, residency: str) -> None:
+def set_residency(model: nn.Module, residency: str, *, backend: str = "auto") -> None:
     """Choose the form in memory of all quantized layers; see `WaterSICLinear.set_residency`.
 
     Layers whose payload is offloaded keep the form they have: ``entropy``.
@@ -51,6 +51,6 @@ def set_residency(model: nn.Module, residency: str) -> None:
     layers = [(n, m) for n, m in packed_layers(model) if m.weight.device != torch.device("meta")]
     for name, layer in tqdm(layers, desc="Decoding weights", delay=3, leave=False):
         try:
-            layer.set_residency(residency)
+            layer.set_residency(residency, backend=backend)
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from error

@@ -1,0 +1,162 @@
+"""Compile the kernels for GPUs that need not be there, and count what the compiler made of them.
+
+    python benchmarks/kernel_instructions.py [--json FILE]
+
+For every kernel and target: registers and bytes spilled; for a tile on NVIDIA also the instructions
+of the loop over tiles per weight of a lane, which is what 32 weights take in issue slots of a warp.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from watersic_kernels import packed, rans
+
+NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
+TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
+
+#: Types of the arguments of every kernel; constants and warps of every variant that is compiled.
+POINTERS = {
+    "folded_CM": "*fp32", "words_G": "*i32", "tiles_BT": "*i32", "outliers_O": "*i16",
+    "outlier_start_R": "*i32", "start_R": "*i32", "sums_SMR": "*fp32", "sums_MR": "*fp32",
+    "x_MN": "*bf16", "order_C": "*i16", "order_R": "*i16", "scale_N": "*fp16", "scale_A": "*fp16",
+    "codes_RC": "*bf16", "y_MA": "*bf16",
+    "words_W": "*i16", "offsets_C": "*i64", "row_class_A": "*i32", "col_class_N": "*i32",
+    "table": "*i32", "shift_K": "*i32", "codes_AN": "*i32", "good_C": "*i32",
+}  # fmt: skip
+
+
+@triton.jit
+def tiles_of_one_width(
+    folded_CM, words_G, sums_SMR, tiles, exponents,
+    WIDTH: tl.constexpr, BAND: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The loop of `packed._gemv_kernel` with one width, whose instructions can be told apart."""
+    r = tl.arange(0, BAND)
+    m = tl.arange(0, TOKENS)
+    sums = tl.zeros((TOKENS, BAND), tl.float32)
+    for t in range(tiles):
+        words = words_G + t * (WIDTH * BAND) + r[None, :]
+        x = folded_CM + t * (32 * TOKENS)
+        sums = packed._add_tile(sums, x, words, exponents, WIDTH, BAND, TOKENS)
+    tl.store(sums_SMR + m[:, None] * BAND + r[None, :], sums)
+
+
+def variants() -> dict[str, tuple]:
+    """By name: the kernel, its constants, types that differ, and its warps."""
+    found: dict[str, tuple] = {}
+    for band in (64, 128):
+        for tokens in (1, 8):
+            constants = {"BAND": band, "TOKENS": tokens}
+            found[f"gemv {band} rows {tokens} tokens"] = (packed._gemv_kernel, constants, {}, 1)
+    for width in range(1, 9):
+        constants = {"WIDTH": width, "BAND": 128, "TOKENS": 1}
+        found[f"gemv tile {width} bits"] = (tiles_of_one_width, constants, {}, 1)
+    constants = {"WIDTH": 3, "BAND": 128, "TOKENS": 4}
+    found["gemv tile 3 bits 4 tokens"] = (tiles_of_one_width, constants, {}, 1)
+    for kind, precision in (("bf16", "ieee"), ("fp32", "tf32")):
+        constants = {"BLOCK_M": 32, "BAND": 128, "PRECISION": precision}
+        types = {"folded_CM": f"*{kind}"}
+        found[f"gemm {kind}"] = (packed._gemm_kernel, constants, types, 4)
+    band = {"BAND": 128}
+    found["decode"] = (packed._decode_kernel, band, {}, 4)
+    found["decode outliers"] = (packed._decode_outliers_kernel, band, {}, 1)
+    found["fold"] = (packed._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1}, {}, 4)
+    found["rans decode"] = (rans._decode_kernel, {}, {}, 1)
+    found["finish"] = (packed._finish_kernel, {"BLOCK_R": 256}, {}, 4)
+    return found
+
+
+def measure(name: str, target: str) -> dict[str, float]:
+    """Compile one variant for one target."""
+    kernel, constants, types, warps = variants()[name]
+    signature = {
+        argument: "constexpr"
+        if argument in constants
+        else types.get(argument, POINTERS.get(argument, "i32"))
+        for argument in kernel.arg_names
+    }
+    # as the launcher finds them: pointers of tensors are aligned
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    if target not in NVIDIA:
+        text = compiled.asm["amdgcn"]
+        spilled = sum(int(n) for n in re.findall(r"\.vgpr_spill_count: (\d+)", text))
+        return {"registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), "spilled": spilled}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", cubin)
+        code = _tool("nvdisasm", "-c", cubin)
+    row = {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
+    }
+    if "tile" in name:
+        rows_of_a_lane = constants["BAND"] // 32
+        row["per weight"] = round(_loop(code) / (32 * rows_of_a_lane), 2)
+    return row
+
+
+def _tool(name: str, *arguments: object) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run(
+        [tools / name, *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _loop(code: str) -> int:
+    """Instructions in the longest loop of a kernel's disassembly."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            jump = re.search(r"BRA.*?`\((\.L_\w+)\)", line)
+            if jump and jump[1] in labels:
+                longest = max(longest, count - labels[jump[1]])
+    return longest
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="kernels by name", default=list(variants()))
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--json", help="also write the numbers here")
+    arguments = parser.parse_args(argv)
+    print(f"triton {triton.__version__}: registers / bytes spilled / instructions per weight")
+    print("| kernel | " + " | ".join(arguments.targets) + " |")
+    print("|---|" + "---|" * len(arguments.targets))
+    table: dict[str, Any] = {"triton": triton.__version__}
+    for name in variants():
+        if name in arguments.only:
+            table[name] = {target: measure(name, target) for target in arguments.targets}
+            cells = [" / ".join(map(str, row.values())) for row in table[name].values()]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Decode the entropy-coded payload of a layer: all chunks at once, a warp for each.
+
+Shapes: A x N codes, C = chunks, K = keys, W = 16-bit words.
+
+The format, and what the words of a chunk are, is defined in `watersic_hf/codec/FORMAT.md`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def decode_chunks(
+    words_W: Tensor,
+    offsets_C: Tensor,
+    row_class_A: Tensor,
+    col_class_N: Tensor,
+    table: Tensor,
+    shift_K: Tensor,
+    codes_AN: Tensor,
+    *,
+    rows_per_lane: int,
+    cols_per_chunk: int,
+    escape_words: int,
+) -> Tensor:
+    """Decode all chunks into `codes_AN`; whatever they hold, nothing outside of it is written.
+
+    Reference: `watersic_hf.codec.decode`.
+
+    Args:
+        words_W: int16, the words of all chunks.
+        offsets_C: int64, first word of every chunk, and the number of words; must be within them.
+        row_class_A: int32; with `col_class_N`, all sums must be keys.
+        col_class_N: int32.
+        table: int32, 4096 entries per key: symbol, slot above the symbol's start, frequency in 8,
+            12 and 12 bits.
+        shift_K: int32.
+        codes_AN: int32, contiguous; where the codes go.
+        rows_per_lane: of the payload's header, as the next two.
+        cols_per_chunk: steps of a lane for one of its rows.
+        escape_words: words of an escaped value.
+
+    Returns:
+        For every chunk, int32: whether it ended where and as it must.
+    """
+    chunks = len(offsets_C) - 1
+    good_C = offsets_C.new_empty(chunks, dtype=codes_AN.dtype)
+    if chunks:
+        _decode_kernel[(chunks,)](
+            words_W, offsets_C, row_class_A, col_class_N, table, shift_K, codes_AN, good_C,
+            *codes_AN.shape, rows_per_lane, cols_per_chunk, escape_words, num_warps=1,
+        )  # fmt: skip
+    return good_C
+
+
+@triton.jit
+def _decode_kernel(
+    words_W, offsets_C, row_class_A, col_class_N, table, shift_K, codes_AN, good_C,
+    A, N, rows_per_lane, cols_per_chunk, escape_words,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    lane = tl.arange(0, 32)
+    segments = tl.cdiv(N, cols_per_chunk)
+    top = chunk // segments * 32 * rows_per_lane
+    left = chunk % segments * cols_per_chunk
+    height = tl.minimum(32 * rows_per_lane, A - top)
+    lanes = tl.cdiv(height, rows_per_lane)
+    start = tl.load(offsets_C + chunk)
+    stop = tl.load(offsets_C + chunk + 1)
+
+    head = start + 2 * lane
+    x = _word(words_W, head, start, stop, lane < lanes)
+    x |= _word(words_W, head + 1, start, stop, lane < lanes) << 16
+    at = start + 2 * lanes
+    end = stop
+    for p in range(rows_per_lane):
+        row = p * lanes + lane
+        active = (lane < lanes) & (row < height)
+        row_class = tl.load(row_class_A + top + row, active, other=0)
+        out = codes_AN + (top + row).to(tl.int64) * N
+        for col in range(left, tl.minimum(left + cols_per_chunk, N)):
+            key = row_class + tl.load(col_class_N + col)
+            slot = (x & 4095).to(tl.int32)
+            entry = tl.load(table + key * 4096 + slot, active, other=0)
+            low_part = ((entry >> 12) & 4095).to(tl.uint32)
+            x = tl.where(active, (entry & 4095).to(tl.uint32) * (x >> 12) + low_part, x)
+            x, at = _take(x, at, words_W, start, stop, active)
+            symbol = entry >> 24
+            code = symbol
+            shift = tl.load(shift_K + key, active, other=0)
+            if tl.max(shift) > 0:
+                low = (x & ((1 << shift) - 1).to(tl.uint32)).to(tl.int32)
+                x = x >> shift.to(tl.uint32)
+                x, at = _take(x, at, words_W, start, stop, active & (shift > 0))
+                code = tl.where(shift > 0, (symbol << shift) + low - ((1 << shift) >> 1), symbol)
+            escaped = active & (symbol == -128)
+            if tl.max(escaped.to(tl.int32)) > 0:
+                value_at = end - escape_words * tl.cumsum(escaped.to(tl.int32))
+                value = _word(words_W, value_at, start, stop, escaped)
+                if escape_words == 2:
+                    value |= _word(words_W, value_at + 1, start, stop, escaped) << 16
+                else:
+                    value = ((value ^ 0x8000) - 0x8000).to(tl.uint32)
+                code = tl.where(escaped, value.to(tl.int32, bitcast=True), code)
+                end -= escape_words * tl.sum(escaped.to(tl.int32))
+            tl.store(out + col, code, active)
+    moved = tl.sum(((x != 1 << 16) & (lane < lanes)).to(tl.int32))
+    tl.store(good_C + chunk, ((moved == 0) & (at == end)).to(tl.int32))
+
+
+@triton.jit
+def _take(x, at, words_W, start, stop, active):
+    # every lane whose state became small takes a word, in lane order
+    small = active & (x < 1 << 16)
+    count = small.to(tl.int32)
+    word = _word(words_W, at + tl.cumsum(count) - count, start, stop, small)
+    return tl.where(small, (x << 16) | word, x), at + tl.sum(count)
+
+
+@triton.jit
+def _word(words_W, at, start, stop, wanted):
+    # nothing is read outside of the chunk, however damaged it is
+    word = tl.load(words_W + at, wanted & (at >= start) & (at < stop), other=0)
+    return word.to(tl.int32).to(tl.uint32, bitcast=True) & 0xFFFF

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from watersic_hf.nn.packing import MAX_WIDTH, TILE, pack_codes, unpack_bands
+
+
+def codes(rows, columns, *, spread=2.0, seed=0):
+    """Codes whose columns differ in scale, some of them empty, with a few huge ones."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
+    found_AN = (torch.randn(rows, columns, generator=generator) * scale_N).round().int()
+    found_AN[:, ::7] = 0
+    found_AN[0, -1], found_AN[-1, 0] = 7049, -100_000
+    return found_AN
+
+
+def restored(packed):
+    """The codes of all tiles, in the order of the weight."""
+    found_AN = torch.full((packed.rows, packed.columns), 0x7F7F7F7F, dtype=torch.int32)
+    for rows, part_rN in unpack_bands(packed):
+        found_AN[rows] = part_rN
+    return found_AN
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (127, 32), (3, 300), (300, 65), (256, 128)])
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_all_codes_come_back(shape, spread):
+    expected_AN = codes(*shape, spread=spread)
+
+    packed = pack_codes(expected_AN)
+
+    assert torch.equal(restored(packed), expected_AN)
+    assert packed.tiles_BT.shape[1] == -(-shape[1] // TILE)
+    assert packed.outlier_start_R[-1] == len(packed.outliers_O)
+
+
+def test_codes_take_the_width_that_holds_them():
+    for width in range(1, MAX_WIDTH + 1):
+        half = 1 << (width - 1)
+        span = torch.arange(-half, half, dtype=torch.int16)
+        span_AN = span.repeat(64 * TILE // len(span)).view(64, TILE)
+
+        packed = pack_codes(span_AN)
+
+        assert packed.tiles_BT.tolist() == [[width]]
+        assert len(packed.outliers_O) == 0
+        assert torch.equal(restored(packed), span_AN.int())
+
+
+def test_codes_of_zero_take_no_words():
+    packed = pack_codes(torch.zeros(16, 96, dtype=torch.int8))
+
+    assert packed.words_G.numel() == 0
+    assert packed.tiles_BT.tolist() == [[0, 0, 0]]
+
+
+def test_rows_and_columns_of_different_scales_cost_little_more_than_equal_ones():
+    generator = torch.Generator().manual_seed(0)
+    normal_AN = torch.randn(1024, 512, generator=generator)
+    scale_A = torch.exp2(torch.rand(1024, 1, generator=generator) * 2 - 1)
+    scale_N = torch.exp2(torch.rand(512, generator=generator) * 2 - 1)
+
+    def bits(codes_AN):
+        return 8 * pack_codes(codes_AN.round().int()).nbytes / codes_AN.numel()
+
+    # the mean width of equal scales from an octave below to an octave above
+    equal = sum(bits(normal_AN * 2 ** (octave / 4)) for octave in range(0, 9)) / 9
+    assert bits(2 * normal_AN * scale_A * scale_N) < equal + 0.25
+
+
+def test_far_and_large_outliers_take_several_entries():
+    codes_AN = torch.zeros(2, 2000, dtype=torch.int32)
+    codes_AN[0, 5], codes_AN[1, 1999], codes_AN[1, 1998] = 200_000, -1_000_000, 130
+
+    packed = pack_codes(codes_AN)
+
+    assert torch.equal(restored(packed), codes_AN)
+
+
+def test_no_codes_are_refused():
+    with pytest.raises(ValueError, match="0 x 4"):
+        pack_codes(torch.zeros(0, 4, dtype=torch.int8))

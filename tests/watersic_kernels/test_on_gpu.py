@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import nn
+
+from watersic_hf import WaterSICLinear, set_residency
+from watersic_hf.checkpoint import pack_layer
+from watersic_hf.testing import assert_close
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+def model(rows=512, columns=768):
+    """Two layers, one after the other, on the GPU with packed weights, and the dense ones."""
+    generator = torch.Generator().manual_seed(0)
+    layers, dense = [], []
+    for A, N in ((rows, columns), (columns, rows)):
+        codes_AN = (3 * torch.randn(A, N, generator=generator)).round().to(torch.int8)
+        packed = pack_layer(
+            codes_AN, torch.rand(A, generator=generator) + 0.5,
+            0.01 * torch.rand(N, generator=generator), name="l",
+        )  # fmt: skip
+        bias = torch.randn(A, generator=generator)
+        layers.append(WaterSICLinear.from_packed(packed, bias=bias, dtype=torch.bfloat16))
+        dense.append(layers[-1].dequantize())
+    found = nn.Sequential(*layers).cuda()
+    set_residency(found, "packed", backend="triton")
+    return found, nn.Sequential(*dense).cuda()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 8, 9, 64, 65, 300])
+def test_a_model_gives_the_output_of_the_dense_one(tokens):
+    packed, dense = model()
+    x = torch.randn(2, tokens, 768, device="cuda", dtype=torch.bfloat16)
+
+    y = packed(x)
+
+    if tokens:
+        assert_close(y, dense(x), tolerance=1e-2)
+    assert y.shape == (2, tokens, 768)
+
+
+def test_beside_packed_weights_the_payload_rests_in_host_memory():
+    packed, _ = model()
+
+    assert {layer.weight.device.type for layer in packed} == {"cpu"}
+    assert {layer.words_G.device.type for layer in packed} == {"cuda"}
+    set_residency(packed, "entropy")
+    assert {layer.weight.device.type for layer in packed} == {"cuda"}
+
+
+def test_a_cuda_graph_replays_the_product():
+    packed, dense = model()
+    x = torch.randn(1, 768, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        packed(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = packed(x)
+
+        x.normal_()
+        graph.replay()
+
+        assert_close(y, dense(x), tolerance=1e-2)
+
+
+def test_torch_compile_sees_one_graph_and_gradients_flow_to_the_input():
+    packed, dense = model()
+    x = torch.randn(3, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    y = torch.compile(packed, fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(dense(x).sum(), x)
+
+    assert_close(y, dense(x), tolerance=1e-2)
+    assert_close(grad, expected, tolerance=2e-2)

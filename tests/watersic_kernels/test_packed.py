@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from watersic_hf.nn.packing import pack_codes
+from watersic_hf.testing import assert_close
+from watersic_kernels.packed import packed_linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def layer(rows, columns, *, spread=1.0, outliers=3):
+    """Codes of many widths, some rows and columns empty, and scales."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    scale_A = torch.exp2(spread * torch.randn(rows, 1, generator=generator))
+    scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
+    codes_AN = (2 * scale_A * scale_N * torch.randn(rows, columns, generator=generator)).round()
+    codes_AN[:, 3::11] = 0
+    where = torch.randint(codes_AN.numel(), (outliers,), generator=generator)
+    codes_AN.view(-1)[where] = torch.tensor([7049.0, -300.0, 5000.0])[:outliers]
+    row_scale_A = (torch.rand(rows, generator=generator) + 0.5).half()
+    col_scale_N = (torch.rand(columns, generator=generator) * 0.01).half()
+    return codes_AN.int(), row_scale_A, col_scale_N
+
+
+def run(x_MN, codes_AN, row_scale_A, col_scale_N):
+    packed = pack_codes(codes_AN)
+    tensors = [tensor.to(DEVICE) for tensor in packed.tensors().values()]
+    return packed_linear(
+        x_MN.to(DEVICE), *tensors, row_scale_A.to(DEVICE), col_scale_N.to(DEVICE)
+    ).cpu()
+
+
+def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
+    weight_AN = row_scale_A[:, None].double() * codes_AN * col_scale_N.double()
+    return x_MN.double() @ weight_AN.T
+
+
+#: By dtype of the activations: 1e-6 is float32's sum, the rest is one rounding of y, and for many
+#: tokens also of codes and x.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 33, 70])
+def test_every_number_of_tokens_and_dtype_gives_the_product(tokens, dtype):
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and 8 < tokens <= 64:
+        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
+    codes_AN, *scales = layer(70, 65)
+    x_MN = torch.randn(tokens, 65).to(dtype)
+
+    y_MA = run(x_MN, codes_AN, *scales)
+
+    assert y_MA.dtype == dtype
+    assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (127, 31), (128, 64), (300, 33)])
+@pytest.mark.parametrize("tokens", [1, 2, 20, 65])
+def test_sizes_that_divide_by_nothing(shape, tokens):
+    codes_AN, *scales = layer(*shape)
+    x_MN = torch.randn(tokens, shape[1])
+
+    y_MA = run(x_MN, codes_AN, *scales)
+
+    assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=1e-6)
