@@ -39,6 +39,7 @@ from watersic_hf.calibration import (
 from watersic_hf.checkpoint import CheckpointError, stored_layers, validate_layer
 from watersic_hf.core import Moments
 from watersic_hf.integration.config import QUANT_METHOD, WaterSICConfig
+from watersic_hf.integration.dense import as_linear, is_transposed, like, linear_layers, shape_of
 from watersic_hf.integration.headers import model_headers
 from watersic_hf.integration.saving import attach_extras, detach_extras
 from watersic_hf.nn import (
@@ -68,6 +69,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.reports: list[LayerReport] = []
         self._device_map: Any = None
         self._layers: set[str] = set()
+        self._shells: dict[str, nn.Module] = {}
         self._zero_rows: dict[str, list[int]] = {}
         self._quantizer: LayerQuantizer | None = None
         self._failure: ValueError | None = None
@@ -155,7 +157,13 @@ class WaterSICHfQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         skip = self._skipped(model)
-        linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        linear = linear_layers(model)
+        # what `dequantize` puts back; the model is on meta, so they take no memory
+        self._shells = {
+            name: copy.deepcopy(module)
+            for name, module in linear.items()
+            if type(module) is not nn.Linear
+        }
         if self.pre_quantized:
             self._prepare_packed(model, linear, skip, checkpoint_files)
             return
@@ -198,22 +206,26 @@ class WaterSICHfQuantizer(HfQuantizer):
         )
 
     def _prepare_packed(
-        self, model: nn.Module, linear: list[str], skip: list[str], files: list[str] | None
+        self,
+        model: nn.Module,
+        linear: Mapping[str, nn.Module],
+        skip: list[str],
+        files: list[str] | None,
     ) -> None:
         """Put an empty quantized layer of the right size wherever the files hold one."""
         headers = model_headers(model, files or [])
         self.reports = read_report(Path(files[0]).parent) if files else []
         stored = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
-        for name in linear:
+        for name, module in linear.items():
             found = stored.get(name, {})
             if not found and module_matches(name, skip) is not None:
                 continue
-            module = model.get_submodule(name)
+            rows, columns = shape_of(module)
             # without files (a state dict was passed) the loader sets tensors of any size
             if files:
-                validate_layer(name, found, module.out_features, module.in_features)
+                validate_layer(name, found, rows, columns)
             layer = WaterSICLinear(
-                module.in_features, module.out_features, bias=module.bias is not None,
+                columns, rows, bias=module.bias is not None,
                 payload_bytes=found.get("weight", (0,))[0], dtype=self.dtype, device="meta",
             )  # fmt: skip
             replace_module(model, name, layer)
@@ -264,12 +276,20 @@ class WaterSICHfQuantizer(HfQuantizer):
             config.zero_rows = {
                 name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
             }
+        # the calibration knows one class of linear layers
+        shells = {n: s for n, s in self._shells.items() if n in self._layers}
+        for name in shells:
+            replace_module(model, name, as_linear(model.get_submodule(name)))
         zero_rows(model, self._zero_rows)
         quantize_blocks(
             model, windows, layers, self._quantizer, settings=config.calibration,
             batch_size=config.batch_size, device="cuda" if torch.cuda.is_available() else None,
         )  # fmt: skip
-        self._keep_dense(model, [n for n, m in model.named_modules() if type(m) is nn.Linear])
+        for name, shell in shells.items():
+            module = model.get_submodule(name)
+            if not isinstance(module, WaterSICLinear):
+                replace_module(model, name, like(shell, module))
+        self._keep_dense(model, list(linear_layers(model)))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in list(packed_layers(model)):
@@ -278,7 +298,10 @@ class WaterSICHfQuantizer(HfQuantizer):
                     f"{name}: the layer is offloaded and cannot be dequantized in place. Load the "
                     f"model without offloading first."
                 )
-            replace_module(model, name, layer.dequantize(dtype))
+            dense = layer.dequantize(dtype)
+            if name in self._shells:
+                dense = like(self._shells[name], dense)
+            replace_module(model, name, dense)
         detach_extras(model)
         return model
 
@@ -305,11 +328,12 @@ class WaterSICQuantize(ConversionOps):
         error from here by one that names neither the layer nor the cause.
         """
         (value,) = input_dict.values()
-        weight_AN = value[0] if isinstance(value, list) else value
+        weight = value[0] if isinstance(value, list) else value
         if self.hf_quantizer._failure is not None:
-            return {full_layer_name: weight_AN}
+            return {full_layer_name: weight}
         name = full_layer_name.removesuffix(".weight")
         module = model.get_submodule(name)
+        weight_AN = weight.T if is_transposed(module) else weight
         layers = self.hf_quantizer._quantizer
         weight_AN = weight_AN.clone() if name in self.hf_quantizer._zero_rows else weight_AN
         weight_AN[self.hf_quantizer._zero_rows.get(name, [])] = 0
@@ -318,7 +342,7 @@ class WaterSICQuantize(ConversionOps):
             packed, _ = layers.quantize(name, weight_AN, moments)
         except ValueError as error:
             self.hf_quantizer._failure = error
-            return {full_layer_name: weight_AN}
+            return {full_layer_name: weight}
         layer = WaterSICLinear.from_packed(packed, dtype=weight_AN.dtype, device=weight_AN.device)
         layer.bias = module.bias
         replace_module(model, name, layer)
@@ -346,7 +370,7 @@ def _tokenizer(tokenizer: Any, model_name: str) -> Any:
         return tokenizer
     try:
         return AutoTokenizer.from_pretrained(tokenizer or model_name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if tokenizer is not None:
             raise
         logger.info("No tokenizer beside the model: %s", error)

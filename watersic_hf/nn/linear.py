@@ -97,6 +97,8 @@ class WaterSICLinear(nn.Linear):
         )  # fmt: skip
         for name, tensor in packed.tensors().items():
             setattr(layer, name, nn.Parameter(tensor.to(device), False))
+            # read by transformers: the module around may initialise the weights of its parts
+            getattr(layer, name)._is_hf_initialized = True
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype), False)
         if codes_AN is not None:

@@ -1,0 +1,71 @@
+"""The layers of a model before quantization: which are linear maps, and why others stay dense.
+
+Shapes: A = out_features, N = in_features.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from watersic_hf.nn import WaterSICLinear
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that compute ``x @ W.T + b``, by name.
+
+    They are `nn.Linear`, classes derived from it that compute the same, and GPT-2's `Conv1D`, which
+    holds its weight as N x A.
+    """
+    return {name: module for name, module in model.named_modules() if _is_linear(type(module))}
+
+
+def _is_linear(kind: type[nn.Module]) -> bool:
+    if kind is nn.Linear or kind is Conv1D:
+        return True
+    # torch's own derived classes are parts of larger modules that read their weights directly
+    own = kind.__module__.startswith("torch.") or issubclass(kind, WaterSICLinear)
+    if own or not issubclass(kind, nn.Linear):
+        return False
+    probe = kind.__new__(kind)
+    nn.Linear.__init__(probe, 3, 2, device="cpu", dtype=torch.float32)
+    x_TN = torch.linspace(-1, 1, 12).view(4, 3)
+    try:
+        with torch.no_grad():
+            return torch.allclose(probe(x_TN), F.linear(x_TN, probe.weight, probe.bias))
+    except Exception:
+        # it needs more than a weight and a bias, so it is something else
+        return False
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer holds its weight as N x A."""
+    return isinstance(module, Conv1D)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(A, N) of a linear layer."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The same map as an `nn.Linear` on the same memory."""
+    rows, columns = shape_of(module)
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    weight = module.weight.data.T if is_transposed(module) else module.weight.data
+    linear.weight = nn.Parameter(weight, module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def like(shell: nn.Module, linear: nn.Linear) -> nn.Module:
+    """A layer of the class of `shell` that computes what `linear` does."""
+    module = copy.deepcopy(shell)
+    weight = linear.weight.data
+    weight = weight.T.contiguous() if is_transposed(shell) else weight
+    module.weight = nn.Parameter(weight, linear.weight.requires_grad)
+    module.bias = linear.bias
+    return module
