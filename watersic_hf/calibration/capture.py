@@ -3,6 +3,7 @@
 Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.topology import InputGroup
+from watersic_hf.calibration.topology import InputGroup, Stack, block_stacks
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
+
+logger = logging.getLogger(__name__)
 
 
 class _StopForwardError(Exception):
     """Raised by a hook once it has seen what it was there for."""
+
+
+BlockArguments = list[tuple[tuple, dict]]
+"""For every block, what it is called with besides its hidden states.  Blocks differ: layers with a
+sliding window have a mask of their own."""
 
 
 @dataclass
@@ -28,12 +36,12 @@ class BlockStream:
     hidden: list[Tensor]
     """One B x T x D tensor per batch."""
 
-    arguments: dict[tuple[int, ...], list[tuple[tuple, dict]]] = field(repr=False)
-    """By the shape (B, T) of a batch: what each block is called with besides its hidden states.
-    Blocks differ: layers with a sliding window have a mask of their own."""
+    arguments: list[BlockArguments] = field(repr=False)
+    """One per batch, as they may depend on its tokens: a decoder's blocks are called with what the
+    encoder put out."""
 
-    returns_tuples: bool = False
-    """Whether the blocks put out a tuple that begins with the hidden states; known once one ran."""
+    rest: tuple | None = None
+    """What the last block that ran put out behind the hidden states; None if that was no tuple."""
 
     def copy(self) -> "BlockStream":
         """A stream of its own from the same hidden states on."""
@@ -41,12 +49,11 @@ class BlockStream:
 
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
         """Output of `block`, the model's block number `index`, on one batch, where the block is."""
-        hidden = self.hidden[batch]
-        inputs = (hidden, *self.arguments[tuple(hidden.shape[:2])][index])
+        inputs = (self.hidden[batch], *self.arguments[batch][index])
         hidden, args, kwargs = _moved(inputs, next(block.parameters()).device)
         output = block(hidden, *args, **kwargs)
-        self.returns_tuples = isinstance(output, tuple)
-        return output[0] if self.returns_tuples else output
+        output, self.rest = _split(output)
+        return output
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Push all batches through a block."""
@@ -54,26 +61,58 @@ class BlockStream:
             self.hidden[batch] = self.run(index, block, batch).to(self.hidden[batch].device)
 
 
+@torch.no_grad()
 def block_stream(
     model: nn.Module, blocks: Sequence[nn.Module], windows: Sequence[Tensor], *, batch_size: int
 ) -> BlockStream:
     """Run the model up to its first block on all windows.
 
-    One batch of every shape runs through all blocks, to learn each block's own arguments.
+    To learn each block's own arguments, the first two batches of every shape run through all
+    blocks, and the others too unless the arguments of those two, and of the first block, are equal.
     """
-    device = next(model.parameters()).device
-    body = getattr(model, "base_model", model)
-    arguments: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
-    hidden: list[Tensor] = []
+    seen: dict[tuple[int, ...], list[BlockArguments]] = {}
+    stream = BlockStream([], [])
     for tokens_BT in to_batches(windows, batch_size):
-        calls = block_calls(
-            body,
-            blocks[:1] if tuple(tokens_BT.shape) in arguments else blocks,
-            tokens_BT.to(device),
-        )
-        hidden.append(calls[0][0])
-        arguments.setdefault(tuple(tokens_BT.shape), [(args, kwargs) for _, args, kwargs in calls])
-    return BlockStream(hidden, arguments)
+        known = seen.setdefault(tuple(tokens_BT.shape), [])
+        by_shape = len(known) > 1 and known[0] is known[1]
+        calls = block_calls(model, blocks[:1] if by_shape else blocks, tokens_BT)
+        arguments = _shared([call[1:] for call in calls], known[0][: len(calls)] if known else None)
+        if by_shape and not _same(arguments[0], known[0][0]):
+            calls = block_calls(model, blocks, tokens_BT)
+            arguments = _shared([call[1:] for call in calls], known[0])
+        stream.hidden.append(calls[0][0])
+        # equal arguments are kept once: masks of long windows are large
+        if known and all(map(_same, arguments, known[0])):
+            arguments = known[0]
+        known.append(arguments)
+        stream.arguments.append(arguments)
+    return stream
+
+
+def _shared(value: Any, known: Any) -> Any:
+    """`value`, in which every tensor that equals its counterpart in `known` is replaced by it."""
+    if isinstance(value, Tensor):
+        return known if isinstance(known, Tensor) and _equal(value, known) else value
+    if type(value) in (tuple, list) and type(known) is type(value) and len(known) == len(value):
+        return type(value)(map(_shared, value, known))
+    if type(value) is dict and type(known) is dict:
+        return {key: _shared(item, known.get(key)) for key, item in value.items()}
+    return value
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Whether two structures hold the very same tensors, and equal values."""
+    if type(value) is not type(known):
+        return False
+    if type(value) in (tuple, list):
+        return len(value) == len(known) and all(map(_same, value, known))
+    if type(value) is dict:
+        return value.keys() == known.keys() and all(_same(value[k], known[k]) for k in value)
+    return value is known or (not isinstance(value, Tensor) and bool(value == known))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 @dataclass(frozen=True)
@@ -206,25 +245,131 @@ def to_batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
     return [torch.stack(batch) for batch in batches]
 
 
+def model_inputs(model: nn.Module, tokens_BT: Tensor) -> dict[str, Any]:
+    """What a model is called with to read some windows.
+
+    An encoder-decoder reads a window with its encoder, and predicts the same window with its
+    decoder.
+
+    Raises:
+        CalibrationError: the model does not read tokens.
+    """
+    wanted = getattr(model, "main_input_name", "input_ids")
+    if wanted != "input_ids":
+        raise CalibrationError(
+            f"{type(model).__name__} reads `{wanted}`, and calibration text has only tokens to "
+            f"give. Quantize it without `dataset`."
+        )
+    config = getattr(model, "config", None)
+    tokens_BT = tokens_BT.to(next(model.parameters()).device)
+    inputs = {"input_ids": tokens_BT, "use_cache": False}
+    if getattr(config, "is_encoder_decoder", False):
+        starts = (getattr(config, f"{kind}_token_id", None) for kind in ("decoder_start", "bos"))
+        start = next((token for token in starts if token is not None), 0)
+        first_B1 = torch.full_like(tokens_BT[:, :1], start)
+        inputs["decoder_input_ids"] = torch.cat([first_B1, tokens_BT[:, :-1]], dim=1)
+    return inputs
+
+
 def block_calls(
-    body: nn.Module, blocks: Sequence[nn.Module], tokens_BT: Tensor
+    model: nn.Module, blocks: Sequence[nn.Module], tokens_BT: Tensor
 ) -> list[tuple[Tensor, tuple, dict]]:
     """Hidden states and other arguments that each of `blocks` is called with."""
     calls: list[tuple[Tensor, tuple, dict]] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden, args[1:], kwargs))
+        calls.append(_call(args, kwargs))
         if len(calls) == len(blocks):
             raise _StopForwardError
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        body(input_ids=tokens_BT, use_cache=False)
+        getattr(model, "base_model", model)(**model_inputs(model, tokens_BT))
     except _StopForwardError:
         pass
     finally:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _split(output: Any) -> tuple[Tensor, tuple | None]:
+    """What a block put out: the hidden states, and the rest if it is a tuple."""
+    is_tensor = isinstance(output, Tensor)
+    return (output, None) if is_tensor else (output[0], tuple(output[1:]))
+
+
+def _call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    """The hidden states of a block's call, and the rest of it."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+@torch.no_grad()
+def runnable_stacks(model: nn.Module, layers: Sequence[str], window: Tensor) -> list[Stack]:
+    """The stacks that can be run block by block, in the order in which the model runs them.
+
+    Tried out on one window: each block of a stack is called once, and gets the hidden states that
+    the one before it put out.  The other stacks are named in the log.
+
+    Raises:
+        CalibrationError: there is no such stack.
+    """
+    stacks = block_stacks(model, layers)
+    calls = _chain(model, [block for stack in stacks for _, block in stack], window)
+    obstacles = [_obstacle([block for _, block in stack], calls) for stack in stacks]
+    named = [
+        f"{stack[0][0].rpartition('.')[0]} ({obstacle})"
+        for stack, obstacle in zip(stacks, obstacles, strict=True)
+        if obstacle is not None
+    ]
+    if len(named) == len(stacks):
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be calibrated block by block: {', '.join(named)}. "
+            f"Quantize it without `dataset`."
+        )
+    if named:
+        logger.warning("Cannot be calibrated, and stays dense: %s.", ", ".join(named))
+    called = [block for block, _ in calls]
+    runnable = [s for s, obstacle in zip(stacks, obstacles, strict=True) if obstacle is None]
+    return sorted(runnable, key=lambda stack: called.index(stack[0][1]))
+
+
+def _chain(
+    model: nn.Module, blocks: Sequence[nn.Module], window: Tensor
+) -> list[tuple[nn.Module, bool]]:
+    """All calls of blocks, and whether each got the hidden states that the one before put out."""
+    calls: list[tuple[nn.Module, bool]] = []
+    last: Tensor | None = None
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden, *_ = _call(args, kwargs)
+        # states that are not finite are for the block loop to find
+        chained = last is not None and _equal(hidden.nan_to_num(), last.nan_to_num())
+        calls.append((module, chained))
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal last
+        last, _ = _split(output)
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(after) for block in blocks]
+    try:
+        getattr(model, "base_model", model)(**model_inputs(model, window[None]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _obstacle(blocks: Sequence[nn.Module], calls: Sequence[tuple[nn.Module, bool]]) -> str | None:
+    """Why a stack cannot be run block by block, or None if it can."""
+    called = [(block, chained) for block, chained in calls if block in blocks]
+    if not called:
+        return "text does not reach it"
+    if [block for block, _ in called] != list(blocks):
+        return "its blocks are not called one after the other, once each"
+    if not all(chained for _, chained in called[1:]):
+        return "its blocks are not called on what the one before put out"
+    return None

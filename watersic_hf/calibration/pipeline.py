@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from watersic_hf.calibration.attention import attention_importance
-from watersic_hf.calibration.capture import Side, block_stream, group_moments
+from watersic_hf.calibration.capture import (
+    BlockStream,
+    Side,
+    block_stream,
+    group_moments,
+    runnable_stacks,
+)
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
 from watersic_hf.calibration.report import average_bits
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
-from watersic_hf.calibration.topology import InputGroup, decoder_blocks, input_groups
+from watersic_hf.calibration.topology import InputGroup, Stack, input_groups, inside
 from watersic_hf.core import Moments
 from watersic_hf.nn import WaterSICLinear, replace_module
 
@@ -63,8 +69,8 @@ def quantize_blocks(
         CalibrationError: a layer cannot be quantized; the message names it.
     """
     layers = list(layers)
-    blocks = decoder_blocks(model, layers)
     _warn_of_few_tokens(model, windows, layers)
+    stacks = runnable_stacks(model, layers, windows[0])
     if settings.sensitivity:
         if sensitivities is None:
             sensitivities = layer_sensitivities(
@@ -76,33 +82,40 @@ def quantize_blocks(
             allocate=settings.allocation == "sensitivity",
             rows=settings.row_importance,
         )
-    stream = block_stream(model, [block for _, block in blocks], windows, batch_size=batch_size)
-    original = stream.copy() if settings.two_streams else None
+
+    def stream_into(stack: Stack) -> BlockStream:
+        return block_stream(model, [block for _, block in stack], windows, batch_size=batch_size)
+
+    # what reaches a decoder in the original model, while there is one
+    originals = [stream_into(stack) for stack in stacks[1:]] if settings.two_streams else []
     done: set[str] = set()
-    while not any(layer.startswith(f"{blocks[-1][0]}.") for layer in layers):
-        blocks.pop()
     with tqdm(total=len(layers), desc="Quantizing", unit="layer") as bar:
-        for index, (name, block) in enumerate(blocks):
-            home = next(block.parameters()).device
-            block.to(device or home)
-            inside = [n.removeprefix(f"{name}.") for n in layers if n.startswith(f"{name}.")]
-            turn = _Turn(
-                index, name, quantizer, settings,
-                working=Side(stream, block),
-                original=None if original is None else Side(original, copy.deepcopy(block)),
-            )  # fmt: skip
-            for layer in turn.quantize(inside):
-                done.add(layer)
-                bar.set_postfix_str(
-                    f"block {index + 1}/{len(blocks)}, {layer.removeprefix(f'{name}.')}, "
-                    f"{average_bits(quantizer.reports):.3f} bits, "
-                    f"error {quantizer.reports[-1].error:.2g}"
-                )
-                bar.update()
-            stream.advance(index, block)
-            if original is not None:
-                original.advance(index, turn.original.block)
-            block.to(home)
+        for number, stack in enumerate(stacks):
+            stream = stream_into(stack)
+            original = None
+            if settings.two_streams:
+                original = originals[number - 1] if number else stream.copy()
+            last = max(i for i, block in enumerate(stack) if inside([block], layers))
+            for index, (name, block) in enumerate(stack[: last + 1]):
+                home = next(block.parameters()).device
+                block.to(device or home)
+                turn = _Turn(
+                    index, name, quantizer, settings,
+                    working=Side(stream, block),
+                    original=None if original is None else Side(original, copy.deepcopy(block)),
+                )  # fmt: skip
+                within = [n.removeprefix(f"{name}.") for n in inside([(name, block)], layers)]
+                for layer in turn.quantize(within):
+                    done.add(layer)
+                    bar.set_postfix_str(
+                        f"{layer}, {average_bits(quantizer.reports):.3f} bits, "
+                        f"error {quantizer.reports[-1].error:.2g}"
+                    )
+                    bar.update()
+                stream.advance(index, block)
+                if original is not None:
+                    original.advance(index, turn.original.block)
+                block.to(home)
     left = [layer for layer in layers if layer not in done]
     if left:
         logger.warning(
@@ -142,6 +155,8 @@ class _Turn:
         block = self.working.block
         run = functools.partial(self.working.stream.run, self.index, block)
         groups = input_groups(block, layers, lambda: run(0), self.working.stream.hidden[0])
+        if self.index == 0:
+            self._say_what_is_not_read(groups)
         importance = self._importance() if any(g.feeds_attention for g in groups) else None
         for number, group in enumerate(groups):
             moments = self._moments(
@@ -161,6 +176,25 @@ class _Turn:
                 )  # fmt: skip
                 replace_module(block, layer, quantized)
                 yield f"{self.name}.{layer}"
+
+    def _say_what_is_not_read(self, groups: Sequence[InputGroup]) -> None:
+        """A line in the log for each part of the method that the architecture gives no way to."""
+        if self.original is None:
+            return
+        settings = self.settings
+        if settings.residual and settings.drift and not any(g.residual is not None for g in groups):
+            logger.info(
+                "%s: no layer's output is simply added to the residual stream, so its error is not "
+                "made up for; the drift of the inputs is.",
+                self.name,
+            )
+        wanted = settings.attention or settings.mixing
+        if wanted and not any(g.feeds_attention for g in groups):
+            logger.info(
+                "%s: there is no one self-attention that can be read, so `attention` and `mixing` "
+                "do nothing here.",
+                self.name,
+            )
 
     def _importance(self) -> list[Tensor] | None:
         """Attention weights of all tokens, if they are wanted."""

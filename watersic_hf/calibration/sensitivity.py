@@ -12,6 +12,7 @@ information (Martens 2014, arXiv 1412.1193).  Kept of it is E[g_r^2] of every ro
 from one backward pass that holds one block's graph at a time.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from watersic_hf.calibration.capture import BlockStream, block_stream
-from watersic_hf.calibration.topology import decoder_blocks
+from watersic_hf.calibration.capture import (
+    BlockStream,
+    block_stream,
+    model_inputs,
+    runnable_stacks,
+)
 from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +60,27 @@ def layer_sensitivities(
     Args:
         model: the model before quantization.
         windows: 1-D token ids.
-        layers: full names of linear layers inside the blocks; those that the windows do not reach
-            are left out of the result.
+        layers: full names of linear layers inside the blocks.  Left out of the result are those
+            that the windows do not reach, and those of an encoder before a decoder.
         tokens: how many to measure on: the first windows that hold them; a few thousand do.
         damping: of the inputs' second moments; None is `damping_for` the tokens.
         seed: of the tokens that the model draws.
         device: where a block is moved to while it is its turn; default: blocks stay where they are.
 
     Returns:
-        The sensitivities; none at all if hidden states are not finite.
+        The sensitivities; none at all if hidden states are not finite, or if the model makes no
+        predictions.
 
     Raises:
         CalibrationError: the hidden states are finite, but the predictions are not.
     """
-    blocks = decoder_blocks(model, layers)
+    *encoders, blocks = runnable_stacks(model, layers, windows[0])
+    for stack in encoders:
+        logger.info(
+            "Sensitivities are measured from the predictions back to the start of the decoder; "
+            "the layers of %s all get the bits that are asked for.",
+            stack[0][0].rpartition(".")[0],
+        )
     modules = [block for _, block in blocks]
     windows = _first_windows(windows, tokens)
     stream = block_stream(model, modules, windows, batch_size=1)
@@ -79,6 +93,9 @@ def layer_sensitivities(
         # the block loop stops at the layer where it begins, and names it
         return {}
     grads = _gradients_of_last_block(model, modules, windows, stream, seed)
+    if grads is None:
+        logger.info("%s puts out no logits to measure sensitivities by.", type(model).__name__)
+        return {}
 
     found: dict[str, Sensitivity] = {}
     backward = list(enumerate(blocks))[::-1]
@@ -171,16 +188,18 @@ def _gradients_of_last_block(
     windows: Sequence[Tensor],
     stream: BlockStream,
     seed: int,
-) -> list[Tensor]:
+) -> list[Tensor] | None:
     """Gradients, at the output of the last block, of the log-likelihood of drawn tokens.
+
+    None if the model has no logits.
 
     The blocks are bypassed: `stream` is at what the last of them put out for every window.
     """
     generator = torch.Generator().manual_seed(seed)
     leaf: Tensor
 
-    def bypass(*args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        return (leaf,) if stream.returns_tuples else leaf
+    def bypass(*args: Any, **kwargs: Any) -> Tensor | tuple:
+        return leaf if stream.rest is None else (leaf, *stream.rest)
 
     grads = []
     for block in blocks:
@@ -189,9 +208,11 @@ def _gradients_of_last_block(
         for window, state in zip(windows, stream.hidden, strict=True):
             leaf = state.detach().requires_grad_()
             with torch.enable_grad():
-                tokens = window[None].to(state.device)
-                logits = model(input_ids=tokens, use_cache=False).logits[0]
-                log_p_TV = F.log_softmax(logits.float(), dim=-1)
+                logits = getattr(model(**model_inputs(model, window[None])), "logits", None)
+                if logits is None:
+                    return None
+                # a row per prediction: of every token, or of a class of the whole window
+                log_p_TV = F.log_softmax(logits.flatten(0, -2).float(), dim=-1)
                 p_TV = log_p_TV.detach().exp().cpu()
                 if not bool(p_TV.isfinite().all()):
                     raise CalibrationError(

@@ -12,29 +12,44 @@ from torch import Tensor, nn
 
 from watersic_hf.calibration.attention import AttentionWatch
 
+Stack = list[tuple[str, nn.Module]]
+"""Repeated blocks, in order, with their names."""
 
-def decoder_blocks(model: nn.Module, layers: Iterable[str]) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of a model, in order, with their names.
 
-    They are the entries of the outermost `nn.ModuleList` that holds most of `layers`.
+def block_stacks(model: nn.Module, layers: Iterable[str]) -> list[Stack]:
+    """The stacks of repeated blocks that hold layers: one, or an encoder's and a decoder's.
+
+    They are the outermost `nn.ModuleList` modules that do.
 
     Raises:
         ValueError: no list of modules holds any of the layers.
     """
     layers = list(layers)
-    lists = [
-        (sum(layer.startswith(f"{name}.") for layer in layers), -name.count("."), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    held, _, name = max(lists, default=(0, 0, ""))
-    if held == 0:
+    stacks: dict[str, Stack] = {}
+    for name, module in model.named_modules():
+        outermost = not any(name.startswith(f"{outer}.") for outer in stacks)
+        held = any(layer.startswith(f"{name}.") for layer in layers)
+        if isinstance(module, nn.ModuleList) and outermost and held:
+            stacks[name] = [(f"{name}.{i}", block) for i, block in enumerate(module)]
+    if not stacks:
         raise ValueError(
             f"{type(model).__name__}: no list of blocks holds any of the {len(layers)} linear "
             f"layers to quantize, so the model cannot be calibrated block by block. Quantize it "
             f"without `dataset`."
         )
-    return [(f"{name}.{i}", block) for i, block in enumerate(model.get_submodule(name))]
+    return list(stacks.values())
+
+
+def decoder_blocks(model: nn.Module, layers: Iterable[str]) -> Stack:
+    """The blocks of the stack that holds most of `layers`; see `block_stacks`."""
+    layers = list(layers)
+    return max(block_stacks(model, layers), key=lambda stack: len(inside(stack, layers)))
+
+
+def inside(stack: Stack, layers: Iterable[str]) -> list[str]:
+    """Those of `layers` that are in the blocks of a stack."""
+    prefixes = tuple(f"{name}." for name, _ in stack)
+    return [layer for layer in layers if layer.startswith(prefixes)]
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,8 @@ class _Trace:
         self.calls: list[tuple[str, Tensor]] = []
         """Calls of the layers, each with its input."""
         self.before_attention = 0
-        """How many of them come before the (last) attention."""
+        """How many of them come before the attention."""
+        self.attentions = 0
         self.outputs: dict[str, Tensor] = {}
         self.states: dict[str, Tensor] = {"": hidden}
         """Inputs of all other modules, which may be states of the residual stream."""
@@ -147,4 +163,6 @@ class _Trace:
             self.states[name] = args[0]
 
     def _attention(self) -> None:
-        self.before_attention = len(self.calls)
+        self.attentions += 1
+        # which layers feed which of several cannot be told: self and cross attention, for one
+        self.before_attention = len(self.calls) if self.attentions == 1 else 0
