@@ -200,6 +200,7 @@ class _Record:
 def _record(side: Side, index: int, group: InputGroup, batch: int) -> _Record:
     """Run a block on one batch until all inputs of the group have been seen."""
     record = _Record([], side.stream.hidden[batch] if group.residual == "" else None)
+    beside: list[Tensor] = []
 
     def see_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         record.inputs.append(args[0])
@@ -209,10 +210,19 @@ def _record(side: Side, index: int, group: InputGroup, batch: int) -> _Record:
     def see_residual(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         record.residual = args[0]
 
-    handles = [side.block.get_submodule(group.layers[0]).register_forward_pre_hook(see_input)]
+    def see_beside(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        beside.append(output)
+
+    handles = []
+    # first, as the layer itself may have the residual stream as its input
     if group.residual:
         base = side.block.get_submodule(group.residual)
         handles.append(base.register_forward_pre_hook(see_residual))
+    if group.beside is not None:
+        other = side.block.get_submodule(group.beside)
+        handles.append(other.register_forward_hook(see_beside))
+    layer = side.block.get_submodule(group.layers[0])
+    handles.append(layer.register_forward_pre_hook(see_input))
     try:
         side.stream.run(index, side.block, batch)
     except _StopForwardError:
@@ -220,6 +230,9 @@ def _record(side: Side, index: int, group: InputGroup, batch: int) -> _Record:
     finally:
         for handle in handles:
             handle.remove()
+    if beside:
+        output = beside[0].view(record.residual.shape)
+        record.residual = record.residual.to(output.device) + output
     return record
 
 

@@ -4,7 +4,8 @@ Read from the modules and from the data that flows through them; no table of arc
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,10 @@ class InputGroup:
     of the module in the block that has it as its input, "" for the input of the block itself; None
     if the output is not simply added to it, as where a norm follows the layer."""
 
+    beside: str | None = None
+    """The layer, called before, whose output is added to the residual stream in one sum with that
+    of this one, where attention and MLP run side by side."""
+
     feeds_attention: bool = False
     """Whether the layers are called before the block's attention, as q, k and v are."""
 
@@ -87,25 +92,23 @@ def input_groups(
     """
     trace = _Trace(block, frozenset(layers), hidden)
     trace.record(run)
-    groups: list[tuple[Tensor, list[str]]] = []
+    calls = [name for name, _ in trace.calls]
+    groups: list[tuple[Tensor, bool, list[str]]] = []
     for name, tensor in trace.calls:
-        if any(name in names for _, names in groups):
+        if any(name in names for *_, names in groups):
             continue
-        for shared, names in groups:
-            if shared is tensor:
+        feeds = name in calls[: trace.before_attention]
+        for shared, feeding, names in groups:
+            if shared is tensor and feeding == feeds:
                 names.append(name)
                 break
         else:
-            groups.append((tensor, [name]))
-    calls = [name for name, _ in trace.calls]
+            groups.append((tensor, feeds, [name]))
+    alone = [names[0] for *_, names in groups if len(names) == calls.count(names[0]) == 1]
+    writers = trace.writers(alone)
     return [
-        InputGroup(
-            layers=tuple(names),
-            calls=calls.count(names[0]),
-            residual=trace.residual(names[0]) if len(names) == calls.count(names[0]) == 1 else None,
-            feeds_attention=names[0] in calls[: trace.before_attention],
-        )
-        for _, names in groups
+        InputGroup(tuple(names), calls.count(names[0]), *writers.get(names[0], (None, None)), feeds)
+        for _, feeds, names in groups
     ]
 
 
@@ -121,17 +124,20 @@ class _Trace:
         """How many of them come before the attention."""
         self.attentions = 0
         self.outputs: dict[str, Tensor] = {}
+        """What layers put out that may write to the residual stream."""
         self.states: dict[str, Tensor] = {"": hidden}
-        """Inputs of all other modules, which may be states of the residual stream."""
+        """Inputs of all modules, which may be states of the residual stream."""
+        self.earlier: dict[str, int] = {}
+        """How many of them were there when a layer was called."""
 
     def record(self, run: Callable[[], Tensor]) -> None:
         handles = []
         for name, module in self.block.named_modules():
-            if name in self.layers:
-                handles.append(module.register_forward_hook(functools.partial(self._layer, name)))
-            elif name:
+            if name:
                 before = functools.partial(self._module, name)
                 handles.append(module.register_forward_pre_hook(before))
+            if name in self.layers:
+                handles.append(module.register_forward_hook(functools.partial(self._layer, name)))
         try:
             with AttentionWatch(self._attention):
                 self.result = run()
@@ -139,24 +145,52 @@ class _Trace:
             for handle in handles:
                 handle.remove()
 
-    def residual(self, layer: str) -> str | None:
+    def writers(self, layers: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+        """The layers that write to the residual stream.
+
+        Returns:
+            By layer, the state that its output is added to, and the layer whose output is added to
+            it in the same sum, if there is one.
+        """
+        layers = [layer for layer in layers if layer in self.outputs]
+        found: dict[str, tuple[str, str | None]] = {}
+        for layer in layers:
+            state = self._base(layer)
+            if state is not None:
+                found[layer] = (state, None)
+        left = [layer for layer in layers if layer not in found]
+        for first, second in itertools.combinations(left, 2):
+            state = self._base(second, beside=first)
+            if state is not None:
+                found[second] = (state, first)
+        return found
+
+    def _base(self, layer: str, *, beside: str | None = None) -> str | None:
         """The state that, with the layer's output added, is another state or the block's result.
 
-        Judged by the numbers, which the same sum gives bit for bit.
+        Judged by the numbers, which the same sum gives bit for bit; of two outputs in any order.
         """
-        output = self.outputs[layer]
-        known = [s for s in (*self.states.values(), self.result) if s.numel() == output.numel()]
-        for name, state in self.states.items():
-            if state.numel() != output.numel() or state.shape[-1] != output.shape[-1]:
+        y = self.outputs[layer]
+        known = [s for s in (*self.states.values(), self.result) if s.numel() == y.numel()]
+        for name, state in itertools.islice(self.states.items(), self.earlier[layer]):
+            if state.numel() != y.numel() or state.shape[-1] != y.shape[-1]:
                 continue
-            total = state.to(output.device) + output.reshape(state.shape)
-            if any(torch.equal(total, other.reshape(total.shape)) for other in known):
-                return name
+            x, y = state.to(y.device), y.reshape(state.shape)
+            totals = [x + y]
+            if beside is not None:
+                other = self.outputs[beside].reshape(state.shape)
+                totals = [(x + y) + other, (x + other) + y, x + (y + other)]
+            for total in totals:
+                if any(torch.equal(total, other.reshape(total.shape)) for other in known):
+                    return name
         return None
 
     def _layer(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.calls.append((name, args[0]))
-        self.outputs[name] = output
+        self.earlier[name] = len(self.states)
+        if output.shape[-1] == self.states[""].shape[-1]:
+            # it may be added to in place
+            self.outputs[name] = output.clone()
 
     def _module(self, name: str, module: nn.Module, args: tuple) -> None:
         if args and isinstance(args[0], Tensor):

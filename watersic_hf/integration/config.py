@@ -186,7 +186,9 @@ class WaterSICConfig(QuantizationConfigMixin):
         # the tokenizer and the data are shared: they may be large, or not copyable
         clone = copy.copy(self)
         clone.layer_bits = dict(self.layer_bits)
-        clone.modules_to_not_convert = copy.copy(self.modules_to_not_convert)
+        # no copy.copy: encoder-decoders copy their config while torch.compile traces them
+        if self.modules_to_not_convert is not None:
+            clone.modules_to_not_convert = list(self.modules_to_not_convert)
         memo[id(self)] = clone
         return clone
 
