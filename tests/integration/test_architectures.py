@@ -1,53 +1,238 @@
-"""One tiny random model of several families: calibrate, save, reload, compare."""
+"""Every architecture of README's table: one tiny random model, through everything a user does.
+
+``PYTHONPATH=.:kernels python tests/integration/test_architectures.py`` prints the table.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig
 
-from watersic_hf import WaterSICLinear
+from watersic_hf import CalibrationError, WaterSICConfig
+from watersic_hf.nn import packed_layers
+
+README = Path(__file__).parents[2] / "README.md"
 
 SIZES = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0,
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 2, "bos_token_id": 0,
+    "eos_token_id": 1,
 }  # fmt: skip
-GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
-
-#: Family -> (what differs from SIZES, quantized layers of a block).
-FAMILIES = {
-    "qwen3": (GROUPED, 7),
-    "qwen2": ({"num_key_value_heads": 2}, 7),
-    "mistral": (GROUPED | {"sliding_window": 8}, 7),
-    "gemma2": (GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 16}, 7),
-    "gemma3_text": (GROUPED | {"sliding_window": 8}, 7),
-    "phi3": ({"num_key_value_heads": 2}, 4),
-    "gpt_neox": ({}, 4),
-    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, 6),
-    "olmo2": ({"num_key_value_heads": 2}, 7),
-    # the experts are no linear layers, and stay dense
-    "mixtral": (GROUPED | {"num_local_experts": 2}, 4),
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+GPT = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LATENT = {
+    "first_k_dense_replace": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+      "decoder_start_token_id": 0}  # fmt: skip
+BART = {"d_model": 32, "decoder_start_token_id": 0} | {
+    f"{part}_{size}": value
+    for part in ("encoder", "decoder")
+    for size, value in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 4))
 }
+WHISPER = BART | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_quantizes_saves_and_reloads(quantize, tmp_path, tokens, family):
-    changes, layers_per_block = FAMILIES[family]
+@dataclass(frozen=True)
+class Row:
+    """One architecture."""
+
+    name: str
+    model: str
+    """Name of the class, and of the model type before it."""
+    layers: int
+    """Layers that are quantized in two blocks, with calibration."""
+    changes: dict = field(default_factory=dict)
+    """What differs from SIZES."""
+    outside: int = 0
+    """Layers that text does not reach block by block: quantized without data only."""
+    note: str = ""
+    """What is particular, for the reader."""
+    calibrated: bool = True
+    """Whether it can be calibrated on text."""
+
+    @property
+    def line(self) -> str:
+        """Its line in the README."""
+        calibrated = "yes" if self.calibrated else "no"
+        return f"| {self.name} | `{self.model.partition(' ')[2]}` | {calibrated} | {self.note} |"
+
+
+NORM = "a norm behind every layer that writes to the residual stream: drift only"
+PARALLEL = "attention and MLP side by side"
+HEAD = "the dense layer of the head is not calibrated, and stays as it is"
+T5_NOTE = "`wo` stays dense: transformers keeps it in float32, and reads its dtype"
+
+ROWS = [
+    Row("Llama", "llama LlamaForCausalLM", 14, GROUPED),
+    Row("Mistral", "mistral MistralForCausalLM", 14, GROUPED | {"sliding_window": 8}),
+    Row("Qwen2, Qwen2.5", "qwen2 Qwen2ForCausalLM", 14, {"num_key_value_heads": 2}),
+    Row("Qwen3", "qwen3 Qwen3ForCausalLM", 14, GROUPED),
+    Row("Gemma", "gemma GemmaForCausalLM", 14, GROUPED),
+    Row("Gemma 2", "gemma2 Gemma2ForCausalLM", 14,
+        GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8}, note=NORM),
+    Row("Gemma 3 (text)", "gemma3_text Gemma3ForCausalLM", 14, GROUPED | {"sliding_window": 8},
+        note=NORM),
+    Row("Phi-1, Phi-2", "phi PhiForCausalLM", 12, note=PARALLEL),
+    Row("Phi-3, Phi-4", "phi3 Phi3ForCausalLM", 8, {"num_key_value_heads": 2}),
+    Row("GPT-2", "gpt2 GPT2LMHeadModel", 8, GPT, note="`Conv1D`"),
+    Row("GPT", "openai-gpt OpenAIGPTLMHeadModel", 8, GPT, note="`Conv1D`"),
+    Row("GPT-Neo", "gpt_neo GPTNeoForCausalLM", 12,
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+         "window_size": 8}),
+    Row("GPT-NeoX, Pythia", "gpt_neox GPTNeoXForCausalLM", 8, note=PARALLEL),
+    Row("GPT-J", "gptj GPTJForCausalLM", 12, GPT | {"rotary_dim": 4}, note=PARALLEL),
+    Row("CodeGen", "codegen CodeGenForCausalLM", 8, GPT | {"rotary_dim": 4}, note=PARALLEL),
+    Row("StarCoder", "gpt_bigcode GPTBigCodeForCausalLM", 8, GPT | {"n_inner": 64}),
+    Row("StarCoder2", "starcoder2 Starcoder2ForCausalLM", 12, {"num_key_value_heads": 2}),
+    Row("OPT", "opt OPTForCausalLM", 12, {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    Row("XGLM", "xglm XGLMForCausalLM", 12,
+        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}),
+    Row("BLOOM", "bloom BloomForCausalLM", 8, {"n_layer": 2, "n_head": 4}),
+    Row("MPT", "mpt MptForCausalLM", 8,
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2}),
+    Row("Falcon", "falcon FalconForCausalLM", 8,
+        {"num_kv_heads": 2, "new_decoder_architecture": True}, note=PARALLEL),
+    Row("Persimmon", "persimmon PersimmonForCausalLM", 8),
+    Row("StableLM", "stablelm StableLmForCausalLM", 14, {"num_key_value_heads": 2}),
+    Row("OLMo", "olmo OlmoForCausalLM", 14),
+    Row("OLMo 2", "olmo2 Olmo2ForCausalLM", 14, {"num_key_value_heads": 2}, note=NORM),
+    Row("SmolLM3", "smollm3 SmolLM3ForCausalLM", 14, {"num_key_value_heads": 2}),
+    Row("GLM", "glm GlmForCausalLM", 12, GROUPED),
+    Row("GLM-4", "glm4 Glm4ForCausalLM", 12, GROUPED, note=NORM),
+    Row("Granite", "granite GraniteForCausalLM", 14,
+        {"num_key_value_heads": 2, "residual_multiplier": 0.2},
+        note="scaled sums: drift only"),
+    Row("Cohere", "cohere CohereForCausalLM", 14, {"num_key_value_heads": 2}, note=PARALLEL),
+    Row("Cohere 2", "cohere2 Cohere2ForCausalLM", 14, GROUPED | {"sliding_window": 8},
+        note=PARALLEL),
+    Row("DeepSeek-V2, dense layers", "deepseek_v2 DeepseekV2ForCausalLM", 16, LATENT),
+    Row("DeepSeek-V3, dense layers", "deepseek_v3 DeepseekV3ForCausalLM", 16, LATENT),
+    Row("Helium", "helium HeliumForCausalLM", 14, GROUPED),
+    Row("Nemotron", "nemotron NemotronForCausalLM", 12, GROUPED),
+    Row("EXAONE 4", "exaone4 Exaone4ForCausalLM", 14, GROUPED, note=NORM),
+    Row("Mixtral", "mixtral MixtralForCausalLM", 8, GROUPED | {"num_local_experts": 2},
+        note="attention only: the experts stay dense"),
+    Row("BERT", "bert BertForMaskedLM", 12, outside=1, note=HEAD),
+    Row("RoBERTa", "roberta RobertaForMaskedLM", 12, outside=1, note=HEAD),
+    Row("DistilBERT", "distilbert DistilBertForMaskedLM", 12,
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}, outside=1, note=HEAD),
+    Row("ModernBERT", "modernbert ModernBertForMaskedLM", 8, {"local_attention": 8}, outside=1,
+        note=HEAD),
+    Row("ALBERT", "albert AlbertForMaskedLM", 6, {"embedding_size": 32}, outside=2,
+        calibrated=False, note="one block is used again and again"),
+    Row("T5", "t5 T5ForConditionalGeneration", 28, T5, note=T5_NOTE),
+    Row("mT5", "mt5 MT5ForConditionalGeneration", 32, T5, note=T5_NOTE),
+    Row("BART", "bart BartForConditionalGeneration", 32, BART),
+    Row("Marian", "marian MarianMTModel", 32, BART),
+    Row("Whisper", "whisper WhisperForConditionalGeneration", 32, WHISPER, calibrated=False,
+        note="reads audio, not text"),
+    Row("Whisper's decoder alone", "whisper WhisperForCausalLM", 12, WHISPER, outside=8,
+        note="cross attention stays dense: text does not reach it"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 128, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+def build(row):
+    kind, _, name = row.model.partition(" ")
+    config = AutoConfig.for_model(kind, **SIZES | row.changes)
     torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | changes)).eval()
+    return getattr(transformers, name)(config).eval()
+
+
+def inputs(model, tokens):
+    found = {"input_ids": tokens[:2]}
+    if model.main_input_name == "input_features":
+        g = torch.Generator().manual_seed(4)
+        found = {"input_features": torch.randn(2, 8, 32, generator=g)}
+    if model.config.is_encoder_decoder:
+        found["decoder_input_ids"] = tokens[2:, :9]
+    return found
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(**inputs(model, tokens)).logits
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model.replace(" ", "-"))
+def test_an_architecture_goes_all_the_way(tmp_path, tokens, watersic_log, row):
+    dense = build(row)
     dense.save_pretrained(tmp_path / "dense")
+    expected = logits(dense, tokens)
 
-    model = quantize(tmp_path / "dense", dataset=tokens, bits=6.0)
+    load = type(dense).from_pretrained
+    free = load(tmp_path / "dense", quantization_config=WaterSICConfig(6.0))
+    assert len(list(packed_layers(free))) == row.layers + row.outside
+    # 6 bits, with the scales of 32 x 32 layers, leave about 4 for the codes
+    assert (logits(free, tokens) - expected).norm() < 0.25 * expected.norm()
+
+    config = WaterSICConfig(6.0, dataset=tokens)
+    if row.calibrated:
+        model = load(tmp_path / "dense", quantization_config=config)
+        assert len(list(packed_layers(model))) == row.layers
+        assert ("so its error is not made up for" in watersic_log.text) == ("drift" in row.note)
+        assert (logits(model, tokens) - expected).norm() < 0.25 * expected.norm()
+    else:
+        with pytest.raises(CalibrationError, match="Quantize it without `dataset`"):
+            load(tmp_path / "dense", quantization_config=config)
+        model = free
+
     model.save_pretrained(tmp_path / "packed")
-    again, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "packed", output_loading_info=True
-    )
-
-    packed = [n for n, m in again.named_modules() if isinstance(m, WaterSICLinear)]
-    assert len(packed) == 2 * layers_per_block
+    again, info = load(tmp_path / "packed", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with torch.no_grad():
-        found, expected = again(tokens).logits, dense(tokens).logits
-        assert torch.equal(found, model(tokens).logits)
-    # 6 bits, scales of 32 x 32 layers included, leave about 4 for the codes
-    assert (found - expected).norm() < 0.25 * expected.norm()
-    assert type(again.get_output_embeddings()) is nn.Linear
+    found = logits(again, tokens)
+    assert torch.equal(found, logits(model, tokens))
+    if again.can_generate():
+        prompt = {k: v for k, v in inputs(again, tokens).items() if k != "decoder_input_ids"}
+        generated = [
+            m.generate(**prompt, max_new_tokens=3, do_sample=False) for m in (model, again)
+        ]
+        assert torch.equal(*generated)
+
+    torch.compiler.reset()
+    # every layer is one node of the graph, which the backend does not look into
+    compiled = torch.compile(again, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits(compiled, tokens), found)
+
+    trains_an_adapter(again, tokens)
+
+    undone = load(tmp_path / "packed")
+    undone.dequantize()
+    torch.testing.assert_close(logits(undone, tokens), found)
+    kinds = {name: type(module) for name, module in dense.named_modules()}
+    assert {name: type(module) for name, module in undone.named_modules()} == kinds
+
+
+def trains_an_adapter(model, tokens):
+    peft = pytest.importorskip("peft")
+    names = [name for name, _ in packed_layers(model)]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names))
+    adapted(**inputs(model, tokens)).logits.square().mean().backward()
+    grads = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+    # PEFT itself leaves out what it takes for experts, the MLP of DeepSeek's dense layers too
+    assert len(grads) >= len(names)
+    assert all(g is not None and bool(g.isfinite().all()) for g in grads.values())
+    assert any(bool(g.any()) for g in grads.values())
+
+
+def table():
+    head = "| architecture | class | calibrated | note |\n|---|---|---|---|"
+    return "\n".join([head, *(row.line for row in ROWS)])
+
+
+def test_the_readme_holds_this_table():
+    assert f"\n{table()}\n" in README.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{table()}\n")
