@@ -58,8 +58,9 @@ def test_inspect_prints_a_row_per_layer_and_the_totals(quantized, capsys):
     assert run("inspect", quantized) == 0
 
     out = capsys.readouterr().out
-    assert sum("_proj" in line for line in out.splitlines()) == 12
+    assert sum("_proj" in line and " x " in line for line in out.splitlines()) == 12
     assert "12 layers" in out
+    assert any("embed_tokens.weight" in line and "embedding" in line for line in out.splitlines())
 
 
 def test_inspect_in_json_has_bits_entropies_and_errors(quantized, capsys):

@@ -358,6 +358,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         )
     )
     _print_table(head, rows)
+    print()
+    _print_table(
+        ("dense", "tensors", "bytes", "reason"),
+        [(d["name"], d["tensors"], f"{d['bytes']:,}", d["reason"]) for d in found["dense"]],
+    )
     print(
         f"\nquantized {totals['quantized_bytes']:,} bytes, dense {totals['dense_bytes']:,} bytes, "
         f"files {totals['file_bytes']:,} bytes"

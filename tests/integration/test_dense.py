@@ -81,3 +81,45 @@ def test_dequantizing_gives_back_layers_of_the_models_own_class(
     assert {name: type(module) for name, module in undone.named_modules()} == kinds
     with torch.no_grad():
         torch.testing.assert_close(undone(tokens).logits, expected)
+
+
+def test_what_stays_dense_is_written_down_with_its_reason(
+    quantize, make_llama, tmp_path, watersic_log
+):
+    model = make_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+
+    model = quantize(tmp_path, modules_to_not_convert=["v_proj", r"layers\.1\.mlp"])
+
+    expected = {
+        "model.embed_tokens": "embedding",
+        "lm_head": "output head",
+        "model.layers.*.self_attn.v_proj": "named in modules_to_not_convert",
+        # those of the other block are quantized
+        **{
+            f"model.layers.1.mlp.{name}_proj": "named in modules_to_not_convert"
+            for name in ("gate", "up", "down")
+        },
+    }
+    assert model.config.quantization_config.left_dense == expected
+    assert "model.layers.*.self_attn.v_proj (named in modules_to_not_convert)" in watersic_log.text
+
+
+def test_experts_and_layers_that_calibration_does_not_reach_have_reasons(tmp_path, tokens):
+    from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    }  # fmt: skip
+    reasons = {}
+    for model in (BertForMaskedLM(BertConfig(**sizes)),
+                  MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2))):  # fmt: skip
+        model.save_pretrained(tmp_path / type(model).__name__)
+        quantized = type(model).from_pretrained(
+            tmp_path / type(model).__name__, quantization_config=WaterSICConfig(6.0, dataset=tokens)
+        )
+        reasons |= quantized.config.quantization_config.left_dense
+
+    assert reasons["cls.predictions.transform.dense"] == "no calibration data reaches it"
+    assert reasons["model.layers.*.mlp.experts"] == "MixtralExperts is no linear layer"

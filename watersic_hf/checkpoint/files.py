@@ -47,6 +47,15 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
+def left_dense(folder: str | os.PathLike) -> dict[str, str]:
+    """Why modules of a model folder are dense, by name, as its config.json says."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return config.get("quantization_config", {}).get("left_dense", {})
+
+
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
     """Headers of all tensors of some files, by name, without reading the data.
 

@@ -1,7 +1,8 @@
 """What a folder holds: a row per quantized layer, and a check of every byte of it."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from watersic_hf import codec
 from watersic_hf.checkpoint.files import (
     TensorHeader,
     checkpoint_files,
+    left_dense,
     read_headers,
     read_tensors,
 )
@@ -49,7 +51,9 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         ``layers``: a dict per layer with the fields of `LayerRow`; ``totals``: quantized layers
-        and weights, average bits and entropies, bytes of the quantized and of the dense tensors.
+        and weights, average bits and entropies, bytes of the quantized and of the dense tensors;
+        ``dense``: for every name of dense matrices, with ``*`` for numbers in it, how many there
+        are, their bytes, and the reason if it is known.
 
     Raises:
         CheckpointError: a file or layer is damaged, or nothing in the folder is quantized.
@@ -70,7 +74,35 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
         "dense_bytes": sum(h.nbytes for n, h in headers.items() if n not in quantized),
         "file_bytes": sum(file.stat().st_size for file in {h.file for h in headers.values()}),
     }
-    return {"layers": [asdict(row) for row in rows], "totals": totals}
+    dense = {n: h for n, h in headers.items() if n not in quantized and len(h.shape) > 1}
+    return {
+        "layers": [asdict(row) for row in rows],
+        "dense": _dense_rows(dense, left_dense(folder)),
+        "totals": totals,
+    }
+
+
+def _dense_rows(
+    headers: Mapping[str, TensorHeader], reasons: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, header in headers.items():
+        reason = _reason(name.rpartition(".")[0], reasons)
+        key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
+        row = rows.setdefault(key, {"name": key[0], "tensors": 0, "bytes": 0, "reason": reason})
+        row["tensors"] += 1
+        row["bytes"] += header.nbytes
+    return list(rows.values())
+
+
+def _reason(module: str, reasons: Mapping[str, str]) -> str:
+    """The reason for a module; its name in the file may have one prefix less, or some more."""
+    for name, reason in reasons.items():
+        pattern = re.escape(name).replace(r"\*", r"\d+")
+        short = pattern.partition(r"\.")[2] or pattern
+        if re.fullmatch(rf"(?:.*\.)?{pattern}|{short}", module):
+            return reason
+    return ""
 
 
 def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:

@@ -83,6 +83,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         mixing: search both shares for q, k and v of every block (paper, adaptive mixing).
         rescale: fit a scale per row and per column after rounding (paper, section on rescalers).
         seed: of the calibration windows and of the search; the same seed gives the same file.
+        left_dense: what stays dense and why, by name of module; set by the quantizer.
         runtime: how this process runs the layers, a `WaterSICRuntime` or a dict; never saved, and
             honoured when a saved model is loaded.
         format_version: of the checkpoint; set by the file, not by the user.
@@ -112,6 +113,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         mixing: bool = CalibrationSettings.mixing,
         rescale: bool = True,
         seed: int = 0,
+        left_dense: Mapping[str, str] | None = None,
         runtime: WaterSICRuntime | Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
@@ -136,6 +138,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         self.mixing = mixing
         self.rescale = rescale
         self.seed = seed
+        self.left_dense = dict(left_dense or {})
         if not isinstance(runtime, WaterSICRuntime):
             runtime = WaterSICRuntime(**(runtime or {}))
         self.runtime = runtime
@@ -186,6 +189,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         # the tokenizer and the data are shared: they may be large, or not copyable
         clone = copy.copy(self)
         clone.layer_bits = dict(self.layer_bits)
+        clone.left_dense = dict(self.left_dense)
         # no copy.copy: encoder-decoders copy their config while torch.compile traces them
         if self.modules_to_not_convert is not None:
             clone.modules_to_not_convert = list(self.modules_to_not_convert)

@@ -4,6 +4,8 @@ Shapes: A = out_features, N = in_features.
 """
 
 import copy
+import re
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -69,3 +71,42 @@ def like(shell: nn.Module, linear: nn.Linear) -> nn.Module:
     module.weight = nn.Parameter(weight, linear.weight.requires_grad)
     module.bias = linear.bias
     return module
+
+
+def left_dense(
+    model: nn.Module, packed: Collection[str], reasons: Mapping[str, str]
+) -> dict[str, str]:
+    """What stays dense of a model, and why; biases, norms and other vectors are not listed.
+
+    Args:
+        model: the model, before or after quantization.
+        packed: names of the layers that are quantized.
+        reasons: for linear layers that are not.
+
+    Returns:
+        Reasons by name of module.  Modules of one name but for numbers are one entry, with ``*``
+        for the numbers, if they share a reason and none of them is quantized.
+    """
+    head = model.get_output_embeddings()
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+        if name in packed or not matrices:
+            continue
+        if module is head:
+            found[name] = "output head"
+        elif isinstance(module, nn.Embedding):
+            found[name] = "embedding"
+        else:
+            found[name] = reasons.get(name, f"{type(module).__name__} is no linear layer")
+    states: dict[str, set[str | None]] = {}
+    for name in (*packed, *found):
+        states.setdefault(_starred(name), set()).add(found.get(name))
+    return {
+        _starred(name) if len(states[_starred(name)]) == 1 else name: reason
+        for name, reason in found.items()
+    }
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -16,7 +16,7 @@ import ctypes
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,14 @@ from watersic_hf.calibration import (
 from watersic_hf.checkpoint import CheckpointError, stored_layers, validate_layer
 from watersic_hf.core import Moments
 from watersic_hf.integration.config import QUANT_METHOD, WaterSICConfig
-from watersic_hf.integration.dense import as_linear, is_transposed, like, linear_layers, shape_of
+from watersic_hf.integration.dense import (
+    as_linear,
+    is_transposed,
+    left_dense,
+    like,
+    linear_layers,
+    shape_of,
+)
 from watersic_hf.integration.headers import model_headers
 from watersic_hf.integration.saving import attach_extras, detach_extras
 from watersic_hf.nn import (
@@ -70,6 +77,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self._device_map: Any = None
         self._layers: set[str] = set()
         self._shells: dict[str, nn.Module] = {}
+        self._skip: dict[str, str] = {}
         self._zero_rows: dict[str, list[int]] = {}
         self._quantizer: LayerQuantizer | None = None
         self._failure: ValueError | None = None
@@ -156,7 +164,7 @@ class WaterSICHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        skip = self._skipped(model)
+        self._skip = skip = self._skipped(model)
         linear = linear_layers(model)
         # what `dequantize` puts back; the model is on meta, so they take no memory
         self._shells = {
@@ -174,6 +182,7 @@ class WaterSICHfQuantizer(HfQuantizer):
                 f"found, and `modules_to_not_convert` = {sorted(skip)} leaves all of them dense."
             )
         self._keep_dense(model, [name for name in linear if name not in self._layers])
+        self._note_dense(model, self._layers)
         config = self.quantization_config
         targets = {
             name: (math.prod(model.get_submodule(name).weight.shape), config.bits_of(name))
@@ -191,12 +200,15 @@ class WaterSICHfQuantizer(HfQuantizer):
             targets, settings=config.settings, seed=config.seed, pinned=pinned
         )
 
-    def _skipped(self, model: nn.Module) -> list[str]:
-        """Patterns of the layers that stay dense: the head, what is tied, and the user's."""
-        defaults = self.get_modules_to_not_convert(
-            model, None, getattr(model, "_keep_in_fp32_modules", None)
+    def _skipped(self, model: nn.Module) -> dict[str, str]:
+        """Why layers stay dense, by pattern."""
+        wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+        user = self.quantization_config.modules_to_not_convert or ()
+        return (
+            dict.fromkeys(self.get_modules_to_not_convert(model), "output head, or tied to one")
+            | dict.fromkeys(wide, "the model keeps it in float32")
+            | dict.fromkeys(user, "named in modules_to_not_convert")
         )
-        return [*defaults, *(self.quantization_config.modules_to_not_convert or ())]
 
     def _keep_dense(self, model: nn.Module, names: list[str]) -> None:
         """Write down which linear layers are dense, so that a loader knows which are missing."""
@@ -204,6 +216,16 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.quantization_config.modules_to_not_convert = sorted(
             name.removeprefix(prefix).replace(".", r"\.") for name in names
         )
+
+    def _note_dense(self, model: nn.Module, packed: Collection[str]) -> None:
+        """Write down what of the model is dense, and why, for people to read."""
+        reasons = {
+            name: self._skip[pattern]
+            if (pattern := module_matches(name, self._skip)) is not None
+            else "no calibration data reaches it"
+            for name in linear_layers(model)
+        }
+        self.quantization_config.left_dense = left_dense(model, packed, reasons)
 
     def _prepare_packed(
         self,
@@ -248,6 +270,8 @@ class WaterSICHfQuantizer(HfQuantizer):
                 if layer.weight.device.type != "meta":
                     layer.check(name)
         if self._quantizer is not None:
+            dense = self.quantization_config.left_dense.items()
+            logger.info("Dense: %s.", "; ".join(f"{name} ({reason})" for name, reason in dense))
             self.reports = self._quantizer.reports
             self._quantizer = None
         runtime = self.quantization_config.runtime
@@ -290,6 +314,7 @@ class WaterSICHfQuantizer(HfQuantizer):
             if not isinstance(module, WaterSICLinear):
                 replace_module(model, name, like(shell, module))
         self._keep_dense(model, list(linear_layers(model)))
+        self._note_dense(model, {name for name, _ in packed_layers(model)})
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in list(packed_layers(model)):
