@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from watersic_hf.cli import main
 
@@ -38,6 +38,21 @@ def test_any_setting_of_the_method_can_be_set(llama_folder, tmp_path, capsys):
     assert saved["allocation"] == "uniform"
     assert saved["drift"] == 0
     assert saved["mixing"] is True
+
+
+def test_a_model_is_quantized_as_what_it_was_saved_as(tokenizer, tmp_path, capsys):
+    config = T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+                      decoder_start_token_id=0)  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    options = ("--bits=6", "--samples=4", "--sequence-length=32")
+
+    assert run("quantize", tmp_path / "t5", tmp_path / "o", *options) == 0
+
+    assert T5ForConditionalGeneration.from_pretrained(tmp_path / "o").hf_quantizer is not None
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "T5ForConditionalGeneration.from_pretrained" in card
+    assert "text-generation" not in card
 
 
 @pytest.mark.parametrize(

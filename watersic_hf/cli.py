@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize = commands.add_parser("quantize", parents=[common], help="quantize a model")
     quantize.set_defaults(run=_quantize)
-    quantize.add_argument("model", help="folder or hub name of a causal language model")
+    quantize.add_argument("model", help="folder or hub name of a model")
     quantize.add_argument("out", help="folder to save to")
     quantize.add_argument("--bits", type=float, default=3.0, help="stored bits per weight (3.0)")
     quantize.add_argument(

@@ -177,3 +177,16 @@ def test_a_stack_that_text_does_not_reach_is_named_and_stays_dense(make_llama, w
 
     assert "stays dense: vision (text does not reach it)" in watersic_log.text
     assert type(model.vision[0][0]) is nn.Linear
+
+
+def test_blocks_must_be_called_on_their_hidden_states():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+
+        def forward(self, input_ids, use_cache):
+            return self.layers[0](input=torch.zeros(1, 4, 8))
+
+    with pytest.raises(CalibrationError, match=r"called with \['input'\], but to be calibrated"):
+        runnable_stacks(Odd(), ["layers.0.0"], windows(1)[0])

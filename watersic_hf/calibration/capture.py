@@ -316,6 +316,11 @@ def _call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     """The hidden states of a block's call, and the rest of it."""
     if args:
         return args[0], args[1:], dict(kwargs)
+    if "hidden_states" not in kwargs:
+        raise CalibrationError(
+            f"a block is called with {sorted(kwargs)}, but to be calibrated it needs its hidden "
+            f"states first, or as `hidden_states`. Quantize the model without `dataset`."
+        )
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 

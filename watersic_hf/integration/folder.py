@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf.calibration import LayerReport
 from watersic_hf.integration.config import WaterSICConfig
@@ -21,7 +22,10 @@ def quantize_to_folder(
     device_map: Any = None,
     max_shard_size: str = "5GB",
 ) -> list[LayerReport]:
-    """Quantize a causal language model and save it with its tokenizer and a model card.
+    """Quantize a model and save it with its tokenizer and a model card.
+
+    It is loaded as the class that it was saved as, if transformers has that, and as a causal
+    language model otherwise.
 
     Args:
         model: folder or hub name.
@@ -38,7 +42,9 @@ def quantize_to_folder(
         FileExistsError: `folder` holds a model already.
     """
     require_no_model(folder)
-    quantized = AutoModelForCausalLM.from_pretrained(
+    names = getattr(AutoConfig.from_pretrained(model), "architectures", None) or [""]
+    model_class = getattr(transformers, names[0], AutoModelForCausalLM)
+    quantized = model_class.from_pretrained(
         model, quantization_config=config, dtype=dtype, device_map=device_map
     )
     save_quantized(quantized, folder, tokenizer=model, base=model, max_shard_size=max_shard_size)
@@ -81,6 +87,6 @@ def save_quantized(
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     card = model_card(
         model.config.quantization_config, model.hf_quantizer.reports, repo=folder.name,
-        base=Path(base).name, finetuning=finetuning,
+        base=Path(base).name, model_class=type(model).__name__, finetuning=finetuning,
     )  # fmt: skip
     card.save(folder / "README.md")

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from watersic_hf.calibration import LayerReport, average_bits, write_report
 
@@ -16,9 +17,9 @@ _BODY = """# {title}
 
 ```python
 import watersic_hf  # registers the format with transformers; pip install watersic-hf
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo}")
+model = {loader}.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 ```
 
@@ -43,6 +44,7 @@ def model_card(
     *,
     repo: str,
     base: str | None,
+    model_class: str,
     finetuning: str | None = None,
 ) -> ModelCard:
     """The card of a quantized model.
@@ -52,14 +54,19 @@ def model_card(
         reports: its layers.
         repo: the name that users will load it by.
         base: the model that was quantized, or None.
+        model_class: name of its class.
         finetuning: on what its scales were finetuned, or None.
     """
+    causal = model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     data = ModelCardData(
-        library_name="transformers", tags=list(TAGS), pipeline_tag="text-generation"
+        library_name="transformers",
+        tags=list(TAGS),
+        pipeline_tag="text-generation" if causal else None,
     )
     tokens = max((report.tokens for report in reports), default=0)
     calibration = f"{config.dataset}, {tokens:,} tokens" if tokens else "none (data-free)"
     body = _BODY.format(
+        loader="AutoModelForCausalLM" if causal else model_class,
         title=repo.rpartition("/")[2], repo=repo, base=base or "unknown", asked=config.bits,
         stored=average_bits(reports), layers=len(reports),
         weights=sum(report.weights for report in reports), calibration=calibration,
@@ -105,6 +112,9 @@ def _upload_modified_files(
     generated = readme.is_file() and "has been automatically generated" in readme.read_text("utf-8")
     if generated or not readme.is_file():
         config = model.config.quantization_config
-        base = model.name_or_path or None
-        model_card(config, model.hf_quantizer.reports, repo=repo_id, base=base).save(readme)
+        card = model_card(
+            config, model.hf_quantizer.reports, repo=repo_id, base=model.name_or_path or None,
+            model_class=type(model).__name__,
+        )  # fmt: skip
+        card.save(readme)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
