@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from watersic_hf import CalibrationError, WaterSICLinear
-from watersic_hf.calibration import LayerQuantizer, quantize_blocks
+from watersic_hf.calibration import LayerQuantizer, layer_sensitivities, quantize_blocks
 from watersic_hf.calibration.capture import block_stream, model_inputs, runnable_stacks
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.core import LayerSettings
@@ -120,7 +120,7 @@ def test_both_stacks_are_quantized_the_encoder_first(watersic_log):
     model = bart()
     layers = layers_of(model)
 
-    reports = quantized(model, CalibrationSettings(attention=0.5))
+    reports = quantized(model, CalibrationSettings(attention=0.5), bits=6.0)
 
     names = [report.name for report in reports]
     assert set(names) == set(layers)
@@ -129,7 +129,30 @@ def test_both_stacks_are_quantized_the_encoder_first(watersic_log):
     assert {report.tokens for report in reports} == {96}
     # which of its layers feed the self-attention, and which the cross-attention, is not read
     assert "model.decoder.layers.0: there is no one self-attention" in watersic_log.text
-    assert "the layers of model.encoder.layers all get the bits" in watersic_log.text
+
+
+def test_sensitivities_of_an_encoder_are_those_of_the_decoders_predictions():
+    model, tokens = bart().requires_grad_(False), windows(3)
+    name = "model.encoder.layers.0.fc1"
+
+    found = layer_sensitivities(
+        model, tokens, layers_of(model), tokens=8192, damping=1e-2, seed=0
+    )  # fmt: skip
+
+    assert set(found) == set(layers_of(model))
+    power_A, generator = 0, torch.Generator().manual_seed(0)
+    for window in tokens:
+        kept = []
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda module, args, y, kept=kept: kept.append(y.requires_grad_()) or y
+        )
+        log_p_TV = model(**model_inputs(model, window[None])).logits[0].log_softmax(-1)
+        handle.remove()
+        level_T1 = torch.rand(len(window), 1, generator=generator)
+        drawn = (log_p_TV.detach().exp().cumsum(-1) <= level_T1).sum(-1, keepdim=True)
+        (grad,) = torch.autograd.grad(log_p_TV.gather(1, drawn).sum(), kept[0])
+        power_A = power_A + grad.square().sum((0, 1)).double() / (3 * len(window))
+    torch.testing.assert_close(found[name].row_power_A, power_A, rtol=1e-3, atol=1e-12)
 
 
 def test_a_decoder_makes_up_for_the_drift_of_the_encoder():

@@ -9,7 +9,8 @@ To second order, an error :math:`\delta` in the output of a layer moves the pred
 
 with g the gradient of the log-likelihood of a token that the model itself draws: the Fisher
 information (Martens 2014, arXiv 1412.1193).  Kept of it is E[g_r^2] of every row r of every layer,
-from one backward pass that holds one block's graph at a time.
+from one backward pass that holds one block's graph at a time; for an encoder, that of the decoder
+behind it as well.
 """
 
 import logging
@@ -29,6 +30,7 @@ from watersic_hf.calibration.capture import (
     model_inputs,
     runnable_stacks,
 )
+from watersic_hf.calibration.topology import Stack, inside
 from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
 
 logger = logging.getLogger(__name__)
@@ -60,8 +62,8 @@ def layer_sensitivities(
     Args:
         model: the model before quantization.
         windows: 1-D token ids.
-        layers: full names of linear layers inside the blocks.  Left out of the result are those
-            that the windows do not reach, and those of an encoder before a decoder.
+        layers: full names of linear layers inside the blocks; those that the windows do not reach
+            are left out of the result.
         tokens: how many to measure on: the first windows that hold them; a few thousand do.
         damping: of the inputs' second moments; None is `damping_for` the tokens.
         seed: of the tokens that the model draws.
@@ -74,15 +76,23 @@ def layer_sensitivities(
     Raises:
         CalibrationError: the hidden states are finite, but the predictions are not.
     """
-    *encoders, blocks = runnable_stacks(model, layers, windows[0])
-    for stack in encoders:
-        logger.info(
-            "Sensitivities are measured from the predictions back to the start of the decoder; "
-            "the layers of %s all get the bits that are asked for.",
-            stack[0][0].rpartition(".")[0],
-        )
-    modules = [block for _, block in blocks]
     windows = _first_windows(windows, tokens)
+    found: dict[str, Sensitivity] = {}
+    for stack in runnable_stacks(model, layers, windows[0]):
+        found |= _stack_sensitivities(model, stack, windows, layers, damping, seed, device)
+    return found
+
+
+def _stack_sensitivities(
+    model: nn.Module,
+    stack: Stack,
+    windows: Sequence[Tensor],
+    layers: Sequence[str],
+    damping: float | None,
+    seed: int,
+    device: torch.device | str | None,
+) -> dict[str, Sensitivity]:
+    modules = [block for _, block in stack]
     stream = block_stream(model, modules, windows, batch_size=1)
     inputs: list[list[Tensor]] = []
     for index, block in enumerate(tqdm(modules, desc="Sensitivity, forward", unit="block")):
@@ -98,15 +108,15 @@ def layer_sensitivities(
         return {}
 
     found: dict[str, Sensitivity] = {}
-    backward = list(enumerate(blocks))[::-1]
+    backward = list(enumerate(stack))[::-1]
     for index, (name, block) in tqdm(backward, desc="Sensitivity, backward", unit="block"):
         stream.hidden = inputs.pop()
-        inside = {n.removeprefix(f"{name}."): n for n in layers if n.startswith(f"{name}.")}
+        within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with _on(block, device):
-            sums = {n: _Sums(block.get_submodule(n)) for n in inside}
+            sums = {n: _Sums(block.get_submodule(n)) for n in within}
             for batch in range(len(windows)):
                 grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
-            found |= {inside[n]: s.result(damping, inside[n]) for n, s in sums.items() if s.tokens}
+            found |= {within[n]: s.result(damping, within[n]) for n, s in sums.items() if s.tokens}
     return found
 
 
@@ -165,7 +175,11 @@ def _block_backward(
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str) -> Callable:
-        return lambda module, args, output: seen.append((name, args[0].detach(), output))
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+            # what was put out for an encoder's states alone is no function of the hidden states
+            seen.append((name, args[0].detach(), output.requires_grad_()))
+
+        return keep
 
     handles = [block.get_submodule(n).register_forward_hook(record(n)) for n in sums]
     stream.hidden[batch] = hidden = stream.hidden[batch].detach().requires_grad_()
@@ -193,7 +207,8 @@ def _gradients_of_last_block(
 
     None if the model has no logits.
 
-    The blocks are bypassed: `stream` is at what the last of them put out for every window.
+    The blocks are bypassed: `stream` is at what the last of them put out for every window.  What
+    follows them, the head or a whole decoder, runs as it is.
     """
     generator = torch.Generator().manual_seed(seed)
     leaf: Tensor
