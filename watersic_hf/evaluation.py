@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from watersic_hf.calibration import pydoc_texts
+from watersic_hf.calibration import pydoc_texts, text_windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,18 +164,18 @@ def evaluation_text(file: str | os.PathLike | None = None) -> str:
 def evaluation_windows(
     text: str, tokenizer: object, *, sequence_length: int, limit: int | None = None
 ) -> list[Tensor]:
-    """Consecutive windows of a text, from its beginning; a rest shorter than a window is dropped.
+    """The first windows of a text; see `watersic_hf.calibration.data.text_windows`.
 
     Raises:
         ValueError: the text is shorter than one window.
     """
-    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    count = len(tokens) // sequence_length
-    if count == 0:
+    windows = text_windows(text, tokenizer, sequence_length)
+    if len(windows[0]) < sequence_length:
         raise ValueError(
-            f"the evaluation text has {len(tokens)} tokens, but one window needs {sequence_length}"
+            f"the evaluation text has {len(windows[0])} tokens, but one window needs "
+            f"{sequence_length}"
         )
-    return list(tokens[: count * sequence_length].view(count, sequence_length)[:limit])
+    return windows[:limit]
 
 
 def _log_probabilities(model: torch.nn.Module, window_T: Tensor) -> Tensor:

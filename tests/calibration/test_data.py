@@ -1,11 +1,13 @@
+import copy
 import json
 import random
 import types
 
 import pytest
 import torch
+from tokenizers import processors
 
-from watersic_hf.calibration import calibration_windows, describe, pydoc_texts
+from watersic_hf.calibration import calibration_windows, describe, pydoc_texts, text_windows
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
@@ -172,3 +174,25 @@ def test_a_set_is_described_by_a_short_name():
     assert describe(None) is None
     assert describe("c4") == "c4"
     assert describe(["a", "b"]) == "list of 2"
+
+
+def test_every_window_begins_with_bos_if_that_is_how_the_tokenizer_begins(windows, tokenizer):
+    with_bos = copy.deepcopy(tokenizer)
+    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    text = " ".join(str(number) for number in range(400))
+    plain = text_windows(text, tokenizer, 31)
+
+    found = text_windows(text, with_bos, 32)
+
+    assert len(found) == len(plain) > 3
+    assert all(window[0] == tokenizer.bos_token_id for window in found)
+    assert all(torch.equal(a[1:], b) for a, b in zip(found, plain, strict=True))
+    assert all(window[0] != tokenizer.bos_token_id for window in plain)
+
+
+def test_a_text_shorter_than_a_window_is_one_window(tokenizer):
+    (window,) = text_windows("one two", tokenizer, 512)
+
+    assert window.tolist() == tokenizer("one two")["input_ids"]

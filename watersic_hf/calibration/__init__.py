@@ -1,6 +1,11 @@
 """Calibration: from texts to moments, and the loop that quantizes a model block by block."""
 
-from watersic_hf.calibration.data import calibration_windows, describe, pydoc_texts
+from watersic_hf.calibration.data import (
+    calibration_windows,
+    describe,
+    pydoc_texts,
+    text_windows,
+)
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.massive import massive_rows, zero_rows
 from watersic_hf.calibration.pipeline import quantize_blocks
@@ -23,6 +28,7 @@ __all__ = [
     "pydoc_texts",
     "quantize_blocks",
     "read_report",
+    "text_windows",
     "write_report",
     "zero_rows",
 ]

@@ -1,8 +1,9 @@
 """Calibration text: from a name, a file, strings, token ids or the model itself to token windows.
 
 A window is a 1-D int64 tensor of at most `sequence_length` tokens.  Texts are joined by blank
-lines, tokenized once and cut into windows that do not overlap; of those a seeded choice is kept, in
-the order of the text.  Nothing here touches the global random state.
+lines, tokenized once and cut into windows that do not overlap, each begun as the tokenizer begins a
+text; of those a seeded choice is kept, in the order of the text.  Nothing here touches the global
+random state.
 """
 
 import importlib
@@ -73,8 +74,7 @@ def calibration_windows(
     else:
         _need(tokenizer, describe(dataset))
         text = "\n\n".join(_texts(dataset))
-        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        windows = _choose(tokens, samples, sequence_length, seed)
+        windows = _choose(text_windows(text, tokenizer, sequence_length), samples, seed)
     windows = [window.to(torch.int64) for window in windows if window.numel() > 0]
     if not windows:
         raise ValueError(f"the calibration set {describe(dataset)} is empty")
@@ -118,14 +118,33 @@ def _need(tokenizer: Any, dataset: Any) -> None:
         )
 
 
-def _choose(tokens_T: Tensor, samples: int, sequence_length: int, seed: int) -> list[Tensor]:
-    """Cut into windows; keep a seeded choice of `samples`, in order."""
-    count = len(tokens_T) // sequence_length
+def text_windows(text: str, tokenizer: Any, sequence_length: int) -> list[Tensor]:
+    """Consecutive windows of a text, from its beginning; a rest shorter than a window is dropped.
+
+    Every window begins with the BOS token if that is how the tokenizer begins a text: models like
+    Gemma that never saw a sequence without it are far from themselves where it is missing.  A text
+    shorter than a window is returned as it is.
+    """
+    tokens_T = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    head = tokens_T[:1] if _begins_with_bos(tokenizer) else tokens_T[:0]
+    body_T, length = tokens_T[len(head) :], sequence_length - len(head)
+    count = len(body_T) // length if length > 0 else 0
     if count == 0:
-        return [tokens_T]
-    windows = tokens_T[: count * sequence_length].view(count, sequence_length)
-    keep = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    return list(windows[keep.sort().values])
+        return [tokens_T[:sequence_length]]
+    body = body_T[: count * length].view(count, length)
+    return list(torch.cat([head.expand(count, len(head)), body], 1))
+
+
+def _begins_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts the BOS token in front of a text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def _choose(windows: list[Tensor], samples: int, seed: int) -> list[Tensor]:
+    """A seeded choice of `samples` windows, in order."""
+    keep = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
+    return [windows[index] for index in keep.sort().values.tolist()]
 
 
 def _texts(dataset: Any) -> Iterable[str]:
@@ -200,7 +219,11 @@ def _benchmark_set(
             rows = get_dataset(name, tokenizer, nsamples=samples, seqlen=sequence_length, seed=seed)
     finally:
         random.setstate(python_state)
-    return [torch.as_tensor(row["input_ids"]).flatten() for row in rows]
+    windows = [torch.as_tensor(row["input_ids"]).flatten() for row in rows]
+    if _begins_with_bos(tokenizer):
+        for window in windows:
+            window[:1] = tokenizer.bos_token_id
+    return windows
 
 
 def _datasets() -> Any:
