@@ -304,6 +304,10 @@ def plot(rows: Iterable[dict], key: str) -> str:
         "#444444",
         "#0a9396",
         "#b07d62",
+        "#c71585",
+        "#6b8e23",
+        "#4169e1",
+        "#8b0000",
     )
     parts = []
     for panel, model in enumerate(models):
