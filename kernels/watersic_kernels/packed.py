@@ -236,10 +236,8 @@ def _gemm_kernel(
         code = _tile(words + r[:, None], j[None, :], tile & 15, BAND)
         x = tl.load(folded_CM + (t * 32 + j)[:, None].to(tl.int64) * tokens + m[None, :])
         sums = tl.dot(code.to(x.dtype), x, sums, input_precision=PRECISION)
-    sums = tl.trans(sums)
-    sums = _add_outliers(
-        sums, folded_CM, outliers_O, outlier_start_R + b * BAND + r, m, tokens
-    )  # fmt: skip
+    starts = outlier_start_R + b * BAND + r
+    sums = _add_outliers(tl.trans(sums), folded_CM, outliers_O, starts, m, tokens)
     out = sums_MR + m[:, None].to(tl.int64) * (tl.num_programs(0) * BAND) + b * BAND + r[None, :]
     tl.store(out, sums)
 

@@ -221,7 +221,6 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
         CodecError: the payload is damaged.
         ImportError: `backend` is ``triton``, and it cannot be imported.
     """
-    payload_B = payload_B.cpu()
     kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
     if kernels is None:
         return codec.decode(payload_B).to(device)

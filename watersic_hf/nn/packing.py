@@ -84,11 +84,6 @@ class PackedCodes:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device | str) -> "PackedCodes":
-        """The same on a device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return PackedCodes(rows=self.rows, columns=self.columns, **moved)
-
 
 def pack_codes(codes_AN: Tensor) -> PackedCodes:
     """Pack integer codes, without loss, on their device.
@@ -256,7 +251,7 @@ def _leading_digit(value_O: Tensor) -> tuple[Tensor, Tensor]:
     place_O = sum(
         ((value_O >> DIGIT_BITS * place) > 31) | ((value_O >> DIGIT_BITS * place) < -32)
         for place in range(3)
-    ) + torch.zeros_like(value_O)
+    )
     digit_O = (value_O >> DIGIT_BITS * place_O).clamp(-32, 31)
     return digit_O << 2 | place_O, digit_O << DIGIT_BITS * place_O
 
