@@ -20,7 +20,7 @@ def packed(rows, columns):
 def fixed_width(rows, columns):
     """The same weight as `packed` makes, as the arguments of `packed_linear` without its last."""
     (payload, *scales), dense = packed(rows, columns)
-    return (*pack_codes(codec.decode(payload)).tensors().values(), *scales), dense
+    return (list(pack_codes(codec.decode(payload)).tensors().values()), *scales), dense
 
 
 SHAPES = [(1, 1), (1, 40), (40, 1), (5, 127), (300, 33), (127, 300)]

@@ -164,8 +164,8 @@ class WaterSICLinear(nn.Linear):
         if self.dense_weight is not None:
             return F.linear(x, self.dense_weight.to(x.dtype), bias)
         if self.words_G is not None:
-            layout = (getattr(self, name) for name in _PACKED)
-            y = ops.packed_linear(x, *layout, self.row_scale, self.col_scale, self.backend)
+            layout = [getattr(self, name) for name in _PACKED]
+            y = ops.packed_linear(x, layout, self.row_scale, self.col_scale, self.backend)
         else:
             y = ops.dequant_linear(x, self.weight, self.row_scale, self.col_scale)
         return y if bias is None else y + bias

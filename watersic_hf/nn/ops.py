@@ -13,7 +13,7 @@ imported, and where it cannot, the reference, with a warning.
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -116,19 +116,14 @@ dequant_linear.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("watersic::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor,
-    words_G: Tensor,
-    tiles_BT: Tensor,
-    row_order_R: Tensor,
-    column_order_C: Tensor,
-    outliers_O: Tensor,
-    outlier_start_R: Tensor,
+    layout: Sequence[Tensor],
     row_scale_A: Tensor,
     col_scale_N: Tensor,
     backend: str,
 ) -> Tensor:
-    """Return ``x @ W.T`` with the codes of W packed (`packing.PackedCodes`), in the dtype of `x`.
+    """Return ``x @ W.T`` with the codes of W packed, in the dtype of `x`.
 
-    Differentiable in `x`.
+    `layout` is `packing.PackedCodes.tensors`, in their order.  Differentiable in `x`.
 
     Raises:
         ValueError: x does not end in N entries.
@@ -140,57 +135,51 @@ def packed_linear(
             f"packed_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs "
             f"(..., {N})"
         )
-    layout = (words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R)
     if x.is_cuda and backend != "reference":
         kernels = _kernels(backend)
         if kernels is not None:
             y_MA = kernels.packed.packed_linear(x.reshape(-1, N), *layout, row_scale_A, col_scale_N)
             return y_MA.view(*x.shape[:-1], A)
     y = x.new_empty((*x.shape[:-1], A))
-    for rows, weight_rN in _packed_bands(*layout, row_scale_A, col_scale_N, x.dtype):
+    for rows, weight_rN in _packed_bands(layout, row_scale_A, col_scale_N, x.dtype):
         y[..., rows] = x @ weight_rN.T
     return y
 
 
 @packed_linear.register_fake
-def _(
-    x, words, tiles, row_order, column_order, outliers, starts, row_scale_A, col_scale_N, backend
-):
+def _(x, layout, row_scale_A, col_scale_N, backend):
     return x.new_empty((*x.shape[:-1], row_scale_A.shape[0]))
 
 
 @torch.library.custom_op("watersic::packed_linear_backward", mutates_args=())
 def packed_linear_backward(
     grad_y: Tensor,
-    words_G: Tensor,
-    tiles_BT: Tensor,
-    row_order_R: Tensor,
-    column_order_C: Tensor,
-    outliers_O: Tensor,
-    outlier_start_R: Tensor,
+    layout: Sequence[Tensor],
     row_scale_A: Tensor,
     col_scale_N: Tensor,
 ) -> Tensor:
     """Gradient of `packed_linear` in x: ``grad_y @ W``, summed over bands in float32 or wider."""
-    layout = (words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R)
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
-    for rows, weight_rN in _packed_bands(*layout, row_scale_A, col_scale_N, grad_y.dtype):
+    for rows, weight_rN in _packed_bands(layout, row_scale_A, col_scale_N, grad_y.dtype):
         grad_x += grad_y[..., rows] @ weight_rN
     return grad_x.to(grad_y.dtype)
 
 
 @packed_linear_backward.register_fake
-def _(grad_y, *layout_and_scales):
-    return grad_y.new_empty((*grad_y.shape[:-1], layout_and_scales[-1].shape[0]))
+def _(grad_y, layout, row_scale_A, col_scale_N):
+    return grad_y.new_empty((*grad_y.shape[:-1], col_scale_N.shape[0]))
 
 
 def _setup_packed_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:-1])
+    _, layout, row_scale_A, col_scale_N, _ = inputs
+    ctx.save_for_backward(*layout, row_scale_A, col_scale_N)
 
 
 def _packed_backward(ctx, grad_y):
-    return packed_linear_backward(grad_y, *ctx.saved_tensors), *([None] * 9)
+    *layout, row_scale_A, col_scale_N = ctx.saved_tensors
+    grad_x = packed_linear_backward(grad_y, layout, row_scale_A, col_scale_N)
+    return grad_x, [None] * len(layout), None, None, None
 
 
 packed_linear.register_autograd(_packed_backward, setup_context=_setup_packed_context)
@@ -239,15 +228,11 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
     return codes_AN
 
 
-def _packed_bands(*arguments) -> Iterator[tuple[Tensor, Tensor]]:
+def _packed_bands(
+    layout: Sequence[Tensor], row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows of the dense weight after another, each with their numbers."""
-    *layout, row_scale_A, col_scale_N, dtype = arguments
-    words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R = layout
-    packed = PackedCodes(
-        rows=len(row_scale_A), columns=len(col_scale_N), words_G=words_G, tiles_BT=tiles_BT,
-        row_order_R=row_order_R, column_order_C=column_order_C, outliers_O=outliers_O,
-        outlier_start_R=outlier_start_R,
-    )  # fmt: skip
+    packed = PackedCodes.of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
     for rows, codes_rN in unpack_bands(packed):
         yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
 

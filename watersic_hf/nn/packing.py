@@ -8,7 +8,7 @@ tile has one width, 0 to 8 bits, the one that is cheapest with its outliers: a c
 fit is clipped, and the rest of it is an outlier.  `PackedCodes` says where everything lies.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -83,6 +83,12 @@ class PackedCodes:
         """The tensors, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], *, rows: int, columns: int) -> "PackedCodes":
+        """The codes that `tensors`, those of `tensors()` in their order, are of."""
+        names = [field.name for field in fields(cls) if field.name not in ("rows", "columns")]
+        return cls(rows=rows, columns=columns, **dict(zip(names, tensors, strict=True)))
 
 
 def pack_codes(codes_AN: Tensor) -> PackedCodes:
