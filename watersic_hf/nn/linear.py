@@ -1,4 +1,4 @@
-"""WaterSICLinear: an `nn.Linear` that holds its weight as an entropy-coded payload."""
+"""Linear maps that hold their weight as an entropy-coded payload; WaterSICLinear is the layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs
 from watersic_hf.nn import ops
 from watersic_hf.nn.packing import pack_codes
 
-#: The forms that a weight can have in memory; see `WaterSICLinear.set_residency`.
+#: The forms that a weight can have in memory; see `PackedMatrix.set_residency`.
 RESIDENCIES = ("auto", "dense", "packed", "entropy")
 
 #: Buffers of the residency ``packed``: fields of `PackedCodes`, in the order of `packed_linear`.
@@ -20,10 +20,10 @@ _PACKED = (
 )  # fmt: skip
 
 
-class WaterSICLinear(nn.Linear):
-    """Linear layer whose weight is ``diag(row_scale) @ codes @ diag(col_scale)``, codes compressed.
+class PackedMatrix(nn.Module):
+    """Linear map whose weight is ``diag(row_scale) @ codes @ diag(col_scale)``, codes compressed.
 
-    Life of a layer::
+    Life of a `WaterSICLinear`, the layer that is such a map::
 
         quantize:  layer = WaterSICLinear.from_packed(pack_layer(...), bias=..., dtype=...)
         load:      layer = WaterSICLinear(in, out, payload_bytes=..., ...)   sizes from the file
@@ -85,7 +85,7 @@ class WaterSICLinear(nn.Linear):
         codes_AN: Tensor | None = None,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
-    ) -> "WaterSICLinear":
+    ) -> "PackedMatrix":
         """A layer that holds the tensors of `packed`, with a copy of `bias`.
 
         With `codes_AN`, what the payload decodes to, its residency is ``dense`` without decoding.
@@ -218,3 +218,7 @@ class WaterSICLinear(nn.Linear):
             self.compute_dtype = self.dense_weight.dtype
         self._place_payload()
         return self
+
+
+class WaterSICLinear(PackedMatrix, nn.Linear):
+    """The quantized form of a linear layer; an `nn.Linear`, so that adapters find it."""

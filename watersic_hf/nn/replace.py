@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from watersic_hf.nn.linear import RESIDENCIES, WaterSICLinear
+from watersic_hf.nn.linear import RESIDENCIES, PackedMatrix
 
 
 def module_matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -30,15 +30,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, WaterSICLinear]]:
-    """The quantized layers of a model, with their names."""
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedMatrix]]:
+    """The quantized matrices of a model, layers of their own or not, with their names."""
     for name, module in model.named_modules():
-        if isinstance(module, WaterSICLinear):
+        if isinstance(module, PackedMatrix):
             yield name, module
 
 
 def set_residency(model: nn.Module, residency: str, *, backend: str = "auto") -> None:
-    """Choose the form in memory of all quantized layers; see `WaterSICLinear.set_residency`.
+    """Choose the form in memory of all quantized layers; see `PackedMatrix.set_residency`.
 
     Layers whose payload is offloaded keep the form they have: ``entropy``.
 
