@@ -147,8 +147,8 @@ def test_calibration_moves_blocks_to_a_device_and_back(quantize, monkeypatch):
     original = module.quantize_blocks
 
     def spy(*args, **kwargs):
-        devices.append(kwargs["device"])
-        return original(*args, **kwargs | {"device": "cpu"})
+        devices.append(kwargs["source"].device)
+        return original(*args, **kwargs | {"source": module.ResidentBlocks("cpu")})
 
     monkeypatch.setattr(module, "quantize_blocks", spy)
     model = quantize()

@@ -1,5 +1,6 @@
 """Calibration: from texts to moments, and the loop that quantizes a model block by block."""
 
+from watersic_hf.calibration.blocks import ResidentBlocks
 from watersic_hf.calibration.data import (
     calibration_windows,
     describe,
@@ -18,6 +19,7 @@ __all__ = [
     "CalibrationSettings",
     "LayerQuantizer",
     "LayerReport",
+    "ResidentBlocks",
     "Sensitivity",
     "average_bits",
     "calibration_windows",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.topology import InputGroup, Stack, block_stacks
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
 
@@ -63,7 +64,12 @@ class BlockStream:
 
 @torch.no_grad()
 def block_stream(
-    model: nn.Module, blocks: Sequence[nn.Module], windows: Sequence[Tensor], *, batch_size: int
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    windows: Sequence[Tensor],
+    *,
+    batch_size: int,
+    source: ResidentBlocks = RESIDENT,
 ) -> BlockStream:
     """Run the model up to its first block on all windows.
 
@@ -75,10 +81,10 @@ def block_stream(
     for tokens_BT in to_batches(windows, batch_size):
         known = seen.setdefault(tuple(tokens_BT.shape), [])
         by_shape = len(known) > 1 and known[0] is known[1]
-        calls = block_calls(model, blocks[:1] if by_shape else blocks, tokens_BT)
+        calls = block_calls(model, blocks[:1] if by_shape else blocks, tokens_BT, source=source)
         arguments = _shared([call[1:] for call in calls], known[0][: len(calls)] if known else None)
         if by_shape and not _same(arguments[0], known[0][0]):
-            calls = block_calls(model, blocks, tokens_BT)
+            calls = block_calls(model, blocks, tokens_BT, source=source)
             arguments = _shared([call[1:] for call in calls], known[0])
         stream.hidden.append(calls[0][0])
         # equal arguments are kept once: masks of long windows are large
@@ -285,7 +291,11 @@ def model_inputs(model: nn.Module, tokens_BT: Tensor) -> dict[str, Any]:
 
 
 def block_calls(
-    model: nn.Module, blocks: Sequence[nn.Module], tokens_BT: Tensor
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tokens_BT: Tensor,
+    *,
+    source: ResidentBlocks = RESIDENT,
 ) -> list[tuple[Tensor, tuple, dict]]:
     """Hidden states and other arguments that each of `blocks` is called with."""
     calls: list[tuple[Tensor, tuple, dict]] = []
@@ -297,7 +307,9 @@ def block_calls(
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        getattr(model, "base_model", model)(**model_inputs(model, tokens_BT))
+        # no block is fetched that only its arguments are wanted of: these hooks come first
+        with source.flow():
+            getattr(model, "base_model", model)(**model_inputs(model, tokens_BT))
     except _StopForwardError:
         pass
     finally:
@@ -325,7 +337,13 @@ def _call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
 
 
 @torch.no_grad()
-def runnable_stacks(model: nn.Module, layers: Sequence[str], window: Tensor) -> list[Stack]:
+def runnable_stacks(
+    model: nn.Module,
+    layers: Sequence[str],
+    window: Tensor,
+    *,
+    source: ResidentBlocks = RESIDENT,
+) -> list[Stack]:
     """The stacks that can be run block by block, in the order in which the model runs them.
 
     Tried out on one window: each block of a stack is called once, and gets the hidden states that
@@ -335,7 +353,7 @@ def runnable_stacks(model: nn.Module, layers: Sequence[str], window: Tensor) -> 
         CalibrationError: there is no such stack.
     """
     stacks = block_stacks(model, layers)
-    calls = _chain(model, [block for stack in stacks for _, block in stack], window)
+    calls = _chain(model, [block for stack in stacks for _, block in stack], window, source)
     obstacles = [_obstacle([block for _, block in stack], calls) for stack in stacks]
     named = [
         f"{stack[0][0].rpartition('.')[0]} ({obstacle})"
@@ -355,7 +373,7 @@ def runnable_stacks(model: nn.Module, layers: Sequence[str], window: Tensor) -> 
 
 
 def _chain(
-    model: nn.Module, blocks: Sequence[nn.Module], window: Tensor
+    model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, source: ResidentBlocks
 ) -> list[tuple[nn.Module, bool]]:
     """All calls of blocks, and whether each got the hidden states that the one before put out."""
     calls: list[tuple[nn.Module, bool]] = []
@@ -374,7 +392,8 @@ def _chain(
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
     try:
-        getattr(model, "base_model", model)(**model_inputs(model, window[None]))
+        with source.flow():
+            getattr(model, "base_model", model)(**model_inputs(model, window[None]))
     finally:
         for handle in handles:
             handle.remove()

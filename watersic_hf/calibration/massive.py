@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.capture import Side, block_stream, group_inputs
 from watersic_hf.calibration.topology import InputGroup, input_groups
 
@@ -31,6 +32,7 @@ def massive_rows(
     layers: Iterable[str],
     *,
     batch_size: int,
+    source: ResidentBlocks = RESIDENT,
 ) -> dict[str, list[int]]:
     """Rows of layers that alone make a massive channel of the input of the layers behind them.
 
@@ -39,24 +41,34 @@ def massive_rows(
     width, which is that layer's and not that of the residual stream.
     """
     layers = list(layers)
-    stream = block_stream(model, [block for _, block in blocks], windows, batch_size=batch_size)
+    modules = [block for _, block in blocks]
+    stream = block_stream(model, modules, windows, batch_size=batch_size, source=source)
     width = stream.hidden[0].shape[-1]
     found: dict[str, list[int]] = {}
     for index, (name, block) in enumerate(blocks):
-        inside = [n.removeprefix(f"{name}.") for n in layers if n.startswith(f"{name}.")]
-        run = functools.partial(stream.run, index, block)
-        groups = input_groups(block, inside, functools.partial(run, 0), stream.hidden[0])
-        side = Side(stream, block)
-        for before, after in itertools.pairwise(groups):
-            columns = block.get_submodule(after.layers[0]).in_features
-            rows = {block.get_submodule(layer).out_features for layer in before.layers}
-            if before.feeds_attention or rows != {columns} or columns == width:
-                continue
-            peak_N = _peaks(side, index, after)
-            massive = (peak_N > MASSIVE * peak_N.median()).nonzero()[:, 0].tolist()
-            if massive:
-                found |= {f"{name}.{layer}": massive for layer in before.layers}
-        stream.advance(index, block)
+        with source.hold(name, block):
+            within = [n.removeprefix(f"{name}.") for n in layers if n.startswith(f"{name}.")]
+            found |= _massive_in_block(Side(stream, block), index, name, within, width)
+            stream.advance(index, block)
+    return found
+
+
+def _massive_in_block(
+    side: Side, index: int, name: str, layers: Sequence[str], width: int
+) -> dict[str, list[int]]:
+    """What `massive_rows` finds in one block; `width` is that of the residual stream."""
+    found: dict[str, list[int]] = {}
+    run = functools.partial(side.stream.run, index, side.block)
+    groups = input_groups(side.block, layers, functools.partial(run, 0), side.stream.hidden[0])
+    for before, after in itertools.pairwise(groups):
+        columns = side.block.get_submodule(after.layers[0]).in_features
+        rows = {side.block.get_submodule(layer).out_features for layer in before.layers}
+        if before.feeds_attention or rows != {columns} or columns == width:
+            continue
+        peak_N = _peaks(side, index, after)
+        massive = (peak_N > MASSIVE * peak_N.median()).nonzero()[:, 0].tolist()
+        if massive:
+            found |= {f"{name}.{layer}": massive for layer in before.layers}
     return found
 
 

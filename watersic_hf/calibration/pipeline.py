@@ -5,7 +5,6 @@ group of layers on what the quantized groups before it put out, so that later la
 the errors of earlier ones.
 """
 
-import copy
 import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from watersic_hf.calibration.attention import attention_importance
+from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks, twin
 from watersic_hf.calibration.capture import (
     BlockStream,
     Side,
@@ -47,7 +47,7 @@ def quantize_blocks(
     settings: CalibrationSettings = DEFAULT_SETTINGS,
     sensitivities: Mapping[str, Sensitivity] | None = None,
     batch_size: int = 8,
-    device: torch.device | str | None = None,
+    source: ResidentBlocks = RESIDENT,
 ) -> None:
     """Quantize the layers of a model in place, block by block, on calibration windows.
 
@@ -60,7 +60,7 @@ def quantize_blocks(
         sensitivities: by layer, where they are known, as from a run at another rate; default: they
             are measured if `settings` ask for them.
         batch_size: windows in a batch.
-        device: where blocks are moved to while it is their turn; default: they stay where they are.
+        source: where blocks come from; default: they are in memory, and stay where they are.
 
     Layers outside the blocks, or that no calibration window reaches, stay as they are, with a
     warning that names them.
@@ -70,12 +70,12 @@ def quantize_blocks(
     """
     layers = list(layers)
     _warn_of_few_tokens(model, windows, layers)
-    stacks = runnable_stacks(model, layers, windows[0])
+    stacks = runnable_stacks(model, layers, windows[0], source=source)
     if settings.sensitivity:
         if sensitivities is None:
             sensitivities = layer_sensitivities(
                 model, windows, layers, tokens=settings.sensitivity_tokens,
-                damping=quantizer.settings.damping, seed=quantizer.seed, device=device,
+                damping=quantizer.settings.damping, seed=quantizer.seed, source=source,
             )  # fmt: skip
         quantizer.weigh(
             sensitivities,
@@ -84,7 +84,8 @@ def quantize_blocks(
         )
 
     def stream_into(stack: Stack) -> BlockStream:
-        return block_stream(model, [block for _, block in stack], windows, batch_size=batch_size)
+        modules = [block for _, block in stack]
+        return block_stream(model, modules, windows, batch_size=batch_size, source=source)
 
     # what reaches a decoder in the original model, while there is one
     originals = [stream_into(stack) for stack in stacks[1:]] if settings.two_streams else []
@@ -97,25 +98,23 @@ def quantize_blocks(
                 original = originals[number - 1] if number else stream.copy()
             last = max(i for i, block in enumerate(stack) if inside([block], layers))
             for index, (name, block) in enumerate(stack[: last + 1]):
-                home = next(block.parameters()).device
-                block.to(device or home)
-                turn = _Turn(
-                    index, name, quantizer, settings,
-                    working=Side(stream, block),
-                    original=None if original is None else Side(original, copy.deepcopy(block)),
-                )  # fmt: skip
-                within = [n.removeprefix(f"{name}.") for n in inside([(name, block)], layers)]
-                for layer in turn.quantize(within):
-                    done.add(layer)
-                    bar.set_postfix_str(
-                        f"{layer}, {average_bits(quantizer.reports):.3f} bits, "
-                        f"error {quantizer.reports[-1].error:.2g}"
-                    )
-                    bar.update()
-                stream.advance(index, block)
-                if original is not None:
-                    original.advance(index, turn.original.block)
-                block.to(home)
+                with source.hold(name, block):
+                    turn = _Turn(
+                        index, name, quantizer, settings,
+                        working=Side(stream, block),
+                        original=None if original is None else Side(original, twin(block)),
+                    )  # fmt: skip
+                    within = [n.removeprefix(f"{name}.") for n in inside([(name, block)], layers)]
+                    for layer in turn.quantize(within):
+                        done.add(layer)
+                        bar.set_postfix_str(
+                            f"{layer}, {average_bits(quantizer.reports):.3f} bits, "
+                            f"error {quantizer.reports[-1].error:.2g}"
+                        )
+                        bar.update()
+                    stream.advance(index, block)
+                    if original is not None:
+                        original.advance(index, turn.original.block)
     left = [layer for layer in layers if layer not in done]
     if left:
         logger.warning(

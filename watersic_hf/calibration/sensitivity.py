@@ -14,8 +14,7 @@ behind it as well.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.capture import (
     BlockStream,
     block_stream,
@@ -55,7 +55,7 @@ def layer_sensitivities(
     tokens: int,
     damping: float | None,
     seed: int,
-    device: torch.device | str | None = None,
+    source: ResidentBlocks = RESIDENT,
 ) -> dict[str, Sensitivity]:
     """Sensitivity of layers, by name.
 
@@ -67,7 +67,7 @@ def layer_sensitivities(
         tokens: how many to measure on: the first windows that hold them; a few thousand do.
         damping: of the inputs' second moments; None is `damping_for` the tokens.
         seed: of the tokens that the model draws.
-        device: where a block is moved to while it is its turn; default: blocks stay where they are.
+        source: where blocks come from; default: they are in memory, and stay where they are.
 
     Returns:
         The sensitivities; none at all if hidden states are not finite, or if the model makes no
@@ -78,8 +78,8 @@ def layer_sensitivities(
     """
     windows = _first_windows(windows, tokens)
     found: dict[str, Sensitivity] = {}
-    for stack in runnable_stacks(model, layers, windows[0]):
-        found |= _stack_sensitivities(model, stack, windows, layers, damping, seed, device)
+    for stack in runnable_stacks(model, layers, windows[0], source=source):
+        found |= _stack_sensitivities(model, stack, windows, layers, damping, seed, source)
     return found
 
 
@@ -90,14 +90,15 @@ def _stack_sensitivities(
     layers: Sequence[str],
     damping: float | None,
     seed: int,
-    device: torch.device | str | None,
+    source: ResidentBlocks,
 ) -> dict[str, Sensitivity]:
     modules = [block for _, block in stack]
-    stream = block_stream(model, modules, windows, batch_size=1)
+    stream = block_stream(model, modules, windows, batch_size=1, source=source)
     inputs: list[list[Tensor]] = []
-    for index, block in enumerate(tqdm(modules, desc="Sensitivity, forward", unit="block")):
+    forward = enumerate(stack)
+    for index, (name, block) in tqdm(forward, "Sensitivity, forward", len(stack), unit="block"):
         inputs.append(list(stream.hidden))
-        with _on(block, device):
+        with source.hold(name, block):
             stream.advance(index, block)
     if not all(bool(hidden.isfinite().all()) for hidden in stream.hidden):
         # the block loop stops at the layer where it begins, and names it
@@ -112,7 +113,7 @@ def _stack_sensitivities(
     for index, (name, block) in tqdm(backward, desc="Sensitivity, backward", unit="block"):
         stream.hidden = inputs.pop()
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
-        with _on(block, device):
+        with source.hold(name, block):
             sums = {n: _Sums(block.get_submodule(n)) for n in within}
             for batch in range(len(windows)):
                 grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
@@ -128,15 +129,6 @@ def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
             break
         chosen.append(window)
     return chosen
-
-
-@contextmanager
-def _on(block: nn.Module, device: torch.device | str | None) -> Iterator[None]:
-    """Have a block on a device for a while."""
-    home = next(block.parameters()).device
-    block.to(device or home)
-    yield
-    block.to(home)
 
 
 class _Sums:

@@ -29,6 +29,7 @@ from transformers.quantizers import auto as registry
 from watersic_hf.calibration import (
     LayerQuantizer,
     LayerReport,
+    ResidentBlocks,
     calibration_windows,
     decoder_blocks,
     massive_rows,
@@ -307,7 +308,8 @@ class WaterSICHfQuantizer(HfQuantizer):
         zero_rows(model, self._zero_rows)
         quantize_blocks(
             model, windows, layers, self._quantizer, settings=config.calibration,
-            batch_size=config.batch_size, device="cuda" if torch.cuda.is_available() else None,
+            batch_size=config.batch_size,
+            source=ResidentBlocks("cuda" if torch.cuda.is_available() else None),
         )  # fmt: skip
         for name, shell in shells.items():
             module = model.get_submodule(name)
