@@ -82,6 +82,12 @@ def test_inputs_of_any_float_dtype_are_summed_to_float32_accuracy(dtype):
     assert_close(sums.result().cov, wide_TN.T @ wide_TN / 3000, tolerance=2e-6)
 
 
+def test_the_users_precision_of_products_is_left_as_it_was():
+    before = torch.get_float32_matmul_precision()
+    MomentAccumulator(6).add(streams(tokens=10)[0].bfloat16())
+    assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_entries_that_are_not_finite_are_counted(value):
     x_TN = streams(tokens=10)[0]

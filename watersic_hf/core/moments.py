@@ -7,13 +7,14 @@ Units:  every moment is a mean over tokens and is not centred.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 #: Tokens whose products are summed in float32 before they enter the float64 sum.
-TOKENS_PER_BLOCK = 512
+TOKENS_PER_BLOCK = 1024
 
 #: Rows of a symmetric moment that are summed at a time, at least.
 PANEL = 256
@@ -160,7 +161,8 @@ class MomentAccumulator:
     """Sum the products of a layer's inputs as they stream by.
 
     Products are taken in float32 (float64 for float64 inputs) over blocks of tokens, on the device
-    of the inputs; the sums are float64 and live on `device`.
+    of the inputs; the sums are float64 and live on `device`.  Products of bfloat16 inputs are
+    exact in the processor's bfloat16 units, which sum them in float32, and are taken there.
 
     Args:
         columns: N.
@@ -218,16 +220,21 @@ class MomentAccumulator:
                     f"MomentAccumulator: token weights must be non-negative, one for each of the "
                     f"{len(x_TN)} tokens; {len(weight_T)} were given."
                 )
+        streams = [x_TN] if drifted_TN is None else [x_TN, drifted_TN]
+        exact = weight_T is None and all(stream.dtype == torch.bfloat16 for stream in streams)
         for start in range(0, len(x_TN), TOKENS_PER_BLOCK):
             block = slice(start, start + TOKENS_PER_BLOCK)
-            importance = 1.0 if weight_T is None else _widen(weight_T[block])
             x_BN = _widen(x_TN[block])
-            self._sum_square(self._cov_NN, x_BN, x_BN * importance)
             seen_BN = x_BN if drifted_TN is None else _widen(drifted_TN[block])
-            weighted_BN = seen_BN * importance
-            if drifted_TN is not None:
-                self._sum_square(self._drifted_cov_NN, seen_BN, weighted_BN)
-                self._sum(self._cross_cov_NN, x_BN, weighted_BN)
+            importance = None if weight_T is None else _widen(weight_T[block])
+            weighted_BN = seen_BN if importance is None else seen_BN * importance
+            with _narrow_products(exact):
+                self._sum_square(
+                    self._cov_NN, x_BN, x_BN if importance is None else x_BN * importance
+                )
+                if drifted_TN is not None:
+                    self._sum_square(self._drifted_cov_NN, seen_BN, weighted_BN)
+                    self._sum(self._cross_cov_NN, x_BN, weighted_BN)
             if residual_TA is not None:
                 self._sum(self._residual_AN, _widen(residual_TA[block]), weighted_BN)
         self.tokens += len(x_TN)
@@ -307,3 +314,14 @@ def _tokens(role: str, stream: Tensor, width: int) -> Tensor:
 
 def _widen(stream: Tensor) -> Tensor:
     return stream.to(torch.promote_types(stream.dtype, torch.float32))
+
+
+@contextmanager
+def _narrow_products(exact: bool) -> Iterator[None]:
+    """Let float32 products be taken in bfloat16, summed in float32, where that loses nothing."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if exact else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
