@@ -2,18 +2,28 @@
 
 from watersic_hf.core.metrics import gap_to_bound, relative_output_error
 from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.core.profile import (
+    BINS_PER_BIT,
+    ColumnProfile,
+    column_deviations,
+    column_profile,
+)
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.rate import narrow
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import whitened_variances
 
 __all__ = [
+    "BINS_PER_BIT",
     "SHAPING_LOSS",
     "CalibrationError",
+    "ColumnProfile",
     "LayerSettings",
     "MomentAccumulator",
     "Moments",
     "QuantizedWeight",
+    "column_deviations",
+    "column_profile",
     "gap_to_bound",
     "narrow",
     "quantize_weight",

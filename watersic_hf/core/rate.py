@@ -23,6 +23,10 @@ Charge = Callable[[Tensor, int], float]
 
 #: Bits that the paper charges for each row scale and each column scale.
 SCALE_BITS = 16
+#: Magnitude up to which the values of a column are counted one by one.
+COUNTED = 2047
+#: Columns that are counted at a time.
+COLUMNS_PER_BLOCK = 256
 #: The search stays within this many octaves of where it starts.
 MAX_OCTAVES = 24.0
 #: The longest move between two evaluations, in octaves.
@@ -48,6 +52,23 @@ def pooled_entropy(codes: Tensor) -> float:
         counts = torch.unique(codes, return_counts=True)[1]
     share = counts[counts > 0].double() / codes.numel()
     return float(-(share * share.log2()).sum())
+
+
+def column_entropies(codes_AN: Tensor) -> Tensor:
+    """Return the empirical entropy of every column, in bits per code, float64.
+
+    Codes beyond `COUNTED` in magnitude count as one value on either side.
+    """
+    entropies = []
+    for codes_AB in codes_AN.split(COLUMNS_PER_BLOCK, dim=1):
+        low, high = (max(-COUNTED, min(int(end), COUNTED)) for end in codes_AB.aminmax())
+        width, columns = high - low + 1, codes_AB.shape[1]
+        index_AB = codes_AB.long().clamp_(low, high) - low
+        index_AB += width * torch.arange(columns, device=codes_AB.device)
+        counts = torch.bincount(index_AB.flatten(), minlength=width * columns)
+        share_BV = counts.view(columns, width).double() / len(codes_AB)
+        entropies.append(-torch.special.xlogy(share_BV, share_BV).sum(1) / math.log(2))
+    return torch.cat(entropies).clamp_(min=0)
 
 
 def paper_rate(codes_AN: Tensor, live_N: Tensor | None = None) -> float:
