@@ -40,6 +40,8 @@ ALLOWED = {
         },
         {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub"},
     ),
+    # shows what others have found: no tensor, no model
+    "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.calibration"}, set()),
 }
 
 

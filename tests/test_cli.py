@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -26,7 +27,10 @@ def test_quantize_writes_a_folder_that_is_complete(quantized, capsys):
     names = {f.name for f in quantized.iterdir()}
 
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
-    assert (quantized / "README.md").read_text().count("import watersic_hf") == 1
+    card = (quantized / "README.md").read_text("utf-8")
+    assert card.count("import watersic_hf") == 1
+    assert re.search(r"^\| `self_attn\.v_proj` \| 2 \| [56]\.\d+ \| 0\.\d+ \|$", card, re.MULTILINE)
+    assert (quantized / "report.html").read_text("utf-8").count("<svg") == 4
 
 
 def test_any_setting_of_the_method_can_be_set(llama_folder, tmp_path, capsys):
@@ -87,6 +91,49 @@ def test_inspect_in_json_has_bits_entropies_and_errors(quantized, capsys):
     assert layer["class_entropy"] <= layer["pooled_entropy"] + 1e-9
     assert 0 < layer["error"] < 1
     assert found["totals"]["layers"] == 12
+
+
+def test_inspect_draws_the_page_of_quantize_and_adds_the_entropies(quantized, tmp_path, capsys):
+    page = tmp_path / "page.html"
+
+    assert run("inspect", quantized, "--html", page) == 0
+
+    first, second = ((quantized / "report.html"), page)
+    first, second = (file.read_text("utf-8") for file in (first, second))
+    assert "H class" in second
+    assert "H class" not in first
+    plots = [re.findall(r"<svg.*?</svg>", text, re.DOTALL) for text in (first, second)]
+    assert plots[0] == plots[1]
+
+
+def test_inspect_draws_what_there_is_of_a_model_without_a_report(quantized, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(quantized, bare)
+    (bare / "watersic_report.jsonl").unlink()
+
+    assert run("inspect", bare, "--html", tmp_path / "page.html") == 0
+
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert page.count("<svg") == 3
+    assert 'id="waterfilling"' in page
+
+
+def test_diff_shows_what_two_models_have_in_common(quantized, llama_folder, tmp_path, capsys):
+    options = ("--bits=4", "--samples=4", "--sequence-length=64", "--set=allocation=uniform")
+    assert run("quantize", llama_folder, tmp_path / "b", *options, "--skip=k_proj") == 0
+    capsys.readouterr()
+
+    assert run("diff", quantized, tmp_path / "b") == 0
+    table = capsys.readouterr().out
+    assert run("diff", quantized, quantized, "--json") == 0
+    same = json.loads(capsys.readouterr().out)
+
+    assert len(re.findall(r"^model\.layers\..*_proj ", table, re.MULTILINE)) == 12
+    assert re.search(r'^allocation +"sensitivity" +"uniform"$', table, re.MULTILINE)
+    assert re.search(r"^layer_bits .*v_proj", table, re.MULTILINE)
+    assert same["tensors"]["different"] == same["totals"]["difference"] == 0
+    assert all(layer["identical"] for layer in same["layers"])
+    assert all(layer["error_a"] == layer["error_b"] > 0 for layer in same["layers"])
 
 
 def test_verify_counts_what_it_checked(quantized, capsys):
@@ -222,7 +269,8 @@ def test_the_commands_and_their_options_are_these(capsys):
         "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
                         "--tasks", "--few-shot", "--limit", "--batch-size", "--dtype",
                         "--device-map", "--prompt"]),
-        "inspect": common,
+        "inspect": sorted([*common, "--html"]),
+        "diff": common,
         "verify": common,
         "demo": sorted([*common, "--bits", "--model", "--out"]),
     }  # fmt: skip

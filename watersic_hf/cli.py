@@ -1,4 +1,4 @@
-"""The command line: ``watersic quantize | finetune | eval | inspect | verify | demo``."""
+"""The command line: ``watersic quantize | finetune | eval | inspect | diff | verify | demo``."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from watersic_hf.checkpoint import inspect_checkpoint, verify_checkpoint
+from watersic_hf.checkpoint import compare_checkpoints, inspect_checkpoint, verify_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,6 +138,15 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[common], help=text)
         command.set_defaults(run=run)
         command.add_argument("folder")
+        if name == "inspect":
+            command.add_argument(
+                "--html", metavar="FILE", help="also draw it, as a page for browsers"
+            )
+
+    diff = commands.add_parser("diff", parents=[common], help="two models of one kind side by side")
+    diff.set_defaults(run=_diff)
+    diff.add_argument("a", help="folder of a model")
+    diff.add_argument("b", help="folder of another; one of the two may be dense")
 
     demo = commands.add_parser("demo", parents=[common], help="the main job on a real model")
     demo.set_defaults(run=_demo)
@@ -150,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 def _quantize(arguments: argparse.Namespace) -> None:
     from watersic_hf.calibration import average_bits
     from watersic_hf.integration import WaterSICConfig, quantize_to_folder
+    from watersic_hf.report import PAGE_FILE, read_facts, write_page
 
     config = WaterSICConfig(
         bits=arguments.bits,
@@ -167,6 +177,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.out, config, dtype=arguments.dtype,
         device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,
     )  # fmt: skip
+    page = Path(arguments.out) / PAGE_FILE
+    write_page(page, read_facts(arguments.out, inspect_checkpoint(arguments.out, decode=False)))
     stored = average_bits(reports)
     if arguments.json:
         _print_json(
@@ -175,7 +187,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     else:
         print(
             f"{arguments.out}: {len(reports)} layers, {sum(r.weights for r in reports):,} weights, "
-            f"{stored:.4f} bits per weight stored ({arguments.bits:g} asked)"
+            f"{stored:.4f} bits per weight stored ({arguments.bits:g} asked); {page} shows it"
         )
 
 
@@ -320,11 +332,14 @@ def _print_tasks(models: Sequence[tuple[str, dict[str, dict[str, float]]]]) -> N
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from watersic_hf.calibration import read_report
+    from watersic_hf.report import read_facts, write_page
 
     found = inspect_checkpoint(arguments.folder)
     errors = {report.name: report.error for report in read_report(arguments.folder)}
     for layer in found["layers"]:
         layer["error"] = errors.get(layer["name"])
+    if arguments.html:
+        write_page(arguments.html, read_facts(arguments.folder, found))
     if arguments.json:
         _print_json(found)
         return
@@ -366,6 +381,50 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(
         f"\nquantized {totals['quantized_bytes']:,} bytes, dense {totals['dense_bytes']:,} bytes, "
         f"files {totals['file_bytes']:,} bytes"
+    )
+
+
+def _diff(arguments: argparse.Namespace) -> None:
+    from watersic_hf.calibration import read_report
+
+    found = compare_checkpoints(arguments.a, arguments.b)
+    for side in ("a", "b"):
+        errors = {r.name: r.error for r in read_report(getattr(arguments, side))}
+        for layer in found["layers"]:
+            layer[f"error_{side}"] = errors.get(layer["name"])
+    if arguments.json:
+        _print_json(found)
+        return
+
+    def error(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    rows = [
+        (
+            layer["name"],
+            f"{layer['bits_a']:.4f}",
+            f"{layer['bits_b']:.4f}",
+            error(layer["error_a"]),
+            error(layer["error_b"]),
+            "same bytes" if layer["identical"] else f"{layer['difference']:.3g}",
+        )
+        for layer in found["layers"]
+    ]
+    totals = found["totals"]
+    bits = (f"{totals['bits_a']:.4f}", f"{totals['bits_b']:.4f}")
+    rows.append((f"{totals['layers']} layers", *bits, "", "", f"{totals['difference']:.3g}"))
+    _print_table(("layer", "bits A", "bits B", "error A", "error B", "difference"), rows)
+    if found["settings"]:
+        print()
+        _print_table(
+            ("setting", "A", "B"),
+            [(name, *map(json.dumps, pair)) for name, pair in found["settings"].items()],
+        )
+    tensors = found["tensors"]
+    print(
+        f"\ntensors: {tensors['identical']} the same bytes, {tensors['different']} different, "
+        f"{len(tensors['only_a'])} only in A, {len(tensors['only_b'])} only in B\n"
+        f"files: A {totals['file_bytes_a']:,} bytes, B {totals['file_bytes_b']:,} bytes"
     )
 
 

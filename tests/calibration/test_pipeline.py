@@ -4,8 +4,15 @@ from torch import nn
 
 from watersic_hf import WaterSICLinear
 from watersic_hf.calibration import LayerQuantizer, average_bits, quantize_blocks
-from watersic_hf.calibration.report import LayerReport, read_report, write_report
-from watersic_hf.core import LayerSettings
+from watersic_hf.calibration.report import (
+    LayerReport,
+    describe_run,
+    place_of,
+    read_report,
+    read_run,
+    write_report,
+)
+from watersic_hf.core import SHAPING_LOSS, ColumnProfile, LayerSettings
 
 
 def run(model, layers, bits=5.0, length=32):
@@ -93,20 +100,50 @@ def test_quantized_layers_replace_the_dense_ones_with_their_biases(make_llama):
     assert torch.equal(model.get_submodule(name).bias, bias)
 
 
-def report(name, columns, bits):
+def report(name, columns, bits, **more):
     return LayerReport(
         name=name, rows=2, columns=columns, asked=3.0, bits=bits, error=0.1, damping=1e-4,
-        tokens=5, seconds=0.5,
+        tokens=5, seconds=0.5, **more,
     )  # fmt: skip
 
 
 def test_reports_come_back_from_their_file(tmp_path):
-    reports = [report("a", 3, 2.5), report("b", 1, 4.5)]
+    profile = ColumnProfile(waterfilling=(2.5, -1.0), entropies=(2.0, 0.0), histogram=(1, 0, 2))
+    reports = [report("a", 3, 2.5), report("b", 1, 4.5, profile=profile)]
+    done = describe_run(1.5)
 
-    write_report(tmp_path, reports)
+    write_report(tmp_path, reports, done)
 
     assert read_report(tmp_path) == reports
+    assert read_run(tmp_path) == done
+    assert done.versions["torch"] == torch.__version__
     assert read_report(tmp_path / "nowhere") == []
+    assert read_run(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.12.mlp.down_proj", ("model.layers", 12, "mlp.down_proj")),
+        ("model.layers.3.mlp.experts.17.up", ("model.layers", 3, "mlp.experts.*.up")),
+        ("decoder.block.0.layer.1.Enc.q", ("decoder.block", 0, "layer.*.Enc.q")),
+        ("lm_head", ("", 0, "lm_head")),
+    ],
+)
+def test_the_name_of_a_layer_says_where_it_stands(name, place):
+    assert place_of(name) == place
+
+
+def test_a_layer_reports_what_its_columns_spend(make_llama):
+    name = "model.layers.0.mlp.up_proj"
+
+    (layer,) = run(make_llama(), [name], bits=4.0).reports
+
+    # the columns' own models are cheaper than what is stored, and theory is cheaper still
+    spent, theory = (sum(v) / len(v) for v in (layer.profile.entropies, layer.profile.waterfilling))
+    assert theory < spent < 4.0
+    assert spent == pytest.approx(theory + SHAPING_LOSS, abs=0.3)
+    assert sum(layer.profile.histogram) == 64
 
 
 def test_the_average_is_weighted_by_the_number_of_weights():

@@ -10,7 +10,18 @@ from watersic_hf.calibration.data import (
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.massive import massive_rows, zero_rows
 from watersic_hf.calibration.pipeline import quantize_blocks
-from watersic_hf.calibration.report import LayerReport, average_bits, read_report, write_report
+from watersic_hf.calibration.report import (
+    LayerReport,
+    Place,
+    RunReport,
+    average_bits,
+    average_error,
+    kinds_of,
+    place_of,
+    read_report,
+    read_run,
+    write_report,
+)
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import decoder_blocks
@@ -19,17 +30,23 @@ __all__ = [
     "CalibrationSettings",
     "LayerQuantizer",
     "LayerReport",
+    "Place",
     "ResidentBlocks",
+    "RunReport",
     "Sensitivity",
     "average_bits",
+    "average_error",
     "calibration_windows",
     "decoder_blocks",
     "describe",
+    "kinds_of",
     "layer_sensitivities",
     "massive_rows",
+    "place_of",
     "pydoc_texts",
     "quantize_blocks",
     "read_report",
+    "read_run",
     "text_windows",
     "write_report",
     "zero_rows",

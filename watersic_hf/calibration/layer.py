@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from watersic_hf.calibration.budget import Budget, row_importance, sensitive_targets
-from watersic_hf.calibration.report import LayerReport
+from watersic_hf.calibration.report import LayerReport, RunReport, describe_run
 from watersic_hf.calibration.sensitivity import Sensitivity
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
-from watersic_hf.core import LayerSettings, Moments, quantize_weight
+from watersic_hf.core import (
+    LayerSettings,
+    Moments,
+    column_deviations,
+    column_profile,
+    quantize_weight,
+)
 
 
 class LayerQuantizer:
@@ -40,6 +46,7 @@ class LayerQuantizer:
         self.seed = seed
         self.reports: list[LayerReport] = []
         self._row_importance: dict[str, Tensor] = {}
+        self._start = time.perf_counter()
 
     def weigh(
         self, sensitivities: Mapping[str, Sensitivity], *, allocate: bool, rows: bool
@@ -83,6 +90,7 @@ class LayerQuantizer:
             quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name
         )
         self.budget.spend(name, packed.bits_per_weight)
+        deviation_N = column_deviations(weight_AN, quantized.row_scale_A, quantized.spacing_N)
         self.reports.append(
             LayerReport(
                 name=name,
@@ -94,6 +102,11 @@ class LayerQuantizer:
                 damping=quantized.damping,
                 tokens=moments.tokens,
                 seconds=time.perf_counter() - start,
+                profile=column_profile(quantized.codes_AN, deviation_N),
             )
         )
         return packed, quantized.codes_AN
+
+    def run_report(self) -> RunReport:
+        """The report of the run, which ends now."""
+        return describe_run(time.perf_counter() - self._start)

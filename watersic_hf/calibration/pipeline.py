@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from watersic_hf.calibration.attention import attention_importance
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks, twin
@@ -25,7 +24,7 @@ from watersic_hf.calibration.capture import (
 )
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
-from watersic_hf.calibration.report import average_bits
+from watersic_hf.calibration.progress import Progress
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import InputGroup, Stack, input_groups, inside
@@ -90,14 +89,16 @@ def quantize_blocks(
     # what reaches a decoder in the original model, while there is one
     originals = [stream_into(stack) for stack in stacks[1:]] if settings.two_streams else []
     done: set[str] = set()
-    with tqdm(total=len(layers), desc="Quantizing", unit="layer") as bar:
+    ends = [max(i for i, b in enumerate(s) if inside([b], layers)) + 1 for s in stacks]
+    weights = sum(model.get_submodule(layer).weight.numel() for layer in layers)
+    with Progress(layers=len(layers), weights=weights, blocks=sum(ends)) as progress:
         for number, stack in enumerate(stacks):
             stream = stream_into(stack)
             original = None
             if settings.two_streams:
                 original = originals[number - 1] if number else stream.copy()
-            last = max(i for i, block in enumerate(stack) if inside([block], layers))
-            for index, (name, block) in enumerate(stack[: last + 1]):
+            for index, (name, block) in enumerate(stack[: ends[number]]):
+                progress.block(name)
                 with source.hold(name, block):
                     turn = _Turn(
                         index, name, quantizer, settings,
@@ -107,11 +108,7 @@ def quantize_blocks(
                     within = [n.removeprefix(f"{name}.") for n in inside([(name, block)], layers)]
                     for layer in turn.quantize(within):
                         done.add(layer)
-                        bar.set_postfix_str(
-                            f"{layer}, {average_bits(quantizer.reports):.3f} bits, "
-                            f"error {quantizer.reports[-1].error:.2g}"
-                        )
-                        bar.update()
+                        progress.layer(quantizer.reports[-1])
                     stream.advance(index, block)
                     if original is not None:
                         original.advance(index, turn.original.block)

@@ -1,13 +1,24 @@
-"""What is known of a layer once it is quantized."""
+"""What is known of a layer once it is quantized, and of the run that quantized it."""
 
+import importlib.metadata
 import json
 import os
+import platform
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, NamedTuple
 
-#: File beside the weights with a line of JSON per quantized layer.
+import torch
+
+from watersic_hf.core import ColumnProfile
+
+#: File beside the weights: a line of JSON for the run, and one per quantized layer.
 REPORT_FILE = "watersic_report.jsonl"
+
+_PACKAGES = ("watersic-hf", "torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +40,93 @@ class LayerReport:
     """Calibration tokens; 0 = quantized without data."""
     seconds: float
     """Time that the layer took, its calibration not included."""
+    profile: ColumnProfile | None = None
+    """What its columns spend; None in reports of versions that did not write it."""
 
     @property
     def weights(self) -> int:
         """Number of weights."""
         return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """When, where and with what a model was quantized."""
+
+    date: str
+    """At its end, in UTC."""
+    seconds: float
+    """From the first look at the model to the last layer."""
+    peak_bytes: int | None
+    """Most memory that the process held; None where the system does not say."""
+    machine: str
+    """Processor, threads, and GPU if there is one."""
+    versions: dict[str, str]
+    """Of Python and of the packages that matter."""
+
+
+class Place(NamedTuple):
+    """Where a layer stands, by its name."""
+
+    stack: str
+    """``model.layers``; empty if the layer is in no list of blocks."""
+    block: int
+    kind: str
+    """Its name within the block, ``*`` for numbers in it: what layers of all blocks share."""
+
+
+def place_of(name: str) -> Place:
+    """Read where a layer stands from its name: ``model.layers.3.mlp.down_proj`` is in block 3."""
+    found = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", name)
+    if found is None:
+        return Place("", 0, name)
+    return Place(found[1], int(found[2]), re.sub(r"(?<=\.)\d+(?=\.)", "*", found[3]))
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """The kind of every layer; with the name of its stack, if there are several stacks."""
+    places = [place_of(name) for name in names]
+    several = len({place.stack for place in places}) > 1
+    return [f"{p.stack}.*.{p.kind}" if several and p.stack else p.kind for p in places]
+
+
+def describe_run(seconds: float) -> RunReport:
+    """The report of a run in this process that ends now."""
+    return RunReport(
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=seconds,
+        peak_bytes=peak_bytes(),
+        machine=_machine(),
+        versions={"python": platform.python_version()} | dict(_versions()),
+    )
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+    return None if found is None else 1024 * int(found[1])
+
+
+def _machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    machine = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{machine}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else machine
+
+
+def _versions() -> Iterable[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            # run from a checkout
+            yield package, "not installed"
 
 
 def average_bits(reports: Iterable[LayerReport]) -> float:
@@ -42,16 +135,41 @@ def average_bits(reports: Iterable[LayerReport]) -> float:
     return sum(r.bits * r.weights for r in reports) / max(1, sum(r.weights for r in reports))
 
 
-def write_report(folder: str | os.PathLike, reports: Iterable[LayerReport]) -> None:
+def average_error(reports: Iterable[LayerReport]) -> float:
+    """Relative output error over all layers, every layer by its weights."""
+    reports = list(reports)
+    return sum(r.error * r.weights for r in reports) / max(1, sum(r.weights for r in reports))
+
+
+def write_report(
+    folder: str | os.PathLike, reports: Iterable[LayerReport], run: RunReport | None = None
+) -> None:
     """Write the reports into a model's folder."""
-    lines = [json.dumps(asdict(report)) + "\n" for report in reports]
-    (Path(folder) / REPORT_FILE).write_text("".join(lines), encoding="utf-8")
+    rows: list[dict[str, Any]] = [] if run is None else [{"run": asdict(run)}]
+    rows += map(asdict, reports)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (Path(folder) / REPORT_FILE).write_text(text, encoding="utf-8")
 
 
 def read_report(folder: str | os.PathLike) -> list[LayerReport]:
-    """The reports in a model's folder; none if there is no such file."""
+    """The layers' reports in a model's folder; none if there is no such file."""
+    return [_layer_report(row) for row in _rows(folder) if "run" not in row]
+
+
+def read_run(folder: str | os.PathLike) -> RunReport | None:
+    """The run's report in a model's folder, if it is there."""
+    return next((RunReport(**row["run"]) for row in _rows(folder) if "run" in row), None)
+
+
+def _rows(folder: str | os.PathLike) -> list[dict[str, Any]]:
     file = Path(folder) / REPORT_FILE
     if not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [LayerReport(**{k: row[k] for k in LayerReport.__dataclass_fields__}) for row in rows]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _layer_report(row: dict[str, Any]) -> LayerReport:
+    known = {f.name: row[f.name] for f in fields(LayerReport) if f.name in row}
+    if known.get("profile") is not None:
+        known["profile"] = ColumnProfile(**{k: tuple(v) for k, v in known["profile"].items()})
+    return LayerReport(**known)

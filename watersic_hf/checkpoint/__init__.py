@@ -1,5 +1,6 @@
 """The checkpoint: which tensors a quantized layer is stored as, and the files that hold them."""
 
+from watersic_hf.checkpoint.comparison import compare_checkpoints
 from watersic_hf.checkpoint.files import (
     TensorHeader,
     checkpoint_files,
@@ -27,6 +28,7 @@ __all__ = [
     "PackedLayer",
     "TensorHeader",
     "checkpoint_files",
+    "compare_checkpoints",
     "inspect_checkpoint",
     "layer_charge",
     "pack_layer",

@@ -23,6 +23,7 @@ from watersic_hf.checkpoint.schema import (
     stored_layers,
     validate_layer,
 )
+from watersic_hf.core import ColumnProfile, column_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +37,24 @@ class LayerRow:
     """Stored bits, everything included."""
     payload_bits: float
     """Stored bits of the payload: without the scales."""
-    pooled_entropy: float
-    """Entropy of one histogram of all codes."""
-    class_entropy: float
+    pooled_entropy: float | None = None
+    """Entropy of one histogram of all codes; None, as all that follows, if nothing was decoded."""
+    class_entropy: float | None = None
     """Entropy given the row and column classes."""
-    row_classes: int
-    column_classes: int
-    escapes: int
-    max_abs_code: int
+    row_classes: int | None = None
+    column_classes: int | None = None
+    escapes: int | None = None
+    max_abs_code: int | None = None
+    profile: ColumnProfile | None = None
+    """What the columns spend, as seen from the codes."""
 
 
-def inspect_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
+def inspect_checkpoint(folder: str | os.PathLike, *, decode: bool = True) -> dict[str, Any]:
     """Decode every layer of a model folder, and add up what is stored.
+
+    Args:
+        folder: of the model.
+        decode: False reads the files' headers only, and leaves out what takes the codes.
 
     Returns:
         ``layers``: a dict per layer with the fields of `LayerRow`; ``totals``: quantized layers
@@ -59,17 +66,21 @@ def inspect_checkpoint(folder: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: a file or layer is damaged, or nothing in the folder is quantized.
     """
     headers = read_headers(checkpoint_files(folder))
-    rows = [_row(name, layer) for name, layer in _layers(headers)]
+    if decode:
+        rows = [_row(name, layer) for name, layer in _layers(headers)]
+    else:
+        rows = [_row_of_headers(name, sh, headers) for name, sh in _shapes(headers).items()]
     weights = sum(row.rows * row.columns for row in rows)
 
     def average(field: str) -> float:
         return sum(getattr(row, field) * row.rows * row.columns for row in rows) / max(1, weights)
 
     quantized = {f"{row.name}.{field}" for row in rows for field in PackedLayer.__annotations__}
+    averages = ("bits", "payload_bits", *(("pooled_entropy", "class_entropy") if decode else ()))
     totals = {
         "layers": len(rows),
         "weights": weights,
-        **{f: average(f) for f in ("bits", "payload_bits", "pooled_entropy", "class_entropy")},
+        **{field: average(field) for field in averages},
         "quantized_bytes": sum(h.nbytes for n, h in headers.items() if n in quantized),
         "dense_bytes": sum(h.nbytes for n, h in headers.items() if n not in quantized),
         "file_bytes": sum(file.stat().st_size for file in {h.file for h in headers.values()}),
@@ -131,14 +142,25 @@ def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
     return checked
 
 
-def _layers(headers: dict[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer]]:
-    """The quantized layers of a checkpoint, one at a time in memory."""
+def _shapes(headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the tensors of every quantized layer of a checkpoint."""
     layers = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
     if not layers:
         raise CheckpointError("the checkpoint holds no layer that watersic_hf quantized")
+    for name, shapes in layers.items():
+        validate_layer(name, shapes, *_layer_shape(shapes))
+    return layers
+
+
+def _layer_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
+    return rows, columns
+
+
+def _layers(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer]]:
+    """The quantized layers of a checkpoint, one at a time in memory."""
+    layers = _shapes(headers)
     for name, shapes in tqdm(layers.items(), desc="Reading layers", delay=3, leave=False):
-        rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
-        validate_layer(name, shapes, rows, columns)
         tensors = {}
         for field in shapes:
             key = f"{name}.{field}"
@@ -146,14 +168,26 @@ def _layers(headers: dict[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer
         yield name, PackedLayer(**tensors)
 
 
+def _row_of_headers(
+    name: str, shapes: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorHeader]
+) -> LayerRow:
+    rows, columns = _layer_shape(shapes)
+    weights = max(1, rows * columns)
+    bits = 8 * sum(headers[f"{name}.{field}"].nbytes for field in shapes) / weights
+    payload_bits = 8 * headers[f"{name}.weight"].nbytes / weights
+    return LayerRow(name=name, rows=rows, columns=columns, bits=bits, payload_bits=payload_bits)
+
+
 def _row(name: str, layer: PackedLayer) -> LayerRow:
     layer.verify(name)
     rows, columns = layer.shape
-    statistics = codec.code_statistics(codec.decode(layer.weight))
+    codes_AN = codec.decode(layer.weight)
+    statistics = codec.code_statistics(codes_AN)
     return LayerRow(
         name=name, rows=rows, columns=columns, bits=layer.bits_per_weight,
         payload_bits=8 * len(layer.weight) / max(1, rows * columns),
         pooled_entropy=statistics.pooled_entropy, class_entropy=statistics.class_entropy,
         row_classes=statistics.row_classes, column_classes=statistics.col_classes,
         escapes=statistics.escapes, max_abs_code=statistics.max_abs,
+        profile=column_profile(codes_AN, codes_AN.float().square_().mean(0).sqrt_()),
     )  # fmt: skip

@@ -30,11 +30,13 @@ from watersic_hf.calibration import (
     LayerQuantizer,
     LayerReport,
     ResidentBlocks,
+    RunReport,
     calibration_windows,
     decoder_blocks,
     massive_rows,
     quantize_blocks,
     read_report,
+    read_run,
     zero_rows,
 )
 from watersic_hf.checkpoint import CheckpointError, stored_layers, validate_layer
@@ -75,6 +77,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.quantization_config = copy.deepcopy(quantization_config)
         self.dtype: torch.dtype | None = None
         self.reports: list[LayerReport] = []
+        self.run: RunReport | None = None
         self._device_map: Any = None
         self._layers: set[str] = set()
         self._shells: dict[str, nn.Module] = {}
@@ -237,7 +240,9 @@ class WaterSICHfQuantizer(HfQuantizer):
     ) -> None:
         """Put an empty quantized layer of the right size wherever the files hold one."""
         headers = model_headers(model, files or [])
-        self.reports = read_report(Path(files[0]).parent) if files else []
+        if files:
+            folder = Path(files[0]).parent
+            self.reports, self.run = read_report(folder), read_run(folder)
         stored = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
         for name, module in linear.items():
             found = stored.get(name, {})
@@ -273,7 +278,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         if self._quantizer is not None:
             dense = self.quantization_config.left_dense.items()
             logger.info("Dense: %s.", "; ".join(f"{name} ({reason})" for name, reason in dense))
-            self.reports = self._quantizer.reports
+            self.reports, self.run = self._quantizer.reports, self._quantizer.run_report()
             self._quantizer = None
         runtime = self.quantization_config.runtime
         set_residency(model, runtime.residency, backend=runtime.backend)

@@ -2,6 +2,7 @@
 
 import os
 import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from watersic_hf.calibration import LayerReport, average_bits, write_report
+from watersic_hf.calibration import (
+    LayerReport,
+    average_bits,
+    average_error,
+    kinds_of,
+    write_report,
+)
 
 TAGS = ["watersic", "quantized"]
 
@@ -35,6 +42,14 @@ codes are entropy coded.
 | quantized layers | {layers} |
 | quantized weights | {weights:,} |
 | calibration | {calibration} |
+"""
+
+_KINDS = """
+| layers | | bits per weight | relative output error |
+|---|--:|--:|--:|
+{rows}
+
+Layer by layer: `watersic_report.jsonl`, or `watersic inspect FOLDER --html page.html`.
 """
 
 
@@ -73,7 +88,18 @@ def model_card(
     )  # fmt: skip
     if finetuning is not None:
         body += f"| scales finetuned | {finetuning} |\n"
+    if reports:
+        body += _KINDS.format(rows="\n".join(_kind_rows(reports)))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _kind_rows(reports: Sequence[LayerReport]) -> Iterator[str]:
+    kinds: dict[str, list[LayerReport]] = {}
+    for report, kind in zip(reports, kinds_of(r.name for r in reports), strict=True):
+        kinds.setdefault(f"`{kind}`", []).append(report)
+    for kind, layers in [*kinds.items(), ("all", list(reports))]:
+        bits, error = average_bits(layers), average_error(layers)
+        yield f"| {kind} | {len(layers)} | {bits:.3f} | {error:.2g} |"
 
 
 def attach_extras(model: nn.Module) -> None:
@@ -101,7 +127,7 @@ def save_pretrained(
     """`PreTrainedModel.save_pretrained`, with the layers' reports beside the weights."""
     if model.hf_quantizer.reports:
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_report(save_directory, model.hf_quantizer.reports)
+        write_report(save_directory, model.hf_quantizer.reports, model.hf_quantizer.run)
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 

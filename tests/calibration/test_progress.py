@@ -1,0 +1,50 @@
+import io
+import sys
+
+import pytest
+
+from watersic_hf.calibration import LayerReport
+from watersic_hf.calibration.progress import LINE_EVERY, Progress
+
+
+def report(name, bits, error=0.01):
+    return LayerReport(name=name, rows=10, columns=100, asked=bits, bits=bits, error=error,
+                       damping=1e-4, tokens=64, seconds=0.1)  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def go_through(monkeypatch, stream, seconds=0.0):
+    clock = iter(n * seconds for n in range(1000))
+    monkeypatch.setattr("watersic_hf.calibration.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(layers=4, weights=4000, blocks=2) as progress:
+        for block in (0, 1):
+            progress.block(f"h.{block}")
+            progress.layer(report(f"h.{block}.q", 2.0))
+            progress.layer(report(f"h.{block}.o", 4.0))
+    return stream.getvalue()
+
+
+def test_a_terminal_has_a_bar_and_says_where_it_is(monkeypatch):
+    shown = go_through(monkeypatch, Terminal())
+
+    assert "Quantizing 100%" in shown
+    assert "4.00k of 4.00k weights" in shown
+    assert "left" in shown
+    assert "block 2 of 2, layer 4 of 4, 3.000 bits so far" in shown
+    assert "h.1.o: 4.00 bits, error 0.01" in shown
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, 1), (LINE_EVERY, 4)])
+def test_elsewhere_there_are_plain_lines_and_not_too_many(monkeypatch, seconds, lines):
+    shown = go_through(monkeypatch, io.StringIO(), seconds)
+
+    assert "\r" not in shown
+    assert shown.count("\n") == lines
+    last = shown.splitlines()[-1]
+    assert "00:00 left, block 2 of 2, layer 4 of 4, 3.000 bits so far" in last
+    assert "peak" in last or sys.platform != "linux"

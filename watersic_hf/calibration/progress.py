@@ -1,0 +1,90 @@
+"""What a person sees while a model is quantized."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm.auto import tqdm
+
+from watersic_hf.calibration.report import LayerReport, peak_bytes
+
+#: Without a terminal, the least seconds between two lines.
+LINE_EVERY = 10.0
+
+
+class Progress:
+    """Shows on standard error how far the quantization of a model is.
+
+    On a terminal, and in a notebook, two lines that change: a bar with the time that is left, and
+    below it the block, the bits so far, the peak memory, and the last layer with its error.
+    Elsewhere all of it in a plain line, every `LINE_EVERY` seconds at most.
+
+    Args:
+        layers: number of layers to quantize.
+        weights: number of weights in them.
+        blocks: number of blocks that hold them.
+    """
+
+    def __init__(self, *, layers: int, weights: int, blocks: int) -> None:
+        self._layers = layers
+        self._weights = weights
+        self._blocks = blocks
+        self._block = self._layer = 0
+        self._seen = 0
+        self._spent = 0.0
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._bar = tqdm(
+            total=self._weights, desc="Quantizing", unit_scale=True, smoothing=0.1,
+            disable=not self._live, dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt} weights, "
+            "{elapsed} gone, {remaining} left",
+        )  # fmt: skip
+        self._below = tqdm(
+            total=0, position=1, bar_format="{desc}", disable=not self._live, dynamic_ncols=True
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._below.close()
+        self._bar.close()
+
+    def block(self, name: str) -> None:
+        """A block is begun."""
+        self._block += 1
+        self._below.set_description_str(f"{self._where()}, {name}")
+
+    def layer(self, report: LayerReport) -> None:
+        """A layer is quantized."""
+        self._layer += 1
+        self._seen += report.weights
+        self._spent += report.bits * report.weights
+        state = f"{self._where()}, {self._spent / self._seen:.3f} bits so far"
+        memory = peak_bytes()
+        if memory is not None:
+            state += f", peak {memory / 1e9:.2f} GB"
+        state += f", {report.name}: {report.bits:.2f} bits, error {report.error:.2g}"
+        self._below.set_description_str(state)
+        self._bar.update(report.weights)
+        if not self._live:
+            self._say(state)
+
+    def _where(self) -> str:
+        return f"block {self._block} of {self._blocks}, layer {self._layer} of {self._layers}"
+
+    def _say(self, state: str) -> None:
+        now = time.monotonic()
+        if now - self._last_line < LINE_EVERY and self._layer < self._layers:
+            return
+        self._last_line = now
+        gone = now - self._start
+        left = gone * (self._weights - self._seen) / self._seen
+        interval = tqdm.format_interval
+        tqdm.write(f"{interval(gone)} gone, {interval(left)} left, {state}", file=sys.stderr)

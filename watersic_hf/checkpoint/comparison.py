@@ -1,0 +1,180 @@
+"""Two models side by side: which tensors are the same bytes, and how far apart the weights are."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from watersic_hf import codec
+from watersic_hf.checkpoint.files import checkpoint_files, read_headers, read_tensors
+from watersic_hf.checkpoint.schema import (
+    CheckpointError,
+    PackedLayer,
+    stored_layers,
+    validate_layer,
+)
+
+#: What config.json says of a quantized model that nobody chose.
+_RESULTS = ("left_dense",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDifference:
+    """A layer that both models hold, and at least one of them quantized.  Bits are per weight."""
+
+    name: str
+    weights: int
+    bits_a: float
+    bits_b: float
+    identical: bool
+    """It is stored as the same tensors, byte for byte."""
+    difference: float
+    """Norm of the difference of the dequantized weights, relative to the norm of the first."""
+
+
+def compare_checkpoints(a: str | os.PathLike, b: str | os.PathLike) -> dict[str, Any]:
+    """Compare two model folders, a layer at a time in memory; one of them may be dense.
+
+    Returns:
+        ``layers``: a dict with the fields of `LayerDifference` for each; ``totals``: their weights,
+        the average bits of both, the root mean square of the differences, weighted by weights, and
+        the bytes of the files of both; ``settings``: the two values, by name, of what config.json
+        says differently; ``tensors``: how many of those that both store are ``identical`` and how
+        many ``different``, and the names of those that are ``only_a`` and ``only_b``.
+
+    Raises:
+        CheckpointError: a file or layer is damaged, a layer has two shapes, or the two have no
+            layer in common that one of them has quantized.
+    """
+    first, second = _Folder(a), _Folder(b)
+    common = sorted(first.headers.keys() & second.headers.keys())
+    same = {n for n in common if _same_bytes(n, first, second)}
+    layers = [
+        name
+        for name in sorted(first.packed.keys() | second.packed.keys(), key=_natural)
+        if first.holds(name) and second.holds(name)
+    ]
+    if not layers:
+        raise CheckpointError(
+            f"{a} and {b} have no layer in common that is quantized in one of them; are they made "
+            f"from the same model, and is one of them quantized?"
+        )
+    rows = [
+        _difference(name, first, second, same)
+        for name in tqdm(layers, desc="Comparing layers", delay=3, leave=False)
+    ]
+    weights = sum(row.weights for row in rows)
+
+    def average(values: Iterator[float]) -> float:
+        return sum(v * row.weights for v, row in zip(values, rows, strict=True)) / weights
+
+    return {
+        "layers": [asdict(row) for row in rows],
+        "totals": {
+            "layers": len(rows),
+            "weights": weights,
+            "bits_a": average(row.bits_a for row in rows),
+            "bits_b": average(row.bits_b for row in rows),
+            "difference": math.sqrt(average(row.difference**2 for row in rows)),
+            "file_bytes_a": first.file_bytes,
+            "file_bytes_b": second.file_bytes,
+        },
+        "settings": _different_settings(first.settings, second.settings),
+        "tensors": {
+            "identical": len(same),
+            "different": len(common) - len(same),
+            "only_a": sorted(first.headers.keys() - second.headers.keys(), key=_natural),
+            "only_b": sorted(second.headers.keys() - first.headers.keys(), key=_natural),
+        },
+    }
+
+
+class _Folder:
+    """A model folder of which single layers are read."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.headers = read_headers(checkpoint_files(folder))
+        self.packed = stored_layers({n: (h.shape, h.dtype) for n, h in self.headers.items()})
+        self.file_bytes = sum(f.stat().st_size for f in {h.file for h in self.headers.values()})
+        config = Path(folder) / "config.json"
+        text = config.read_text(encoding="utf-8") if config.is_file() else "{}"
+        self.settings: dict[str, Any] = json.loads(text).get("quantization_config", {})
+
+    def holds(self, layer: str) -> bool:
+        """Whether there is such a layer, quantized or dense."""
+        return f"{layer}.weight" in self.headers
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor."""
+        return read_tensors(self.headers[name].file, [name])[name]
+
+    def tensors(self, layer: str) -> list[str]:
+        """Names of the tensors that a layer's weight is stored as."""
+        return [f"{layer}.{field}" for field in self.packed.get(layer, ("weight",))]
+
+    def bits(self, layer: str, weights: int) -> float:
+        """Stored bits per weight."""
+        return 8 * sum(self.headers[n].nbytes for n in self.tensors(layer)) / weights
+
+    def weight(self, layer: str) -> Tensor:
+        """The weight in float32, dequantized if it is quantized."""
+        if layer not in self.packed:
+            return self.tensor(f"{layer}.weight").float()
+        shapes = self.packed[layer]
+        rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
+        validate_layer(layer, shapes, rows, columns)
+        packed = PackedLayer(**{field: self.tensor(f"{layer}.{field}") for field in shapes})
+        packed.verify(layer)
+        scaled_AN = codec.decode(packed.weight) * packed.col_scale.float()
+        return scaled_AN.mul_(packed.row_scale.float()[:, None])
+
+
+def _same_bytes(name: str, a: _Folder, b: _Folder) -> bool:
+    if a.headers[name][1:] != b.headers[name][1:]:
+        return False
+    return torch.equal(*(f.tensor(name).contiguous().view(-1).view(torch.uint8) for f in (a, b)))
+
+
+def _difference(name: str, a: _Folder, b: _Folder, same: set[str]) -> LayerDifference:
+    names = a.tensors(name)
+    identical = names == b.tensors(name) and same.issuperset(names)
+    weight_a = a.weight(name)
+    difference = 0.0 if identical else _relative_difference(name, weight_a, b.weight(name))
+    return LayerDifference(
+        name=name,
+        weights=weight_a.numel(),
+        bits_a=a.bits(name, weight_a.numel()),
+        bits_b=b.bits(name, weight_a.numel()),
+        identical=identical,
+        difference=difference,
+    )
+
+
+def _relative_difference(name: str, a: Tensor, b: Tensor) -> float:
+    # the dense weight of GPT-2's Conv1D is stored transposed
+    ways = [w for w in (b, b.movedim(-1, 0)) if w.shape == a.shape]
+    if not ways:
+        raise CheckpointError(
+            f"{name}: the weight is {tuple(a.shape)} in the first model and {tuple(b.shape)} in "
+            f"the second; only models of one architecture and size can be compared."
+        )
+    norm = float(a.norm())
+    distance = min(float((a - way).norm()) for way in ways)
+    return distance / norm if norm > 0 else math.inf if distance > 0 else 0.0
+
+
+def _different_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    names = [name for name in a | b if name not in _RESULTS]
+    return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,300 @@
+"""The page: one HTML file with its style, its script and its data inside."""
+
+import html
+import json
+import os
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from watersic_hf.report.facts import Facts, LayerFacts
+from watersic_hf.report.plots import (
+    COLOURS,
+    bits_by_block,
+    column_rates,
+    error_against_bits,
+    waterfilling,
+)
+
+#: The page's name in the folder of the model that it is about.
+PAGE_FILE = "report.html"
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<meta name="color-scheme" content="light dark"/>
+<title>{title}: quantized with WaterSIC</title>
+<link rel="icon" href="data:,"/>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1><p>{subtitle}</p></header>
+<main>
+{body}
+</main>
+<script type="application/json" id="layers">{data}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def write_page(file: str | os.PathLike, facts: Facts) -> None:
+    """Write the page about a model to a file."""
+    Path(file).write_text(model_page(facts), encoding="utf-8")
+
+
+def model_page(facts: Facts) -> str:
+    """The page about a model; it asks for no other file."""
+    sections = [
+        _tiles(facts),
+        _legend(facts),
+        f'<div class="figures">{"".join(_figures(facts))}</div>',
+        _section("Layers", _layer_table(facts)),
+        _section("Dense", _dense_table(facts)),
+        f'<div class="pairs">{_section("Settings", _pairs(_settings(facts)))}'
+        f"{_section('Environment', _pairs(_environment(facts)))}</div>",
+    ]
+    return _PAGE.format(
+        title=html.escape(facts.title),
+        subtitle=html.escape(_subtitle(facts)),
+        style=_part("page.css"),
+        body="\n".join(sections),
+        data=_data(facts.layers),
+        script=_part("page.js"),
+    )
+
+
+def _part(name: str) -> str:
+    return files("watersic_hf.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _data(layers: Iterable[LayerFacts]) -> str:
+    """What the script needs of every layer; profiles in hundredths of a bit, which are shorter."""
+    rows = []
+    for layer in layers:
+        row: dict[str, Any] = {"name": layer.name, "text": _layer_text(layer)}
+        if layer.profile is not None:
+            for field in ("waterfilling", "entropies"):
+                row[field] = [round(100 * bits) for bits in getattr(layer.profile, field)]
+            row["histogram"] = layer.profile.histogram
+        rows.append(row)
+    text = json.dumps(rows, separators=(",", ":"))
+    # no name may end the element that the data stands in
+    return text.replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def _layer_text(layer: LayerFacts) -> str:
+    text = f"{layer.rows} \u00d7 {layer.columns}, {layer.bits:.3f} bits"
+    return text if layer.error is None else f"{text}, error {layer.error:.2g}"
+
+
+def _subtitle(facts: Facts) -> str:
+    parts = [facts.architecture, f"{facts.totals['layers']:,} layers quantized with WaterSIC"]
+    if facts.run is not None:
+        parts.append(facts.run.date[:10])
+    return ", ".join(parts)
+
+
+# -- numbers at the top -----------------------------------------------------------------------
+
+
+def _tiles(facts: Facts) -> str:
+    totals, run = facts.totals, facts.run
+    asked = facts.settings.get("bits")
+    sixteen = 2 * totals["weights"] + totals["dense_bytes"]
+    tiles = [
+        ("stored bits per weight", f"{totals['bits']:.3f}", asked and f"{asked:g} asked"),
+        ("size of the files", _bytes(totals["file_bytes"]), f"{_bytes(sixteen)} in 16 bits"),
+        ("quantized weights", _count(totals["weights"]), f"{totals['layers']:,} layers"),
+        ("mean output error", _optional(facts.error, ".3g"), "relative, by weights"),
+        ("calibration tokens", f"{facts.tokens:,}" if facts.tokens else "none", None),
+        ("time", None if run is None else _duration(run.seconds), None),
+        (
+            "peak memory",
+            None if run is None or not run.peak_bytes else _bytes(run.peak_bytes),
+            None,
+        ),
+    ]
+    cells = [
+        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><small>{note or ''}</small></div>"
+        for name, value, note in tiles
+        if value
+    ]
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+# -- figures ----------------------------------------------------------------------------------
+
+
+def _legend(facts: Facts) -> str:
+    buttons = (
+        f'<button type="button" class="c{kind % COLOURS}" data-kind="{kind}" aria-pressed="true">'
+        f"{html.escape(name)}</button>"
+        for kind, name in enumerate(facts.kinds)
+    )
+    return f'<nav class="legend" aria-label="Kinds of layers">{"".join(buttons)}</nav>'
+
+
+def _figures(facts: Facts) -> Iterable[str]:
+    yield _figure(
+        "Bits by layer",
+        bits_by_block(facts),
+        "Bits go where an error changes the predictions most. The dashed line is the mean over "
+        "all weights. A bar is the range over several layers of a kind in one block.",
+    )
+    lost = sum(r.error == 0 for r in facts.layers)
+    yield _figure(
+        "Error against bits",
+        error_against_bits(facts),
+        "What the output of a layer loses, as a share of its power. A bit more divides the error "
+        "by about four."
+        + (f" Of {lost} layers no error could be measured; they are not drawn." if lost else ""),
+    )
+    yield _figure(
+        "Rates of the columns",
+        column_rates(facts),
+        "Every input column has a step of its own, and so a rate of its own: how many columns, "
+        "up, cost how many bits, to the right.",
+    )
+    yield _figure(
+        "Waterfilling",
+        waterfilling(facts),
+        "All columns are given the same distortion, the water level. Theory charges a column for "
+        "what stands above it, and nothing for what is below. At high rates its codes cost a "
+        "quarter of a bit more, for rounding to a lattice. To the right, the columns by what their "
+        "codes cost.",
+        _chooser(facts.layers),
+    )
+
+
+def _figure(title: str, plot: str, caption: str, head: str = "") -> str:
+    if not plot:
+        plot = '<p class="absent">The folder\u2019s report does not say.</p>'
+    return (
+        f"<figure><h2>{title}</h2>{head}{plot}<figcaption>{html.escape(caption)}</figcaption>"
+        f"</figure>"
+    )
+
+
+def _chooser(layers: Sequence[LayerFacts]) -> str:
+    """The choice of a layer, at first the one of least bits: there the water is seen best."""
+    first = min(layers, key=lambda layer: layer.bits).number
+    keys = (("spent", "above water"), ("water", "under water"), ("cost", "cost of the codes"))
+    return (
+        f'<p class="choice"><select id="layer" aria-label="Layer" data-first="{first}"></select> '
+        f'<output id="chosen-text"></output></p><p class="choice">'
+        + "".join(f'<span class="key {name}">{text}</span>' for name, text in keys)
+        + "</p>"
+    )
+
+
+# -- tables -----------------------------------------------------------------------------------
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _layer_table(facts: Facts) -> str:
+    """A row per layer; columns of which nothing is known are left out."""
+    columns = [
+        ("bits", ".3f", [r.bits for r in facts.layers]),
+        ("asked", ".3f", [r.asked for r in facts.layers]),
+        ("error", ".2e", [r.error for r in facts.layers]),
+        ("payload", ".3f", [r.payload_bits for r in facts.layers]),
+        ("H class", ".3f", [r.class_entropy for r in facts.layers]),
+        ("H pooled", ".3f", [r.pooled_entropy for r in facts.layers]),
+        ("seconds", ".1f", [r.seconds for r in facts.layers]),
+    ]
+    columns = [column for column in columns if any(value is not None for value in column[2])]
+    head = "".join(
+        f'<th scope="col"><button type="button">{name}</button></th>'
+        for name in ("layer", "rows", "columns", *(name for name, _, _ in columns))
+    )
+    most = max(r.bits for r in facts.layers)
+    rows = []
+    for n, layer in enumerate(facts.layers):
+        cells = [_cell(str(layer.rows)), _cell(str(layer.columns))]
+        cells += [_cell(_optional(values[n], style)) for _, style, values in columns]
+        name = f'<th scope="row" class="c{layer.kind % COLOURS}">{html.escape(layer.name)}</th>'
+        share = f' style="--share:{layer.bits / most:.3f}"'
+        rows.append(f'<tr data-layer="{n}"{share}>{name}{"".join(cells)}</tr>')
+    return (
+        '<p><input id="filter" type="search" placeholder="Filter by name" '
+        'aria-label="Filter layers by name"/></p>'
+        f'<div class="scroll"><table id="table"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _dense_table(facts: Facts) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(row["name"])}</th>{_cell(str(row["tensors"]))}'
+        f'{_cell(_bytes(row["bytes"]))}<td class="words">{html.escape(row["reason"])}</td></tr>'
+        for row in facts.dense
+    )
+    head = '<th>matrix</th><th>tensors</th><th>size</th><th class="words">reason</th>'
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        f"</div>"
+    )
+
+
+def _settings(facts: Facts) -> list[tuple[str, str]]:
+    return [(name, _plain(value)) for name, value in facts.settings.items()]
+
+
+def _environment(facts: Facts) -> list[tuple[str, str]]:
+    if facts.run is None:
+        return [("", "The folder\u2019s report does not say.")]
+    run = facts.run
+    return [("date", run.date), ("machine", run.machine), *run.versions.items()]
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th>'
+        f'<td class="words">{html.escape(value)}</td></tr>'
+        for name, value in pairs
+    )
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    return f"<td>{html.escape(text)}</td>"
+
+
+# -- numbers ----------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _optional(value: float | None, style: str) -> str:
+    return "" if value is None else format(value, style)
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    size = 0
+    while value >= 999.5 and size + 1 < len(units):
+        value, size = value / 1000, size + 1
+    return f"{value:.3g}{units[size]}"
+
+
+def _bytes(value: int) -> str:
+    return _scaled(value, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _count(value: int) -> str:
+    return _scaled(value, ("", " K", " M", " B"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
