@@ -7,9 +7,9 @@
 
 `run` quantizes with our machinery and appends a row per method, rate and seed; `judge` appends one
 for every folder that `rivals.py` wrote; `show` prints the table, means over seeds with their
-spread, and draws KL against stored bits.  Bits are stored bytes of the quantized tensors, for all.
-"full at" is the bits at which the full method reaches a row's KL, and how much fewer bytes that is;
-between the rates that were measured, the logarithm of its KL is interpolated.
+spread, and draws KL and perplexity against stored bits.  Bits are stored bytes of the quantized
+tensors, for all.  "full at" is the bits at which the full method reaches a row's KL, and how much
+fewer bytes that is; between the rates that were measured, the logarithm of its KL is interpolated.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     show = commands.add_parser("show")
     show.set_defaults(run=_show)
     show.add_argument("json", nargs="+")
-    show.add_argument("--plot", help="also draw KL against bits into this SVG file")
+    show.add_argument("--plot", help="also draw KL and perplexity into this SVG file")
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
@@ -249,7 +249,7 @@ def _show(arguments: argparse.Namespace) -> list[dict]:
         cells += [str(len(members)), f"{mean(row['seconds'] for row in members):.0f}"]
         print("| " + " | ".join(cells) + " |")
     if arguments.plot:
-        Path(arguments.plot).write_text(plot(rows, f"KL {texts[0]}"), encoding="utf-8")
+        Path(arguments.plot).write_text(plot(rows, texts[0]), encoding="utf-8")
     return rows
 
 
@@ -291,62 +291,83 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean(values):.4g}{spread}"
 
 
-def plot(rows: Iterable[dict], key: str) -> str:
-    """An SVG with one panel per model: `key` on a logarithmic axis against stored bits."""
-    width, height, margin = 560, 420, 56
+#: Of the panels of a plot, in pixels: width, height, and room for labels around the axes.
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 340, 48, 34, 40
+#: A method has a colour and a shape of line by its place in the alphabet; ours is black and thick.
+COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#e08e0b", "#7a4fb5", "#0a9396", "#b07d62", "#c71585")
+DASHES = ("", "6 3", "2 3")
+
+
+def plot(rows: Sequence[dict], text: str) -> str:
+    """An SVG of what methods give for their bits: KL and perplexity, a line of panels per model."""
+    methods = sorted({row["method"] for row in rows} - {"full"})
+    looks = {
+        method: (COLORS[n % len(COLORS)], DASHES[n // len(COLORS) % len(DASHES)], 1.5)
+        for n, method in enumerate(methods)
+    } | {"full": ("#000000", "", 3)}
     models = sorted({row["model"] for row in rows})
-    colors = (
-        "#1b6ca8",
-        "#d1495b",
-        "#2e933c",
-        "#e08e0b",
-        "#7a4fb5",
-        "#444444",
-        "#0a9396",
-        "#b07d62",
-        "#c71585",
-        "#6b8e23",
-        "#4169e1",
-        "#8b0000",
-    )
     parts = []
-    for panel, model in enumerate(models):
+    for line, model in enumerate(models):
         mine = [row for row in rows if row["model"] == model]
-        low, high = (
-            f(math.log10(row[key]) for row in mine) for f in (min, max)
-        )  # fmt: skip
-
-        def place(row: dict, panel=panel, low=low, high=high) -> tuple[float, float]:
-            x = margin + (row["bits"] - 1) / 4 * (width - 2 * margin)
-            share = (math.log10(row[key]) - low) / max(high - low, 1e-9)
-            return panel * width + x, height - margin - share * (height - 2 * margin)
-
-        parts.append(_text(panel * width + margin, 24, f"{model}: {key} (log) against stored bits"))
-        for bits in range(1, 6):
-            x, _ = place({"bits": bits, key: 10**low})
-            parts.append(_text(x, height - margin + 18, str(bits)))
-        for value in (low, (low + high) / 2, high):
-            _, y = place({"bits": 1, key: 10**value})
-            parts.append(_text(panel * width + 4, y, f"{10**value:.2g}"))
-        for number, method in enumerate(sorted({row["method"] for row in mine})):
-            points = sorted(place(row) for row in mine if row["method"] == method)
-            color = colors[number % len(colors)]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}"/>')
-            parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points
-            ]
-            y = margin + 15 * number
-            parts.append(_text((panel + 1) * width - 150, y, method, color))
-    size = f'width="{width * len(models)}" height="{height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
-
-
-def _text(x: float, y: float, text: str, color: str = "#222222") -> str:
+        for column, key in enumerate((f"KL {text}", f"ppl {text}")):
+            floor = mine[0].get(f"original {key}")
+            panel = _panel(mine, key, f"{model}: {key}", looks, floor)
+            x, y = column * WIDTH, line * HEIGHT
+            parts.append(f'<g transform="translate({x},{y})">{panel}</g>')
+    for number, (method, (color, dash, width)) in enumerate(reversed(looks.items())):
+        y = TOP + 18 * number
+        parts.append(
+            f'<path d="M{2 * WIDTH + 8},{y - 4}h28" stroke="{color}" stroke-width="{width}" '
+            f'stroke-dasharray="{dash}"/>' + _text(2 * WIDTH + 42, y, method)
+        )
+    size = f'viewBox="0 0 {2 * WIDTH + 150} {HEIGHT * len(models)}"'
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-family="sans-serif" font-size="12" '
-        f'fill="{color}">{text}</text>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>\n'
     )
+
+
+def _panel(
+    rows: Sequence[dict], key: str, title: str, looks: dict[str, tuple], floor: float | None
+) -> str:
+    """One pair of axes: `key`, logarithmic and cut above 128 times its least, against bits."""
+    values = [row[key] for row in rows]
+    least = min(values) if floor is None else min(floor, *values)
+    most = min(max(values), 128 * least)
+    octaves = math.log2(most / least) or 1
+    first, last = 1, math.ceil(max(row["bits"] for row in rows))
+
+    def place(bits: float, value: float) -> tuple[float, float]:
+        share = math.log2(value / least) / octaves
+        x = LEFT + (bits - first) / (last - first) * (WIDTH - LEFT - 16)
+        return x, HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+
+    parts = [_text(LEFT, 20, f"{title} (log) against stored bits")]
+    for bits in range(first, last + 1):
+        x, y = place(bits, least)
+        parts.append(f'<path d="M{x:.1f},{TOP}V{y:.1f}" stroke="#dddddd"/>')
+        parts.append(_text(x, y + 18, str(bits), anchor="middle"))
+    for octave in range(int(octaves) + 1):
+        x, y = place(first, least * 2**octave)
+        parts.append(f'<path d="M{x:.1f},{y:.1f}H{WIDTH - 16}" stroke="#dddddd"/>')
+        parts.append(_text(x - 6, y + 4, f"{least * 2**octave:.3g}", anchor="end"))
+    for method, (color, dash, width) in looks.items():
+        points = sorted(
+            place(row["bits"], row[key])
+            for row in rows
+            if row["method"] == method and row[key] <= most
+        )
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" '
+            f'stroke-dasharray="{dash}"/>'
+        )
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
+    return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222222">{text}</text>'
 
 
 if __name__ == "__main__":
