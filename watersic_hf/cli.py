@@ -159,7 +159,6 @@ def _parser() -> argparse.ArgumentParser:
 def _quantize(arguments: argparse.Namespace) -> None:
     from watersic_hf.calibration import average_bits
     from watersic_hf.integration import WaterSICConfig, quantize_to_folder
-    from watersic_hf.report import PAGE_FILE, read_facts, write_page
 
     config = WaterSICConfig(
         bits=arguments.bits,
@@ -177,8 +176,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.out, config, dtype=arguments.dtype,
         device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,
     )  # fmt: skip
-    page = Path(arguments.out) / PAGE_FILE
-    write_page(page, read_facts(arguments.out, inspect_checkpoint(arguments.out, decode=False)))
+    page = _write_page(arguments.out)
     stored = average_bits(reports)
     if arguments.json:
         _print_json(
@@ -189,6 +187,15 @@ def _quantize(arguments: argparse.Namespace) -> None:
             f"{arguments.out}: {len(reports)} layers, {sum(r.weights for r in reports):,} weights, "
             f"{stored:.4f} bits per weight stored ({arguments.bits:g} asked); {page} shows it"
         )
+
+
+def _write_page(folder: str) -> Path:
+    """Put the page about a model into its folder, without decoding its layers."""
+    from watersic_hf.report import PAGE_FILE, read_facts, write_page
+
+    page = Path(folder) / PAGE_FILE
+    write_page(page, read_facts(folder, inspect_checkpoint(folder, decode=False)))
+    return page
 
 
 def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:
@@ -231,6 +238,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
         sequence_length=arguments.sequence_length, settings=FinetuneSettings(**given),
         resume_folder=arguments.resume, dtype=arguments.dtype, device_map=arguments.device_map,
     )  # fmt: skip
+    _write_page(arguments.out)
     before, after = report.kl_bits_before, report.kl_bits_after
     if arguments.json:
         _print_json(asdict(report) | {"kl_bits_before": before, "kl_bits_after": after})

@@ -35,7 +35,7 @@ def test_a_terminal_has_a_bar_and_says_where_it_is(monkeypatch):
     assert "Quantizing 100%" in shown
     assert "4.00k of 4.00k weights" in shown
     assert "left" in shown
-    assert "block 2 of 2, layer 4 of 4, 3.000 bits so far" in shown
+    assert "block 2/2, layer 4/4, 3.000 bits, error 0.01 so far" in shown
     assert "h.1.o: 4.00 bits, error 0.01" in shown
 
 
@@ -46,5 +46,5 @@ def test_elsewhere_there_are_plain_lines_and_not_too_many(monkeypatch, seconds, 
     assert "\r" not in shown
     assert shown.count("\n") == lines
     last = shown.splitlines()[-1]
-    assert "00:00 left, block 2 of 2, layer 4 of 4, 3.000 bits so far" in last
+    assert "00:00 left, block 2/2, layer 4/4, 3.000 bits, error 0.01 so far" in last
     assert "peak" in last or sys.platform != "linux"

@@ -2,21 +2,38 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from watersic_hf.calibration.report import LayerReport, peak_bytes
 
+T = TypeVar("T")
+
 #: Without a terminal, the least seconds between two lines.
 LINE_EVERY = 10.0
+
+
+def is_live() -> bool:
+    """Whether standard error shows lines that change."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def steps(blocks: Iterable[T], label: str, total: int) -> Iterable[T]:
+    """Blocks, one after another, behind a bar; without a terminal a line says that they begin."""
+    if is_live():
+        return tqdm(blocks, label, total, unit="block", dynamic_ncols=True)
+    tqdm.write(f"{label}: {total} blocks", file=sys.stderr)
+    return blocks
 
 
 class Progress:
     """Shows on standard error how far the quantization of a model is.
 
     On a terminal, and in a notebook, two lines that change: a bar with the time that is left, and
-    below it the block, the bits so far, the peak memory, and the last layer with its error.
+    below it the block, bits and error so far, the peak memory, and the last layer.
     Elsewhere all of it in a plain line, every `LINE_EVERY` seconds at most.
 
     Args:
@@ -31,11 +48,11 @@ class Progress:
         self._blocks = blocks
         self._block = self._layer = 0
         self._seen = 0
-        self._spent = 0.0
+        self._spent = self._lost = 0.0
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> "Progress":
-        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        self._live = is_live()
         self._bar = tqdm(
             total=self._weights, desc="Quantizing", unit_scale=True, smoothing=0.1,
             disable=not self._live, dynamic_ncols=True,
@@ -43,8 +60,9 @@ class Progress:
             "{elapsed} gone, {remaining} left",
         )  # fmt: skip
         self._below = tqdm(
-            total=0, position=1, bar_format="{desc}", disable=not self._live, dynamic_ncols=True
-        )
+            total=0, position=1, bar_format="{desc}", disable=not self._live, dynamic_ncols=True,
+            leave=False,
+        )  # fmt: skip
         return self
 
     def __exit__(
@@ -66,10 +84,12 @@ class Progress:
         self._layer += 1
         self._seen += report.weights
         self._spent += report.bits * report.weights
-        state = f"{self._where()}, {self._spent / self._seen:.3f} bits so far"
-        memory = peak_bytes()
+        self._lost += report.error * report.weights
+        bits, error, memory = self._spent / self._seen, self._lost / self._seen, peak_bytes()
+        state = f"{self._where()}, {bits:.3f} bits, error {error:.2g} so far"
         if memory is not None:
             state += f", peak {memory / 1e9:.2f} GB"
+        # a line that is too long for the terminal loses its end
         state += f", {report.name}: {report.bits:.2f} bits, error {report.error:.2g}"
         self._below.set_description_str(state)
         self._bar.update(report.weights)
@@ -77,7 +97,7 @@ class Progress:
             self._say(state)
 
     def _where(self) -> str:
-        return f"block {self._block} of {self._blocks}, layer {self._layer} of {self._layers}"
+        return f"block {self._block}/{self._blocks}, layer {self._layer}/{self._layers}"
 
     def _say(self, state: str) -> None:
         now = time.monotonic()

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.capture import (
@@ -30,6 +29,7 @@ from watersic_hf.calibration.capture import (
     model_inputs,
     runnable_stacks,
 )
+from watersic_hf.calibration.progress import steps
 from watersic_hf.calibration.topology import Stack, inside
 from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
 
@@ -96,7 +96,7 @@ def _stack_sensitivities(
     stream = block_stream(model, modules, windows, batch_size=1, source=source)
     inputs: list[list[Tensor]] = []
     forward = enumerate(stack)
-    for index, (name, block) in tqdm(forward, "Sensitivity, forward", len(stack), unit="block"):
+    for index, (name, block) in steps(forward, "Sensitivity, forward", len(stack)):
         inputs.append(list(stream.hidden))
         with source.hold(name, block):
             stream.advance(index, block)
@@ -110,7 +110,7 @@ def _stack_sensitivities(
 
     found: dict[str, Sensitivity] = {}
     backward = list(enumerate(stack))[::-1]
-    for index, (name, block) in tqdm(backward, desc="Sensitivity, backward", unit="block"):
+    for index, (name, block) in steps(backward, "Sensitivity, backward", len(stack)):
         stream.hidden = inputs.pop()
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with source.hold(name, block):
