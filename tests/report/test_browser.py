@@ -16,7 +16,7 @@ BROWSER = next(
 )  # fmt: skip
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-           "--hide-scrollbars", "--enable-logging=stderr"]  # fmt: skip
+           "--disable-dev-shm-usage", "--hide-scrollbars", "--enable-logging=stderr"]  # fmt: skip
 
 #: Runs in the page when all is drawn: uses it, and writes down what is to be seen.
 MEASURE = """

@@ -10,8 +10,8 @@ from typing import Any
 
 from watersic_hf.report.facts import Facts, LayerFacts
 from watersic_hf.report.plots import (
-    COLOURS,
     bits_by_block,
+    colour,
     column_rates,
     error_against_bits,
     waterfilling,
@@ -132,7 +132,7 @@ def _tiles(facts: Facts) -> str:
 
 def _legend(facts: Facts) -> str:
     buttons = (
-        f'<button type="button" class="c{kind % COLOURS}" data-kind="{kind}" aria-pressed="true">'
+        f'<button type="button" class="{colour(kind)}" data-kind="{kind}" aria-pressed="true">'
         f"{html.escape(name)}</button>"
         for kind, name in enumerate(facts.kinds)
     )
@@ -140,11 +140,14 @@ def _legend(facts: Facts) -> str:
 
 
 def _figures(facts: Facts) -> Iterable[str]:
+    several = len({(r.place.stack, r.place.block, r.kind) for r in facts.layers}) < len(
+        facts.layers
+    )
     yield _figure(
         "Bits by layer",
         bits_by_block(facts),
-        "Bits go where an error changes the predictions most. The dashed line is the mean over "
-        "all weights. A bar is the range over several layers of a kind in one block.",
+        "The dashed line is the mean over all weights."
+        + (" A bar is the range over the layers of a kind in one block." if several else ""),
     )
     lost = sum(r.error == 0 for r in facts.layers)
     yield _figure(
@@ -220,7 +223,7 @@ def _layer_table(facts: Facts) -> str:
     for n, layer in enumerate(facts.layers):
         cells = [_cell(str(layer.rows)), _cell(str(layer.columns))]
         cells += [_cell(_optional(values[n], style)) for _, style, values in columns]
-        name = f'<th scope="row" class="c{layer.kind % COLOURS}">{html.escape(layer.name)}</th>'
+        name = f'<th scope="row" class="{colour(layer.kind)}">{html.escape(layer.name)}</th>'
         share = f' style="--share:{layer.bits / most:.3f}"'
         rows.append(f'<tr data-layer="{n}"{share}>{name}{"".join(cells)}</tr>')
     return (

@@ -18,8 +18,8 @@ LEFT, MARGIN, BOTTOM = 70, 14, 50
 _SUPERSCRIPT = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 )
-#: Least height of a histogram among others.
-ROW = 30
+#: Least height of a histogram among others, and what its name takes of that.
+ROW, NAME = 42, 17
 #: Colours of kinds in `page.css`; further kinds begin again.
 COLOURS = 10
 
@@ -161,9 +161,9 @@ def column_rates(facts: Facts) -> str:
         edges = [axes.at_x(n / BINS_PER_BIT) for n in range(len(histogram) + 1)]
         path = f"M{edges[0]:.1f} {base:.1f}"
         for left, right, count in zip(edges, edges[1:], histogram, strict=False):
-            y = base - 0.92 * row * count / tallest
+            y = base - (row - NAME) * count / tallest
             path += f"M{left:.1f} {base:.1f}V{y:.1f}H{right:.1f}V{base:.1f}"
-        name = _text(axes.right, base - row / 2, facts.kinds[kind], "note end")
+        name = _text(LEFT, base - row + NAME - 4, facts.kinds[kind], "note")
         grid = f'<path class="grid" d="M{LEFT} {base:.1f}H{axes.right}"/>'
         parts.append(grid + _kind(kind, f'<path class="area" d="{path}"/>') + name)
     return _svg(
@@ -214,8 +214,13 @@ def _points(points: Sequence[tuple[str, LayerFacts]]) -> str:
     return f'<path class="points" d="{path}" data-layers="{layers}"/>'
 
 
+def colour(kind: int) -> str:
+    """The style of a kind of layer; from `COLOURS` on they begin again, with smaller marks."""
+    return f"c{kind % COLOURS}" + (" again" if kind >= COLOURS else "")
+
+
 def _kind(kind: int, content: str) -> str:
-    return f'<g class="kind c{kind % COLOURS}" data-kind="{kind}">{content}</g>'
+    return f'<g class="kind {colour(kind)}" data-kind="{kind}">{content}</g>'
 
 
 def _text(x: float, y: float, text: str, style: str) -> str:
