@@ -83,9 +83,8 @@ class Axes:
         for tick in decades if self.log_y else round_ticks(low, high):
             y = self.at_y(tick)
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{self.right}"/>')
-            parts.append(
-                _text(LEFT - 8, y + 4, _power(tick) if self.log_y else f"{tick:g}", "tick end")
-            )
+            number = _power(tick) if self.log_y else f"{tick:g}"
+            parts.append(_text(LEFT - 8, y + 4, number, "tick end"))
         place = f'transform="translate(14 {(MARGIN + self.bottom) / 2:.1f}) rotate(-90)"'
         parts.append(f'<text class="label middle" {place}>{html.escape(label)}</text>')
         return "".join(parts)
@@ -96,15 +95,12 @@ def round_ticks(low: float, high: float, count: int = 6) -> list[float]:
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [
-        n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)]
 
 
 def _power(tick: float) -> str:
-    superscript = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
-    exponent = str(round(math.log10(tick)))
-    return "10" + exponent.translate(str.maketrans("-0123456789", "\u207b" + superscript))
+    return "10" + str(round(math.log10(tick))).translate(_SUPERSCRIPT)
 
 
 def bits_by_block(facts: Facts) -> str:
