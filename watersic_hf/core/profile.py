@@ -41,9 +41,9 @@ def column_deviations(weight_AN: Tensor, row_scale_A: Tensor, spacing_N: Tensor)
     The whitened standard deviation is :math:`s_i \ell_{ii}` and the spacing :math:`c / \ell_{ii}`,
     so the statistics of the inputs cancel.  Rows of scale 0, and columns of spacing 0, count as 0.
     """
-    in_steps_AN = weight_AN.float() / torch.where(row_scale_A == 0, math.inf, row_scale_A)[:, None]
-    deviation_N = in_steps_AN.square_().mean(0).sqrt_()
-    return deviation_N / torch.where(spacing_N == 0, math.inf, spacing_N)
+    row_scale_A = torch.where(row_scale_A == 0, math.inf, row_scale_A.float())
+    deviation_N = (weight_AN.float() / row_scale_A[:, None]).square_().mean(0).sqrt_()
+    return deviation_N / torch.where(spacing_N == 0, math.inf, spacing_N.float())
 
 
 def column_profile(codes_AN: Tensor, deviation_N: Tensor) -> ColumnProfile:
