@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from watersic_hf.checkpoint import (
     CheckpointError,
     checkpoint_files,
     read_headers,
+    read_json,
     read_state,
     read_tensors,
+    write_json,
     write_state,
+    write_tensors,
 )
 
 
@@ -88,7 +92,7 @@ def test_a_state_comes_back_and_replaces_the_one_before(tmp_path):
 def test_a_state_of_another_computation_says_in_what_it_differs(tmp_path, file):
     write_state(tmp_path / "state", {}, {"identity": {"a": 1, "b": 2, "c": 3}})
 
-    with pytest.raises(CheckpointError, match="written with other b and c, and cannot be resumed"):
+    with pytest.raises(CheckpointError, match=r"other b \(2 instead of 0\) and c \(3 "):
         read_state(tmp_path / "state", identity={"a": 1, "b": 0, "c": 0})
     with pytest.raises(CheckpointError, match="written with other a"):
         read_state(file, identity={"a": 1})
@@ -99,3 +103,46 @@ def test_a_damaged_state_is_an_error(tmp_path):
 
     with pytest.raises(CheckpointError, match="state: "):
         read_state(tmp_path / "state", identity={})
+
+
+def test_a_damaged_tensor_of_a_state_is_found(tmp_path):
+    write_state(tmp_path / "state", {"x": torch.zeros(64)}, {"identity": {}})
+    data = bytearray((tmp_path / "state").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "state").write_bytes(data)
+
+    with pytest.raises(CheckpointError, match="this state is damaged"):
+        read_state(tmp_path / "state", identity={})
+
+
+def test_tensors_written_one_by_one_are_the_file_that_safetensors_writes(tmp_path):
+    bits = torch.arange(48, dtype=torch.uint8)
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+             torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+             torch.float8_e4m3fn, torch.float8_e5m2]  # fmt: skip
+    tensors = {f"layers.{i}.weight": bits.view(kind).clone() for i, kind in enumerate(kinds)}
+    tensors |= {
+        "b": torch.ones(2, 3),
+        "a": torch.ones(2, 3).T.contiguous(),
+        "scalar": torch.ones(()),
+    }
+    tensors |= {"empty": torch.empty(0, 4), "\u00fc": torch.tensor([True, False])}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+
+    write_tensors(dict(tensors), tmp_path / "ours", {"format": "pt"})
+
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+    write_json(tmp_path / "facts.json", {"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"facts.json: cannot be written: File too large"):
+            write_json(tmp_path / "facts.json", list(range(1000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert read_json(tmp_path / "facts.json") == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["facts.json"]

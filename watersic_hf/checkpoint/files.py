@@ -1,18 +1,37 @@
-"""Safetensors files: what a folder has, what headers say, reading, and states to resume from."""
+"""Safetensors files: what a folder has, what headers say, reading, and states to resume from.
 
+What is written here is whole at any time: it is written beside its place, flushed to the disk, and
+then moved there.
+"""
+
+import contextlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from watersic_hf.checkpoint.schema import CheckpointError
 
 _LENGTH_BYTES = 8
+#: Bytes of a tensor that are handed to the operating system at a time.
+_CHUNK = 1 << 24
+#: The dtypes of safetensors, in the order in which its files have them.
+_DTYPES = {
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
+    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class TensorHeader(NamedTuple):
@@ -92,6 +111,131 @@ def read_tensors(file: str | os.PathLike, names: Iterable[str]) -> dict[str, Ten
         raise CheckpointError(f"{Path(file).name}: {error}.") from error
 
 
+@contextlib.contextmanager
+def reading(what: str, advice: str) -> Iterator[None]:
+    """Read safetensors files by other means than those here.
+
+    Raises:
+        CheckpointError: a file cannot be read; the message says `what`, and has the `advice`.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{what}: cannot be read: {error}. {advice}") from error
+
+
+@contextlib.contextmanager
+def replacing(file: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `file` when it is complete and on the disk.
+
+    Raises:
+        CheckpointError: it cannot be written, as when the disk is full; what was there before is
+            there still.
+    """
+    file = Path(file)
+    scratch = file.with_name(f"{file.name}.tmp{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(scratch, file)
+        _flush_folder(file.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be written: {error.strerror or error}. Nothing that was finished is "
+            f"lost: make room or choose another disk, and run the same command again."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def read_json(file: str | os.PathLike) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+
+
+def write_json(file: str | os.PathLike, value: Any) -> None:
+    """Write what JSON holds to a file.
+
+    Raises:
+        CheckpointError: as `replacing`.
+    """
+    with replacing(file) as handle:
+        handle.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, with no more than a part of one in memory.
+
+    Args:
+        handle: an empty file.
+        specs: shape and dtype of every tensor, in the order in which they will be added.
+        metadata: of the file.
+    """
+
+    def __init__(
+        self,
+        handle: BinaryIO,
+        specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        start = 0
+        for name, (shape, dtype) in specs.items():
+            end = start + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end],
+            }  # fmt: skip
+            start = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _LENGTH_BYTES)
+        self._handle = handle
+        self._handle.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+
+    def add(self, tensor: Tensor) -> int:
+        """Write the next tensor; returns its `checksum_of`."""
+        checksum = 0
+        for part in _parts(tensor):
+            self._handle.write(part)
+            checksum = zlib.crc32(part, checksum)
+        return checksum
+
+
+def write_tensors(
+    tensors: MutableMapping[str, Tensor],
+    file: str | os.PathLike,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """What `safetensors.torch.save_file` writes, to the byte, in little memory.
+
+    Args:
+        tensors: by name.  Each is taken out once it is written, so that what is only mapped into
+            memory can be let go.
+        file: the file.
+        metadata: of the file.
+
+    Raises:
+        CheckpointError: as `replacing`.
+    """
+    order = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name.encode()))
+    specs = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in names}
+    with replacing(file) as handle:
+        writer = TensorWriter(handle, specs, metadata or {})
+        for name in names:
+            writer.add(tensors.pop(name))
+
+
 def write_state(
     file: str | os.PathLike, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
@@ -102,40 +246,105 @@ def write_state(
         tensors: by name.
         facts: what JSON holds; one of them, ``identity``, says which computation this is the state
             of.
+
+    Raises:
+        CheckpointError: as `replacing`.
     """
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f"{file.name}.tmp")
-    stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    facts = dict(facts) | {"checksums": _checksums(tensors)}
     # in one file with the tensors, so that the two cannot be of different times
-    save_file(stored, scratch, metadata={"facts": json.dumps(facts)})
-    os.replace(scratch, file)
+    write_tensors(dict(tensors), file, {"facts": json.dumps(facts)})
 
 
 def read_state(
-    file: str | os.PathLike, *, identity: Mapping[str, Any]
+    file: str | os.PathLike,
+    *,
+    identity: Mapping[str, Any],
+    advice: str = "Delete it, and what it holds is computed again.",
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts that `write_state` wrote.
 
+    Args:
+        file: the file.
+        identity: of the computation.
+        advice: for the message, what to do about a file that is damaged.
+
     Raises:
-        CheckpointError: the file cannot be read, or is the state of another computation; the
-            message says in what the two differ.
+        CheckpointError: the file cannot be read, is damaged, or is the state of another
+            computation; the message says in what the two differ.
     """
     file = Path(file)
     try:
         with safe_open(file, framework="pt") as handle:
             facts = json.loads((handle.metadata() or {}).get("facts", "{}"))
         tensors = load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file.name}: {error}.") from error
-    found = facts.get("identity", {})
-    differing = [name for name in identity if found.get(name) != identity[name]]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}. {advice}") from error
+    require_identity(file, facts.get("identity", {}), identity)
+    if facts.pop("checksums", None) != _checksums(tensors):
+        raise CheckpointError(
+            f"{file}: this state is damaged: its bytes do not match their checksum. {advice}"
+        )
+    return tensors, facts
+
+
+def require_identity(
+    file: str | os.PathLike, found: Mapping[str, Any], identity: Mapping[str, Any]
+) -> None:
+    """Refuse the state of another computation.
+
+    Raises:
+        CheckpointError: the two differ; the message says in what.
+    """
+    differing = list(_differences(found, identity))
     if differing:
         raise CheckpointError(
             f"{file}: this state was written with other {' and '.join(differing)}, and cannot be "
             f"resumed with these. Give what it was started with, or choose another folder."
         )
-    return tensors, facts
+
+
+def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, with both values where they are short."""
+    for name, wanted in identity.items():
+        value = found.get(name)
+        if value == wanted:
+            continue
+        if isinstance(value, Mapping) and isinstance(wanted, Mapping):
+            parts = ", ".join(_differences(value, dict.fromkeys(value) | dict(wanted)))
+            yield f"{name} ({parts})"
+        else:
+            texts = [json.dumps(v) for v in (value, wanted)]
+            shown = all(len(text) < 40 for text in texts)
+            yield f"{name} ({texts[0]} instead of {texts[1]})" if shown else name
+
+
+def _parts(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, some at a time."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for part in flat.split(_CHUNK):
+        yield memoryview(part.cpu().numpy())
+
+
+def checksum_of(tensor: Tensor) -> int:
+    """A checksum of a tensor's bytes."""
+    checksum = 0
+    for part in _parts(tensor):
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: checksum_of(tensor) for name, tensor in tensors.items()}
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk; only where a folder can be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _parse_header(file: Path) -> tuple[dict, int]:
