@@ -7,6 +7,7 @@ from watersic_hf.calibration.data import (
     pydoc_texts,
     text_windows,
 )
+from watersic_hf.calibration.journal import Journal
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.massive import massive_rows, zero_rows
 from watersic_hf.calibration.pipeline import quantize_blocks
@@ -28,6 +29,7 @@ from watersic_hf.calibration.topology import decoder_blocks
 
 __all__ = [
     "CalibrationSettings",
+    "Journal",
     "LayerQuantizer",
     "LayerReport",
     "Place",

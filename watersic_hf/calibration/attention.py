@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from watersic_hf.calibration.ranks import mean_of_all
+
 #: Scores below this are masked out: half of the most negative bfloat16.
 _MASKED = torch.finfo(torch.bfloat16).min / 2
 
@@ -43,7 +45,7 @@ def attention_importance(run: Callable[[int], object], batches: int) -> list[Ten
         if not watch.received:
             return None
         received.append(torch.stack(watch.received).mean(0))
-    mean = torch.cat([p.flatten() for p in received]).mean()
+    mean = mean_of_all(torch.cat([p.flatten() for p in received]))
     return [p / mean for p in received]
 
 

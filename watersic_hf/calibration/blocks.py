@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ResidentBlocks:
@@ -31,6 +31,10 @@ class ResidentBlocks:
             yield
         finally:
             block.to(home)
+
+    def stored(self, name: str, block: nn.Module) -> dict[str, Tensor]:
+        """What is stored of a block that is finished, while it is held, by name within it."""
+        return block.state_dict()
 
     @contextmanager
     def flow(self) -> Iterator[None]:

@@ -3,15 +3,17 @@
 Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 """
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.calibration.ranks import add_up, share
 from watersic_hf.calibration.topology import InputGroup, Stack, block_stacks
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
 
@@ -27,15 +29,26 @@ BlockArguments = list[tuple[tuple, dict]]
 sliding window have a mask of their own."""
 
 
+class States(Protocol):
+    """Hidden states, one B x T x D tensor per batch: a list, or what is kept on the disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, batch: int) -> Tensor: ...
+
+    def append(self, hidden: Tensor) -> object:
+        """Add the hidden states of the next batch."""
+        ...
+
+
 @dataclass
 class BlockStream:
-    """The hidden states of all calibration windows at the input of the next block.
+    """The hidden states of this process's calibration windows at the input of the next block.
 
     One stream is one model's: the partly quantized one's, or the original's.
     """
 
-    hidden: list[Tensor]
-    """One B x T x D tensor per batch."""
+    hidden: States
 
     arguments: list[BlockArguments] = field(repr=False)
     """One per batch, as they may depend on its tokens: a decoder's blocks are called with what the
@@ -46,20 +59,36 @@ class BlockStream:
 
     def copy(self) -> "BlockStream":
         """A stream of its own from the same hidden states on."""
-        return BlockStream(list(self.hidden), self.arguments)
+        return BlockStream(copy.copy(self.hidden), self.arguments)
 
-    def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """Output of `block`, the model's block number `index`, on one batch, where the block is."""
-        inputs = (self.hidden[batch], *self.arguments[batch][index])
+    def run(
+        self, index: int, block: nn.Module, batch: int, *, hidden: Tensor | None = None
+    ) -> Tensor:
+        """Output of `block`, the model's block number `index`, on one batch, where the block is.
+
+        Args:
+            index: of the block.
+            block: the block.
+            batch: number of the batch.
+            hidden: what to put in; default: the hidden states of the batch.
+        """
+        hidden = self.hidden[batch] if hidden is None else hidden
+        inputs = (hidden, *self.arguments[batch][index])
         hidden, args, kwargs = _moved(inputs, next(block.parameters()).device)
         output = block(hidden, *args, **kwargs)
         output, self.rest = _split(output)
         return output
 
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Push all batches through a block."""
+    def advance(self, index: int, block: nn.Module, *, into: States | None = None) -> None:
+        """Push all batches through a block; what comes out takes their place, or goes `into`."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(index, block, batch).to(self.hidden[batch].device)
+            hidden = self.hidden[batch]
+            output = self.run(index, block, batch, hidden=hidden).to(hidden.device)
+            if into is None:
+                self.hidden[batch] = output
+            else:
+                into.append(output)
+        self.hidden = self.hidden if into is None else into
 
 
 @torch.no_grad()
@@ -70,15 +99,24 @@ def block_stream(
     *,
     batch_size: int,
     source: ResidentBlocks = RESIDENT,
+    hidden: States | None = None,
 ) -> BlockStream:
-    """Run the model up to its first block on all windows.
+    """Run the model up to its first block on the windows of this process.
 
     To learn each block's own arguments, the first two batches of every shape run through all
     blocks, and the others too unless the arguments of those two, and of the first block, are equal.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        windows: 1-D token ids, of all processes.
+        batch_size: windows in a batch.
+        source: where blocks come from.
+        hidden: what the hidden states are appended to; default: a new list.
     """
     seen: dict[tuple[int, ...], list[BlockArguments]] = {}
-    stream = BlockStream([], [])
-    for tokens_BT in to_batches(windows, batch_size):
+    stream = BlockStream([] if hidden is None else hidden, [])
+    for tokens_BT in share(to_batches(windows, batch_size)):
         known = seen.setdefault(tuple(tokens_BT.shape), [])
         by_shape = len(known) > 1 and known[0] is known[1]
         calls = block_calls(model, blocks[:1] if by_shape else blocks, tokens_BT, source=source)
@@ -139,7 +177,7 @@ def group_moments(
     residual: bool = False,
     importance: Sequence[Tensor] | None = None,
 ) -> tuple[Moments, Moments | None]:
-    """Second moments of the input of a group of layers, over all windows, in one pass.
+    """Second moments of the input of a group of layers, over all windows of all processes.
 
     Both blocks are run only as far as the group's input.
 
@@ -187,6 +225,9 @@ def group_moments(
                     weighted.add(*streams, residual_TA=error, weight_T=weight_T)
     except CalibrationError as error:
         raise CalibrationError(f"{name}.{group.layers[0]}: {error}") from error
+    for sums in (plain, weighted):
+        if sums is not None:
+            sums.combine(add_up)
     return plain.result(), None if weighted is None else weighted.result()
 
 
@@ -253,15 +294,22 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def to_batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    """Windows of equal length together, in order, at most `batch_size` of them."""
-    batches: list[list[Tensor]] = []
-    for window in windows:
-        if batches and len(batches[-1]) < batch_size and len(batches[-1][0]) == len(window):
-            batches[-1].append(window)
+def batch_numbers(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Windows of equal length together, in order, at most `batch_size` of them, by number."""
+    batches: list[list[int]] = []
+    for number, length in enumerate(lengths):
+        last = batches[-1] if batches else []
+        if last and len(last) < batch_size and lengths[last[0]] == length:
+            last.append(number)
         else:
-            batches.append([window])
-    return [torch.stack(batch) for batch in batches]
+            batches.append([number])
+    return batches
+
+
+def to_batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """The windows of every batch, B x T."""
+    numbers = batch_numbers([len(window) for window in windows], batch_size)
+    return [torch.stack([windows[number] for number in batch]) for batch in numbers]
 
 
 def model_inputs(model: nn.Module, tokens_BT: Tensor) -> dict[str, Any]:

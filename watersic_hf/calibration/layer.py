@@ -2,20 +2,24 @@
 
 import time
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from watersic_hf.calibration.budget import Budget, row_importance, sensitive_targets
+from watersic_hf.calibration.journal import Journal
+from watersic_hf.calibration.ranks import gather, place, share
 from watersic_hf.calibration.report import LayerReport, RunReport, describe_run
 from watersic_hf.calibration.sensitivity import Sensitivity
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
+from watersic_hf.codec import decode
 from watersic_hf.core import (
     LayerSettings,
     Moments,
     column_deviations,
     column_profile,
+    narrow,
     quantize_weight,
 )
 
@@ -29,6 +33,7 @@ class LayerQuantizer:
         seed: every layer draws from a generator of its own, seeded by this and by its name, so
             that the result does not depend on the order of the layers.
         pinned: layers whose bits are not to be moved to others.
+        journal: where finished layers are kept, and taken from if they are there.
     """
 
     def __init__(
@@ -38,12 +43,14 @@ class LayerQuantizer:
         settings: LayerSettings,
         seed: int,
         pinned: Collection[str] = (),
+        journal: Journal | None = None,
     ) -> None:
         self._targets = dict(targets)
         self._pinned = frozenset(pinned)
         self.budget = Budget(targets)
         self.settings = settings
         self.seed = seed
+        self.journal = journal
         self.reports: list[LayerReport] = []
         self._row_importance: dict[str, Tensor] = {}
         self._start = time.perf_counter()
@@ -66,11 +73,24 @@ class LayerQuantizer:
                 name: row_importance(sensitivity) for name, sensitivity in sensitivities.items()
             }
 
-    @torch.no_grad()
+    def finished(self, name: str) -> bool:
+        """Whether the layer was quantized before, so that no moments are needed."""
+        return self.journal is not None and self.journal.has_layer(name)
+
+    def count(self, report: LayerReport) -> None:
+        """Add the report of a layer that is quantized, and take what it cost from the budget."""
+        self.budget.spend(report.name, report.bits)
+        self.reports.append(report)
+
     def quantize(
-        self, name: str, weight_AN: Tensor, moments: Moments
+        self, name: str, weight_AN: Tensor, moments: Moments | None
     ) -> tuple[PackedLayer, Tensor]:
         """Quantize and pack a layer's weight, and add its report.
+
+        Args:
+            name: of the layer.
+            weight_AN: its weight.
+            moments: of its input; None for a layer that is finished.
 
         Returns:
             The packed layer, and the codes that it holds.
@@ -78,9 +98,49 @@ class LayerQuantizer:
         Raises:
             CalibrationError: the weight or the moments cannot be used; the message names the layer.
         """
+        packed, codes_AN, report = self._work(name, weight_AN, moments, self.budget.ask(name))
+        self.count(report)
+        return packed, codes_AN
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], moments: Moments | None
+    ) -> Iterator[tuple[str, PackedLayer, Tensor]]:
+        """Quantize layers with one input, where there are several processes each its share.
+
+        Args:
+            weights: by name of the layer.
+            moments: of their input; None if all of them are finished.
+
+        Returns:
+            What `quantize` returns for each, with its name.
+        """
+        if place()[1] == 1:
+            for name, weight_AN in weights.items():
+                yield name, *self.quantize(name, weight_AN, moments)
+            return
+        # all at once: what one leaves over is for the groups to come
+        asked = {name: self.budget.ask(name) for name in weights}
+        done = {}
+        for name in share(list(weights)):
+            packed, _, report = self._work(name, weights[name], moments, asked[name])
+            done[name] = packed, report
+        found = {name: result for part in gather(done) for name, result in part.items()}
+        for name in weights:
+            packed, report = found[name]
+            self.count(report)
+            yield name, packed, narrow(decode(packed.weight))
+
+    @torch.no_grad()
+    def _work(
+        self, name: str, weight_AN: Tensor, moments: Moments | None, asked: float
+    ) -> tuple[PackedLayer, Tensor, LayerReport]:
+        """Packed layer, codes and report of a layer, from the journal if it has them."""
+        if self.finished(name):
+            packed, report = self.journal.layer(name)
+            packed.verify(name)
+            return packed, narrow(decode(packed.weight)), report
         start = time.perf_counter()
         rows, columns = weight_AN.shape
-        asked = self.budget.ask(name)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
         quantized = quantize_weight(
             weight_AN, moments, bits=asked, charge=layer_charge, settings=self.settings,
@@ -89,23 +149,22 @@ class LayerQuantizer:
         packed = pack_layer(
             quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name
         )
-        self.budget.spend(name, packed.bits_per_weight)
         deviation_N = column_deviations(weight_AN, quantized.row_scale_A, quantized.spacing_N)
-        self.reports.append(
-            LayerReport(
-                name=name,
-                rows=rows,
-                columns=columns,
-                asked=asked,
-                bits=packed.bits_per_weight,
-                error=float(quantized.error),
-                damping=quantized.damping,
-                tokens=moments.tokens,
-                seconds=time.perf_counter() - start,
-                profile=column_profile(quantized.codes_AN, deviation_N),
-            )
+        report = LayerReport(
+            name=name,
+            rows=rows,
+            columns=columns,
+            asked=asked,
+            bits=packed.bits_per_weight,
+            error=float(quantized.error),
+            damping=quantized.damping,
+            tokens=moments.tokens,
+            seconds=time.perf_counter() - start,
+            profile=column_profile(quantized.codes_AN, deviation_N),
         )
-        return packed, quantized.codes_AN
+        if self.journal is not None:
+            self.journal.put_layer(packed, report)
+        return packed, quantized.codes_AN, report
 
     def run_report(self) -> RunReport:
         """The report of the run, which ends now."""

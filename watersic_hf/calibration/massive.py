@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.capture import Side, block_stream, group_inputs
+from watersic_hf.calibration.ranks import gather
 from watersic_hf.calibration.topology import InputGroup, input_groups
 
 logger = logging.getLogger(__name__)
@@ -100,4 +101,4 @@ def _peaks(side: Side, index: int, group: InputGroup) -> Tensor:
         for batch in range(len(side.stream.hidden))
         for x in group_inputs(side, index, group, batch)
     ]
-    return torch.stack(peaks).amax(0)
+    return torch.stack(gather(torch.stack(peaks).amax(0).cpu())).amax(0)

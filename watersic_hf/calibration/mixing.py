@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf.calibration.capture import Side, group_inputs
+from watersic_hf.calibration.ranks import gather
 from watersic_hf.calibration.topology import InputGroup
 from watersic_hf.core import SHAPING_LOSS, LayerSettings, Moments, quantize_weight
 
@@ -56,7 +57,7 @@ def search_mixture(
     """
     batches = _few_batches(working)
     wanted = [group_inputs(original, index, after, batch) for batch in batches]
-    power = sum(float(x.float().square().sum()) for inputs in wanted for x in inputs)
+    power = sum(gather(sum(float(x.float().square().sum()) for inputs in wanted for x in inputs)))
     settings = LayerSettings(damping=settings.damping, rescale=False)
     layers = [working.block.get_submodule(name) for name in group.layers]
     dense = [layer.weight.data for layer in layers]
@@ -69,7 +70,8 @@ def search_mixture(
                     weight_AN, moments, rate=bits - SHAPING_LOSS, settings=settings
                 )
                 layer.weight.data = rounded.dequantize().to(weight_AN.dtype)
-            return _distance(working, index, after, batches, wanted) / max(power, 1e-30)
+            distance = sum(gather(_distance(working, index, after, batches, wanted)))
+            return distance / max(power, 1e-30)
         finally:
             for layer, weight_AN in zip(layers, dense, strict=True):
                 layer.weight.data = weight_AN
@@ -102,11 +104,11 @@ def golden_section(
 def _few_batches(side: Side) -> list[int]:
     """The first batches, up to `SEARCH_TOKENS`."""
     chosen, tokens = [], 0
-    for batch, hidden in enumerate(side.stream.hidden):
+    for batch in range(len(side.stream.hidden)):
         if chosen and tokens >= SEARCH_TOKENS:
             break
         chosen.append(batch)
-        tokens += hidden[..., 0].numel()
+        tokens += side.stream.hidden[batch][..., 0].numel()
     return chosen
 
 

@@ -7,7 +7,8 @@ the errors of earlier ones.
 
 import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +19,21 @@ from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks, twin
 from watersic_hf.calibration.capture import (
     BlockStream,
     Side,
+    States,
     block_stream,
     group_moments,
     runnable_stacks,
 )
+from watersic_hf.calibration.journal import Journal
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
 from watersic_hf.calibration.progress import Progress
+from watersic_hf.calibration.ranks import place, wait
+from watersic_hf.calibration.report import LayerReport
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import InputGroup, Stack, input_groups, inside
-from watersic_hf.core import Moments
+from watersic_hf.core import CalibrationError, Moments
 from watersic_hf.nn import WaterSICLinear, replace_module
 
 logger = logging.getLogger(__name__)
@@ -47,8 +52,13 @@ def quantize_blocks(
     sensitivities: Mapping[str, Sensitivity] | None = None,
     batch_size: int = 8,
     source: ResidentBlocks = RESIDENT,
+    journal: Journal | None = None,
 ) -> None:
     """Quantize the layers of a model in place, block by block, on calibration windows.
+
+    With torch.distributed initialised, every process calls this with the same arguments: each runs
+    its share of the windows, quantizes its share of the layers that have one input, and ends with
+    the same model.
 
     Args:
         model: a model in evaluation mode whose blocks map hidden states to hidden states.
@@ -60,6 +70,8 @@ def quantize_blocks(
             are measured if `settings` ask for them.
         batch_size: windows in a batch.
         source: where blocks come from; default: they are in memory, and stay where they are.
+        journal: where what is finished is kept, and what is there already is not done again; the
+            finished blocks of an earlier run are then not put into the model.
 
     Layers outside the blocks, or that no calibration window reaches, stay as they are, with a
     warning that names them.
@@ -68,50 +80,52 @@ def quantize_blocks(
         CalibrationError: a layer cannot be quantized; the message names it.
     """
     layers = list(layers)
-    _warn_of_few_tokens(model, windows, layers)
+    batch_size = _batch_size(len(windows), batch_size)
     stacks = runnable_stacks(model, layers, windows[0], source=source)
+    if journal is not None and len(stacks) > 1:
+        raise CalibrationError(
+            f"{type(model).__name__} has {len(stacks)} stacks of blocks to quantize, and only a "
+            f"model with one can be resumed. Quantize it without a journal."
+        )
     if settings.sensitivity:
+        measure = functools.partial(
+            layer_sensitivities, model, windows, layers, tokens=settings.sensitivity_tokens,
+            damping=quantizer.settings.damping, seed=quantizer.seed, source=source,
+        )  # fmt: skip
         if sensitivities is None:
-            sensitivities = layer_sensitivities(
-                model, windows, layers, tokens=settings.sensitivity_tokens,
-                damping=quantizer.settings.damping, seed=quantizer.seed, source=source,
-            )  # fmt: skip
+            sensitivities = measure() if journal is None else journal.sensitivities(measure)
         quantizer.weigh(
             sensitivities,
             allocate=settings.allocation == "sensitivity",
             rows=settings.row_importance,
         )
 
-    def stream_into(stack: Stack) -> BlockStream:
+    def stream_into(stack: Stack, hidden: States | None = None) -> BlockStream:
         modules = [block for _, block in stack]
-        return block_stream(model, modules, windows, batch_size=batch_size, source=source)
+        return block_stream(
+            model, modules, windows, batch_size=batch_size, source=source, hidden=hidden
+        )
 
     # what reaches a decoder in the original model, while there is one
     originals = [stream_into(stack) for stack in stacks[1:]] if settings.two_streams else []
-    done: set[str] = set()
+    tokens = sum(len(window) for window in windows)
     ends = [max(i for i, b in enumerate(s) if inside([b], layers)) + 1 for s in stacks]
     weights = sum(model.get_submodule(layer).weight.numel() for layer in layers)
     with Progress(layers=len(layers), weights=weights, blocks=sum(ends)) as progress:
         for number, stack in enumerate(stacks):
-            stream = stream_into(stack)
             original = None
-            if settings.two_streams:
-                original = originals[number - 1] if number else stream.copy()
-            for index, (name, block) in enumerate(stack[: ends[number]]):
-                progress.block(name)
-                with source.hold(name, block):
-                    turn = _Turn(
-                        index, name, quantizer, settings,
-                        working=Side(stream, block),
-                        original=None if original is None else Side(original, twin(block)),
-                    )  # fmt: skip
-                    within = [n.removeprefix(f"{name}.") for n in inside([(name, block)], layers)]
-                    for layer in turn.quantize(within):
-                        done.add(layer)
-                        progress.layer(quantizer.reports[-1])
-                    stream.advance(index, block)
-                    if original is not None:
-                        original.advance(index, turn.original.block)
+            if journal is not None:
+                stream, original = _kept_streams(
+                    journal, functools.partial(stream_into, stack), batch_size, settings
+                )
+            else:
+                stream = stream_into(stack)
+                if settings.two_streams:
+                    original = originals[number - 1] if number else stream.copy()
+            way = _Way(stream, original, quantizer, settings, batch_size, source, journal, progress)
+            for index, block in enumerate(stack[: ends[number]]):
+                way.take(index, *block, inside([block], layers), tokens=tokens)
+    done = {report.name for report in quantizer.reports}
     left = [layer for layer in layers if layer not in done]
     if left:
         logger.warning(
@@ -121,10 +135,97 @@ def quantize_blocks(
         )
 
 
-def _warn_of_few_tokens(model: nn.Module, windows: Sequence[Tensor], layers: Sequence[str]) -> None:
-    """Say so when there are fewer than two tokens for every input of the widest layer."""
-    tokens = sum(len(window) for window in windows)
-    columns = max(model.get_submodule(layer).in_features for layer in layers)
+@dataclass
+class _Way:
+    """The way through one stack of blocks, from the first to the last that is quantized."""
+
+    stream: BlockStream
+    original: BlockStream | None
+    quantizer: LayerQuantizer
+    settings: CalibrationSettings
+    batch_size: int
+    source: ResidentBlocks
+    journal: Journal | None
+    progress: Progress
+
+    def take(
+        self, index: int, name: str, block: nn.Module, layers: Sequence[str], *, tokens: int
+    ) -> None:
+        """Quantize the layers of the next block, and go on to the one behind it."""
+        self.progress.block(name)
+        if self.journal is not None and index < self.journal.blocks:
+            for report in self.journal.block(index)[1]:
+                self.quantizer.count(report)
+                self.progress.layer(report, earlier=True)
+            return
+        with self.source.hold(name, block):
+            turn = _Turn(
+                index, name, self.quantizer, self.settings,
+                working=Side(self.stream, block),
+                original=None if self.original is None else Side(self.original, twin(block)),
+            )  # fmt: skip
+            within = [layer.removeprefix(f"{name}.") for layer in layers]
+            if index == 0:
+                _warn_of_few_tokens(block, tokens, within)
+            before = len(self.quantizer.reports)
+            for layer in turn.quantize(within):
+                earlier = self.quantizer.finished(layer)
+                self.progress.layer(self.quantizer.reports[-1], earlier=earlier)
+            self._advance(turn)
+            if self.journal is not None:
+                self._keep(turn, self.quantizer.reports[before:])
+
+    def _advance(self, turn: "_Turn") -> None:
+        """Push both streams through a block; with a journal, into files of it."""
+        for role, side in (("working", turn.working), ("original", turn.original)):
+            if side is not None:
+                into = None
+                if self.journal is not None:
+                    into = self.journal.states(role, turn.index + 1, self.batch_size)
+                side.stream.advance(turn.index, side.block, into=into)
+
+    def _keep(self, turn: "_Turn", reports: Sequence[LayerReport]) -> None:
+        """Keep a finished block, when all processes are done with it."""
+        stored = self.source.stored(turn.name, turn.working.block)
+        wait()
+        if place()[0] == 0:
+            self.journal.put_block(turn.index, stored, reports)
+        self.journal.finish_block(turn.index)
+
+
+def _batch_size(windows: int, batch_size: int) -> int:
+    """The batch size with which every process has a batch."""
+    _, size = place()
+    if windows < size:
+        raise CalibrationError(
+            f"{windows} calibration windows cannot be shared by {size} processes. Start at most "
+            f"{windows} processes, or use more windows."
+        )
+    return min(batch_size, windows // size)
+
+
+def _kept_streams(
+    journal: Journal,
+    stream_into: Callable[[States], BlockStream],
+    batch_size: int,
+    settings: CalibrationSettings,
+) -> tuple[BlockStream, BlockStream | None]:
+    """Both streams at the block at hand, their hidden states on the disk."""
+    if journal.blocks == 0:
+        stream = stream_into(journal.states("input", 0, batch_size))
+        return stream, stream.copy() if settings.two_streams else None
+    # only the arguments of the blocks are wanted
+    stream = stream_into(deque(maxlen=0))
+    original = stream.copy() if settings.two_streams else None
+    stream.hidden = journal.states("working", journal.blocks, batch_size)
+    if original is not None:
+        original.hidden = journal.states("original", journal.blocks, batch_size)
+    return stream, original
+
+
+def _warn_of_few_tokens(block: nn.Module, tokens: int, layers: Sequence[str]) -> None:
+    """Say so when there are fewer than two tokens for every input of a block's widest layer."""
+    columns = max((block.get_submodule(layer).in_features for layer in layers), default=0)
     if tokens < 2 * columns:
         logger.warning(
             "%d calibration tokens do not determine the moments of %d inputs, and the result can "
@@ -149,29 +250,30 @@ class _Turn:
     def quantize(self, layers: Sequence[str]) -> Iterable[str]:
         """Quantize the layers of the block, group by group; yields their full names when done."""
         block = self.working.block
+        full = {layer: f"{self.name}.{layer}" for layer in layers}
         run = functools.partial(self.working.stream.run, self.index, block)
         groups = input_groups(block, layers, lambda: run(0), self.working.stream.hidden[0])
         if self.index == 0:
             self._say_what_is_not_read(groups)
         importance = self._importance() if any(g.feeds_attention for g in groups) else None
         for number, group in enumerate(groups):
-            moments = self._moments(
-                group,
-                next((g for g in groups[number:] if not g.feeds_attention), None),
-                importance if group.feeds_attention else None,
-            )
-            for layer in group.layers:
-                linear = block.get_submodule(layer)
-                weight_AN = linear.weight
-                packed, codes_AN = self.quantizer.quantize(
-                    f"{self.name}.{layer}", weight_AN, moments
+            moments = None
+            if not all(self.quantizer.finished(full[layer]) for layer in group.layers):
+                moments = self._moments(
+                    group,
+                    next((g for g in groups[number:] if not g.feeds_attention), None),
+                    importance if group.feeds_attention else None,
                 )
+            linears = {full[layer]: block.get_submodule(layer) for layer in group.layers}
+            weights = {name: linear.weight for name, linear in linears.items()}
+            for name, packed, codes_AN in self.quantizer.quantize_group(weights, moments):
+                weight_AN = weights[name]
                 quantized = WaterSICLinear.from_packed(
-                    packed, bias=linear.bias, codes_AN=codes_AN, dtype=weight_AN.dtype,
+                    packed, bias=linears[name].bias, codes_AN=codes_AN, dtype=weight_AN.dtype,
                     device=weight_AN.device,
                 )  # fmt: skip
-                replace_module(block, layer, quantized)
-                yield f"{self.name}.{layer}"
+                replace_module(block, name.removeprefix(f"{self.name}."), quantized)
+                yield name
 
     def _say_what_is_not_read(self, groups: Sequence[InputGroup]) -> None:
         """A line in the log for each part of the method that the architecture gives no way to."""

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from watersic_hf.calibration.ranks import place
 from watersic_hf.calibration.report import LayerReport, peak_bytes
 
 T = TypeVar("T")
@@ -17,15 +18,16 @@ LINE_EVERY = 10.0
 
 
 def is_live() -> bool:
-    """Whether standard error shows lines that change."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    """Whether standard error shows lines that change; of several processes the first one's."""
+    return place()[0] == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def steps(blocks: Iterable[T], label: str, total: int) -> Iterable[T]:
     """Blocks, one after another, behind a bar; without a terminal a line says that they begin."""
     if is_live():
         return tqdm(blocks, label, total, unit="block", dynamic_ncols=True)
-    tqdm.write(f"{label}: {total} blocks", file=sys.stderr)
+    if place()[0] == 0:
+        tqdm.write(f"{label}: {total} blocks", file=sys.stderr)
     return blocks
 
 
@@ -47,7 +49,7 @@ class Progress:
         self._weights = weights
         self._blocks = blocks
         self._block = self._layer = 0
-        self._seen = 0
+        self._seen = self._seen_earlier = 0
         self._spent = self._lost = 0.0
         self._start = self._last_line = time.monotonic()
 
@@ -79,9 +81,10 @@ class Progress:
         self._block += 1
         self._below.set_description_str(f"{self._where()}, {name}")
 
-    def layer(self, report: LayerReport) -> None:
-        """A layer is quantized."""
+    def layer(self, report: LayerReport, *, earlier: bool = False) -> None:
+        """A layer is quantized, or was in an earlier run that this one goes on from."""
         self._layer += 1
+        self._seen_earlier += report.weights if earlier else 0
         self._seen += report.weights
         self._spent += report.bits * report.weights
         self._lost += report.error * report.weights
@@ -101,10 +104,11 @@ class Progress:
 
     def _say(self, state: str) -> None:
         now = time.monotonic()
-        if now - self._last_line < LINE_EVERY and self._layer < self._layers:
+        soon = now - self._last_line < LINE_EVERY and self._layer < self._layers
+        if soon or place()[0] > 0:
             return
         self._last_line = now
         gone = now - self._start
-        left = gone * (self._weights - self._seen) / self._seen
+        left = gone * (self._weights - self._seen) / max(1, self._seen - self._seen_earlier)
         interval = tqdm.format_interval
         tqdm.write(f"{interval(gone)} gone, {interval(left)} left, {state}", file=sys.stderr)

@@ -153,7 +153,7 @@ def write_report(
 
 def read_report(folder: str | os.PathLike) -> list[LayerReport]:
     """The layers' reports in a model's folder; none if there is no such file."""
-    return [_layer_report(row) for row in _rows(folder) if "run" not in row]
+    return [layer_report(row) for row in _rows(folder) if "run" not in row]
 
 
 def read_run(folder: str | os.PathLike) -> RunReport | None:
@@ -168,7 +168,8 @@ def _rows(folder: str | os.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _layer_report(row: dict[str, Any]) -> LayerReport:
+def layer_report(row: dict[str, Any]) -> LayerReport:
+    """The report that a row was made of."""
     known = {f.name: row[f.name] for f in fields(LayerReport) if f.name in row}
     if known.get("profile") is not None:
         known["profile"] = ColumnProfile(**{k: tuple(v) for k, v in known["profile"].items()})

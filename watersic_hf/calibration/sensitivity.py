@@ -25,11 +25,13 @@ from torch.nn import functional as F
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.capture import (
     BlockStream,
+    States,
     block_stream,
     model_inputs,
     runnable_stacks,
 )
 from watersic_hf.calibration.progress import steps
+from watersic_hf.calibration.ranks import add_up, gather, place
 from watersic_hf.calibration.topology import Stack, inside
 from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
 
@@ -56,6 +58,7 @@ def layer_sensitivities(
     damping: float | None,
     seed: int,
     source: ResidentBlocks = RESIDENT,
+    states: Callable[[int], States] = lambda index: [],
 ) -> dict[str, Sensitivity]:
     """Sensitivity of layers, by name.
 
@@ -68,6 +71,7 @@ def layer_sensitivities(
         damping: of the inputs' second moments; None is `damping_for` the tokens.
         seed: of the tokens that the model draws.
         source: where blocks come from; default: they are in memory, and stay where they are.
+        states: what the hidden states at the input of a block are kept in, by its number.
 
     Returns:
         The sensitivities; none at all if hidden states are not finite, or if the model makes no
@@ -79,7 +83,7 @@ def layer_sensitivities(
     windows = _first_windows(windows, tokens)
     found: dict[str, Sensitivity] = {}
     for stack in runnable_stacks(model, layers, windows[0], source=source):
-        found |= _stack_sensitivities(model, stack, windows, layers, damping, seed, source)
+        found |= _stack_sensitivities(model, stack, windows, layers, damping, seed, source, states)
     return found
 
 
@@ -91,20 +95,24 @@ def _stack_sensitivities(
     damping: float | None,
     seed: int,
     source: ResidentBlocks,
+    states: Callable[[int], States],
 ) -> dict[str, Sensitivity]:
     modules = [block for _, block in stack]
-    stream = block_stream(model, modules, windows, batch_size=1, source=source)
-    inputs: list[list[Tensor]] = []
+    stream = block_stream(
+        model, modules, windows, batch_size=1, source=source, hidden=states(0)
+    )  # fmt: skip
+    inputs: list[States] = []
     forward = enumerate(stack)
     for index, (name, block) in steps(forward, "Sensitivity, forward", len(stack)):
-        inputs.append(list(stream.hidden))
+        inputs.append(stream.hidden)
         with source.hold(name, block):
-            stream.advance(index, block)
-    if not all(bool(hidden.isfinite().all()) for hidden in stream.hidden):
+            stream.advance(index, block, into=states(index + 1))
+    batches = range(len(stream.hidden))
+    if not all(gather(all(bool(stream.hidden[b].isfinite().all()) for b in batches))):
         # the block loop stops at the layer where it begins, and names it
         return {}
     grads = _gradients_of_last_block(model, modules, windows, stream, seed)
-    if grads is None:
+    if any(gather(grads is None)):
         logger.info("%s puts out no logits to measure sensitivities by.", type(model).__name__)
         return {}
 
@@ -115,8 +123,10 @@ def _stack_sensitivities(
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with source.hold(name, block):
             sums = {n: _Sums(block.get_submodule(n)) for n in within}
-            for batch in range(len(windows)):
+            for batch in batches:
                 grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
+            for layer_sums in sums.values():
+                layer_sums.combine()
             found |= {within[n]: s.result(damping, within[n]) for n, s in sums.items() if s.tokens}
     return found
 
@@ -147,6 +157,14 @@ class _Sums:
         self.power_A += grad.float().square().flatten(0, -2).sum(0)
         self.tokens += grad[..., 0].numel()
 
+    def combine(self) -> None:
+        """Take in the sums of the other processes."""
+        tokens = torch.tensor(self.tokens)
+        self.moments.combine(add_up)
+        add_up(self.power_A)
+        add_up(tokens)
+        self.tokens = int(tokens)
+
     def result(self, damping: float | None, name: str) -> Sensitivity:
         moments = self.moments.result()
         return Sensitivity(
@@ -174,10 +192,10 @@ def _block_backward(
         return keep
 
     handles = [block.get_submodule(n).register_forward_hook(record(n)) for n in sums]
-    stream.hidden[batch] = hidden = stream.hidden[batch].detach().requires_grad_()
+    hidden = stream.hidden[batch].detach().requires_grad_()
     try:
         with torch.enable_grad():
-            result = stream.run(index, block, batch)
+            result = stream.run(index, block, batch, hidden=hidden)
     finally:
         for handle in handles:
             handle.remove()
@@ -195,11 +213,12 @@ def _gradients_of_last_block(
     stream: BlockStream,
     seed: int,
 ) -> list[Tensor] | None:
-    """Gradients, at the output of the last block, of the log-likelihood of drawn tokens.
+    """Gradients, at the output of the last block, of the log-likelihood of drawn tokens, for the
+    windows of this process.
 
     None if the model has no logits.
 
-    The blocks are bypassed: `stream` is at what the last of them put out for every window.  What
+    The blocks are bypassed: `stream` is at what the last of them put out for the windows.  What
     follows them, the head or a whole decoder, runs as it is.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -209,11 +228,16 @@ def _gradients_of_last_block(
         return leaf if stream.rest is None else (leaf, *stream.rest)
 
     grads = []
+    rank, size = place()
+    others: list[int] = []
     for block in blocks:
         block.forward = bypass
     try:
-        for window, state in zip(windows, stream.hidden, strict=True):
-            leaf = state.detach().requires_grad_()
+        for number, window in enumerate(windows):
+            if number % size != rank:
+                others.append(len(window))
+                continue
+            leaf = stream.hidden[number // size].detach().requires_grad_()
             with torch.enable_grad():
                 logits = getattr(model(**model_inputs(model, window[None])), "logits", None)
                 if logits is None:
@@ -227,6 +251,11 @@ def _gradients_of_last_block(
                         f"not finite, though its hidden states are. Repair the output head, or "
                         f"run the model in a wider dtype (bfloat16 or float32)."
                     )
+                for length in others:
+                    # what another process draws for its window
+                    rows = length if len(p_TV) == len(window) else len(p_TV)
+                    torch.rand(rows, 1, generator=generator)
+                others.clear()
                 drawn_T1 = _draw(p_TV, generator)
                 likelihood = log_p_TV.gather(1, drawn_T1.to(log_p_TV.device)).sum()
             grads += torch.autograd.grad(likelihood, leaf)

@@ -6,7 +6,7 @@ Units:  every moment is a mean over tokens and is not centred.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -238,6 +238,19 @@ class MomentAccumulator:
             if residual_TA is not None:
                 self._sum(self._residual_AN, _widen(residual_TA[block]), weighted_BN)
         self.tokens += len(x_TN)
+
+    def combine(self, add_up: Callable[[Tensor], object]) -> None:
+        """Take in what other accumulators, of other tokens, have summed.
+
+        Args:
+            add_up: sums a tensor over all of them, in place.
+        """
+        tokens = torch.tensor(self.tokens)
+        sums = (self._cov_NN, self._drifted_cov_NN, self._cross_cov_NN, self._residual_AN)
+        for total in (tokens, *sums):
+            if total is not None:
+                add_up(total)
+        self.tokens = int(tokens)
 
     def result(self) -> Moments:
         """Return the means over all tokens added so far."""
