@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"watersic: error: {message}", file=sys.stderr)
+        rank = os.environ.get("RANK")
+        who = "watersic" if rank is None else f"watersic, process {rank}"
+        print(f"{who}: error: {message}", file=sys.stderr)
         return 1
     return 0
 
@@ -158,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     from watersic_hf.calibration import average_bits
+    from watersic_hf.calibration.ranks import joined, place
     from watersic_hf.integration import WaterSICConfig, quantize_to_folder
 
     config = WaterSICConfig(
@@ -172,10 +175,13 @@ def _quantize(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **dict(_settings(arguments.set)),
     )
-    reports = quantize_to_folder(
-        arguments.model, arguments.out, config, dtype=arguments.dtype,
-        device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,
-    )  # fmt: skip
+    with joined():
+        reports = quantize_to_folder(
+            arguments.model, arguments.out, config, dtype=arguments.dtype,
+            device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,
+        )  # fmt: skip
+        if place()[0] > 0:
+            return
     page = _write_page(arguments.out)
     stored = average_bits(reports)
     if arguments.json:

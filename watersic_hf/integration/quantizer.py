@@ -13,10 +13,11 @@ Three ways through it (hooks in the order in which transformers 5.17 .. 5.23 cal
 
 import copy
 import ctypes
+import functools
 import logging
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,14 @@ from watersic_hf.calibration import (
     read_run,
     zero_rows,
 )
-from watersic_hf.checkpoint import CheckpointError, stored_layers, validate_layer
+from watersic_hf.checkpoint import (
+    CheckpointError,
+    TensorHeader,
+    read_headers,
+    read_tensors,
+    stored_layers,
+    validate_layer,
+)
 from watersic_hf.core import Moments
 from watersic_hf.integration.config import QUANT_METHOD, WaterSICConfig
 from watersic_hf.integration.dense import (
@@ -52,6 +60,7 @@ from watersic_hf.integration.dense import (
 )
 from watersic_hf.integration.headers import model_headers
 from watersic_hf.integration.saving import attach_extras, detach_extras
+from watersic_hf.integration.streaming import StreamedRun
 from watersic_hf.nn import (
     WaterSICLinear,
     module_matches,
@@ -85,6 +94,8 @@ class WaterSICHfQuantizer(HfQuantizer):
         self._zero_rows: dict[str, list[int]] = {}
         self._quantizer: LayerQuantizer | None = None
         self._failure: ValueError | None = None
+        self._run: StreamedRun | None = None
+        self._saved: Callable[[], dict[str, torch.Tensor]] = dict
 
     # -- what transformers asks ---------------------------------------------------------------
 
@@ -243,6 +254,21 @@ class WaterSICHfQuantizer(HfQuantizer):
         if files:
             folder = Path(files[0]).parent
             self.reports, self.run = read_report(folder), read_run(folder)
+        self._place_packed(model, linear, skip, headers)
+        if next(packed_layers(model), None) is None:
+            raise CheckpointError(
+                f"{type(model).__name__}: config.json says that the model is quantized with "
+                f"{QUANT_METHOD}, but the files hold no quantized layer of it."
+            )
+
+    def _place_packed(
+        self,
+        model: nn.Module,
+        linear: Mapping[str, nn.Module],
+        skip: Collection[str],
+        headers: Mapping[str, TensorHeader],
+    ) -> None:
+        """Put an empty quantized layer of the right size wherever some headers have one."""
         stored = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
         for name, module in linear.items():
             found = stored.get(name, {})
@@ -250,18 +276,13 @@ class WaterSICHfQuantizer(HfQuantizer):
                 continue
             rows, columns = shape_of(module)
             # without files (a state dict was passed) the loader sets tensors of any size
-            if files:
+            if headers:
                 validate_layer(name, found, rows, columns)
             layer = WaterSICLinear(
                 columns, rows, bias=module.bias is not None,
                 payload_bytes=found.get("weight", (0,))[0], dtype=self.dtype, device="meta",
             )  # fmt: skip
             replace_module(model, name, layer)
-        if next(packed_layers(model), None) is None:
-            raise CheckpointError(
-                f"{type(model).__name__}: config.json says that the model is quantized with "
-                f"{QUANT_METHOD}, but the files hold no quantized layer of it."
-            )
 
     # -- after the weights --------------------------------------------------------------------
 
@@ -288,40 +309,115 @@ class WaterSICHfQuantizer(HfQuantizer):
         return model
 
     def _calibrate(self, model: nn.Module) -> None:
-        config = self.quantization_config
         model.eval()
+        config, run = self.quantization_config, self._run
+        blocks = () if run is None else tuple(f"{name}." for name in run.source.blocks)
+        source = ResidentBlocks("cuda" if torch.cuda.is_available() else None)
+        if run is not None:
+            source = run.source
+        windows = self.windows(model) if run is None else run.windows
+        layers = [name for name, _ in model.named_modules() if name in self._layers]
+        if config.zero_rows == "auto":
+            find = functools.partial(
+                massive_rows, model, decoder_blocks(model, layers), windows, layers,
+                batch_size=config.batch_size, source=source,
+            )  # fmt: skip
+            self._zero_rows = find() if run is None else run.journal.fact("zero_rows", find)
+            config.zero_rows = {
+                name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
+            }
+        self.open_layers(model, skip=blocks)
+        quantize_blocks(
+            model, windows, layers, self._quantizer, settings=config.calibration,
+            batch_size=config.batch_size, source=source,
+            journal=None if run is None else run.journal,
+        )  # fmt: skip
+        self.close_layers(model)
+        if run is not None:
+            self._fill(model, run)
+        self._keep_dense(model, list(linear_layers(model)))
+        self._note_dense(model, {name for name, _ in packed_layers(model)})
+
+    def quantize_streamed(self, model: nn.Module, run: StreamedRun) -> None:
+        """Quantize a model whose blocks are on the disk, as if it was loaded with this quantizer.
+
+        Its blocks are on meta afterwards, and their tensors in the files of the run's journal; it
+        can be saved.
+        """
+        self._run = run
+        self._quantizer.journal = run.journal
+        model.hf_quantizer = self
+        self.postprocess_model(model)
+
+    def _fill(self, model: nn.Module, run: StreamedRun) -> None:
+        """Have the blocks of a model as their files have them."""
+        headers, files = {}, {}
+        for index, name in enumerate(run.source.blocks):
+            if index < run.journal.blocks:
+                file, _ = run.journal.block(index)
+                for tensor, header in read_headers([file]).items():
+                    headers[f"{name}.{tensor}"] = header
+                    files[f"{name}.{tensor}"] = file, tensor
+        linear = linear_layers(model)
+        found = {name: linear[name] for name in linear if f"{name}.row_scale" in headers}
+        self._place_packed(model, found, (), headers)
+
+        def saved() -> dict[str, torch.Tensor]:
+            state = {n: t for b in run.source.blocks for n, t in run.source.mapped(b).items()}
+            for name, (file, tensor) in files.items():
+                state |= {name: read_tensors(file, [tensor])[tensor]}
+            return state
+
+        self._saved = saved
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """What is saved: the model's tensors; those of blocks on the disk mapped into memory."""
+        on_disk = self._saved()
+        if not on_disk:
+            return None, {}
+        state = model.state_dict()
+        return {name: on_disk.get(name, tensor) for name, tensor in state.items()}, {}
+
+    def windows(self, model: nn.Module) -> list[torch.Tensor]:
+        """The calibration windows of a model."""
+        config = self.quantization_config
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
         if config.sequence_length > longest:
             logger.info("Calibration windows are cut to the model's %d positions.", longest)
-        windows = calibration_windows(
+        return calibration_windows(
             config.dataset, tokenizer=_tokenizer(config.tokenizer, model.name_or_path), model=model,
             samples=config.samples, sequence_length=min(config.sequence_length, longest),
             seed=config.seed,
         )  # fmt: skip
-        layers = [name for name, _ in model.named_modules() if name in self._layers]
-        if config.zero_rows == "auto":
-            self._zero_rows = massive_rows(
-                model, decoder_blocks(model, layers), windows, layers, batch_size=config.batch_size
-            )
-            config.zero_rows = {
-                name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
-            }
-        # the calibration knows one class of linear layers
-        shells = {n: s for n, s in self._shells.items() if n in self._layers}
-        for name in shells:
-            replace_module(model, name, as_linear(model.get_submodule(name)))
-        zero_rows(model, self._zero_rows)
-        quantize_blocks(
-            model, windows, layers, self._quantizer, settings=config.calibration,
-            batch_size=config.batch_size,
-            source=ResidentBlocks("cuda" if torch.cuda.is_available() else None),
-        )  # fmt: skip
-        for name, shell in shells.items():
-            module = model.get_submodule(name)
-            if not isinstance(module, WaterSICLinear):
-                replace_module(model, name, like(shell, module))
-        self._keep_dense(model, list(linear_layers(model)))
-        self._note_dense(model, {name for name, _ in packed_layers(model)})
+
+    def open_layers(self, part: nn.Module, prefix: str = "", *, skip: tuple[str, ...] = ()) -> None:
+        """Give the model, or a part of it, the layers that are to be quantized as they are known.
+
+        The calibration knows one class of linear layers; rows that are to be zero become zero.
+
+        Args:
+            part: what to change.
+            prefix: of its modules' names in the model, with a dot.
+            skip: prefixes of layers that are not in it, or not now.
+        """
+        names = {
+            name: name.removeprefix(prefix)
+            for name in self._layers
+            if name.startswith(prefix) and not name.startswith(skip)
+        }
+        for name in names.keys() & self._shells.keys():
+            replace_module(part, names[name], as_linear(part.get_submodule(names[name])))
+        zero_rows(part, {names[n]: rows for n, rows in self._zero_rows.items() if n in names})
+
+    def close_layers(self, part: nn.Module, prefix: str = "") -> None:
+        """Give what is not quantized back its own class; the reverse of `open_layers`."""
+        for name, shell in self._shells.items():
+            if name in self._layers and name.startswith(prefix):
+                module = part.get_submodule(name.removeprefix(prefix))
+                if type(module) is nn.Linear:
+                    replace_module(part, name.removeprefix(prefix), like(shell, module))
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for name, layer in list(packed_layers(model)):

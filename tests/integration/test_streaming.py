@@ -1,0 +1,232 @@
+"""Quantization block by block from the disk: the same bytes, in any number of attempts."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from watersic_hf import CheckpointError, WaterSICConfig
+from watersic_hf.calibration import Journal
+from watersic_hf.cli import main
+from watersic_hf.integration import quantize_to_folder
+from watersic_hf.integration.folder import UNFINISHED, save_quantized
+
+SHARDS = "60KB"
+
+
+def config(**changes):
+    g = torch.Generator().manual_seed(0)
+    settings = {
+        "bits": 4.0, "dataset": torch.randint(0, 320, (6, 48), generator=g), "samples": 6,
+        "sequence_length": 48, "batch_size": 2,
+    }  # fmt: skip
+    return WaterSICConfig(**settings | changes)
+
+
+def contents(folder):
+    """All files by name; of the report only what is not a time, and not the page that shows it."""
+    found = {file.name: file.read_bytes() for file in folder.glob("*.*") if file.suffix != ".html"}
+    rows = [json.loads(line) for line in found.pop("watersic_report.jsonl").splitlines()]
+    return found | {"report": [{**row, "seconds": 0} for row in rows if "run" not in row]}
+
+
+@pytest.fixture(scope="module")
+def original(make_llama, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    make_llama(num_hidden_layers=3, intermediate_size=96).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(original, tmp_path_factory):
+    """What comes out when nothing happens."""
+    folder = tmp_path_factory.mktemp("whole") / "q"
+    quantize_to_folder(str(original), folder, config(), max_shard_size=SHARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interrupted(original, tmp_path_factory):
+    """A run that ended after the first of three blocks and some layers of the second."""
+    folder = tmp_path_factory.mktemp("interrupted") / "q"
+    keep, kept = Journal.put_layer, []
+
+    def stop(self, packed, report):
+        keep(self, packed, report)
+        kept.append(report.name)
+        if len(kept) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Journal, "put_layer", stop)
+        quantize_to_folder(str(original), folder, config(), max_shard_size=SHARDS)
+    assert len(kept) == 10
+    return folder
+
+
+@pytest.fixture
+def unfinished(interrupted, tmp_path):
+    shutil.copytree(interrupted, tmp_path / "q")
+    return tmp_path / "q"
+
+
+def test_the_bytes_are_those_of_a_model_quantized_in_memory(original, whole, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config())
+    save_quantized(
+        model, tmp_path / "q", tokenizer=str(original), base=str(original), max_shard_size=SHARDS
+    )
+
+    assert contents(whole) == contents(tmp_path / "q")
+    assert len(list(whole.glob("*.safetensors"))) > 1
+    assert not (whole / UNFINISHED).exists()
+
+
+def test_layers_of_other_classes_and_rows_to_zero_are_those_in_memory(tmp_path):
+    torch.manual_seed(0)
+    settings = {
+        "zero_rows": {r"h\.1\.mlp\.c_fc": [3, 5]},
+        "modules_to_not_convert": [r"h\.0\.attn"],
+    }
+    gpt2 = GPT2Config(vocab_size=320, n_embd=32, n_layer=3, n_head=2, n_positions=64)
+    GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "m")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "m", quantization_config=config(**settings))
+    model.save_pretrained(tmp_path / "a" / "q")
+
+    quantize_to_folder(str(tmp_path / "m"), tmp_path / "b" / "q", config(**settings))
+
+    found = contents(tmp_path / "b" / "q")
+    for name, content in contents(tmp_path / "a" / "q").items():
+        assert found[name] == content, name
+
+
+def test_a_run_goes_on_after_the_last_finished_layer(original, whole, unfinished, monkeypatch):
+    quantized = []
+    keep = Journal.put_layer
+
+    def count(self, packed, report):
+        quantized.append(report.name)
+        keep(self, packed, report)
+
+    monkeypatch.setattr(Journal, "put_layer", count)
+    quantize_to_folder(str(original), unfinished, config(), max_shard_size=SHARDS)
+
+    assert len(quantized) == 21 - 10
+    assert contents(unfinished) == contents(whole)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_path):
+    arguments = ["quantize", str(original), str(tmp_path / "killed" / "q"), "--samples=4",
+                 "--sequence-length=32", "--batch-size=2", "--bits=4"]  # fmt: skip
+    context = multiprocessing.get_context("forkserver")
+    # a process is there in no time
+    context.set_forkserver_preload(["watersic_hf.cli", "watersic_hf.integration.folder"])
+
+    def start(folder):
+        arguments[2] = str(folder)
+        process = context.Process(target=main, args=(arguments,))
+        process.start()
+        return process
+
+    begin = time.monotonic()
+    start(tmp_path / "whole" / "q").join()
+    seconds = time.monotonic() - begin
+    moments = random.Random(0)
+    killed = 0
+    folder = tmp_path / "killed" / "q"
+    while killed < 10:
+        process = start(folder)
+        process.join(moments.uniform(0, seconds / 2))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if process.exitcode == 0:
+            assert contents(folder) == contents(tmp_path / "whole" / "q")
+            shutil.rmtree(folder)
+    finishing = start(folder)
+    finishing.join()
+
+    assert finishing.exitcode == 0
+    assert contents(folder) == contents(tmp_path / "whole" / "q")
+    assert not (folder / UNFINISHED).exists()
+
+
+def test_a_full_disk_loses_nothing(original, whole, unfinished):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # a file of hidden states is larger, a layer's is not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"states-working-00002.*cannot be written"):
+            quantize_to_folder(str(original), unfinished, config(), max_shard_size=SHARDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    quantize_to_folder(str(original), unfinished, config(), max_shard_size=SHARDS)
+
+    assert contents(unfinished) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["layer-*q_proj*", "block-00000*", "states-working*", "sensit*"]
+)
+def test_a_flipped_byte_is_found_and_the_file_named(original, unfinished, pattern):
+    file = next((unfinished / UNFINISHED).glob(f"{pattern}.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=rf"{file.name}.*checksum"):
+        quantize_to_folder(str(original), unfinished, config(), max_shard_size=SHARDS)
+
+    assert file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3.0}, r"with other settings \(bits \(4.0 instead of 3.0\)\)"),
+        ({"samples": 5}, r"settings \(samples \(6 instead of 5\)\) and windows"),
+    ],
+)
+def test_a_changed_setting_is_an_error_that_names_it(original, unfinished, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        quantize_to_folder(str(original), unfinished, config(**changes))
+
+
+def test_a_changed_model_is_an_error(original, unfinished, tmp_path):
+    shutil.copytree(original, tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match="with other model, and cannot be resumed"):
+        quantize_to_folder(str(tmp_path / "other"), unfinished, config())
+
+
+def test_batches_are_halved_when_memory_runs_out(
+    original, whole, tmp_path, monkeypatch, watersic_log
+):
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+
+    def short_of_memory(self, hidden_states, *args, **kwargs):
+        if len(hidden_states) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", short_of_memory)
+    quantize_to_folder(str(original), tmp_path / "q", config(batch_size=4), max_shard_size=SHARDS)
+
+    assert "Out of memory; going on with batches of 2" in watersic_log.text
+    assert contents(tmp_path / "q") == contents(whole)
