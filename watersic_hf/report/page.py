@@ -202,30 +202,38 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
+#: Columns of the table: head, field of `LayerFacts`, format.
+_COLUMNS = (
+    ("bits", "bits", ".3f"),
+    ("asked", "asked", ".3f"),
+    ("error", "error", ".2e"),
+    ("rows", "rows", "d"),
+    ("columns", "columns", "d"),
+    ("payload", "payload_bits", ".3f"),
+    ("H class", "class_entropy", ".3f"),
+    ("H pooled", "pooled_entropy", ".3f"),
+    ("seconds", "seconds", ".1f"),
+)
+
+
 def _layer_table(facts: Facts) -> str:
     """A row per layer; columns of which nothing is known are left out."""
     columns = [
-        ("bits", ".3f", [r.bits for r in facts.layers]),
-        ("asked", ".3f", [r.asked for r in facts.layers]),
-        ("error", ".2e", [r.error for r in facts.layers]),
-        ("payload", ".3f", [r.payload_bits for r in facts.layers]),
-        ("H class", ".3f", [r.class_entropy for r in facts.layers]),
-        ("H pooled", ".3f", [r.pooled_entropy for r in facts.layers]),
-        ("seconds", ".1f", [r.seconds for r in facts.layers]),
+        (name, style, [getattr(layer, field) for layer in facts.layers])
+        for name, field, style in _COLUMNS
     ]
     columns = [column for column in columns if any(value is not None for value in column[2])]
     head = "".join(
         f'<th scope="col"><button type="button">{name}</button></th>'
-        for name in ("layer", "rows", "columns", *(name for name, _, _ in columns))
+        for name in ("layer", *(name for name, _, _ in columns))
     )
     most = max(r.bits for r in facts.layers)
     rows = []
     for n, layer in enumerate(facts.layers):
-        cells = [_cell(str(layer.rows)), _cell(str(layer.columns))]
-        cells += [_cell(_optional(values[n], style)) for _, style, values in columns]
         name = f'<th scope="row" class="{colour(layer.kind)}">{html.escape(layer.name)}</th>'
+        cells = "".join(_cell(_optional(values[n], style)) for _, style, values in columns)
         share = f' style="--share:{layer.bits / most:.3f}"'
-        rows.append(f'<tr data-layer="{n}"{share}>{name}{"".join(cells)}</tr>')
+        rows.append(f'<tr data-layer="{n}"{share}>{name}{cells}</tr>')
     return (
         '<p><input id="filter" type="search" placeholder="Filter by name" '
         'aria-label="Filter layers by name"/></p>'

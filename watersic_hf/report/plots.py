@@ -19,7 +19,7 @@ _SUPERSCRIPT = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 )
 #: Least height of a histogram among others, and what its name takes of that.
-ROW, NAME = 42, 17
+ROW, NAME = 46, 21
 #: Colours of kinds in `page.css`; further kinds begin again.
 COLOURS = 10
 
@@ -159,7 +159,7 @@ def column_rates(facts: Facts) -> str:
         for left, right, count in zip(edges, edges[1:], histogram, strict=False):
             y = base - (row - NAME) * count / tallest
             path += f"M{left:.1f} {base:.1f}V{y:.1f}H{right:.1f}V{base:.1f}"
-        name = _text(LEFT, base - row + NAME - 4, facts.kinds[kind], "note")
+        name = _text(LEFT, base - row + NAME - 5, facts.kinds[kind], "note")
         grid = f'<path class="grid" d="M{LEFT} {base:.1f}H{axes.right}"/>'
         parts.append(grid + _kind(kind, f'<path class="area" d="{path}"/>') + name)
     return _svg(
