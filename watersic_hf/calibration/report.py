@@ -56,7 +56,7 @@ class RunReport:
     date: str
     """At its end, in UTC."""
     seconds: float
-    """From the first look at the model to the last layer."""
+    """From the first look at the model to the last layer, in the process that got there."""
     peak_bytes: int | None
     """Most memory that the process held; None where the system does not say."""
     machine: str

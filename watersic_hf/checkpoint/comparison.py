@@ -46,7 +46,7 @@ def compare_checkpoints(a: str | os.PathLike, b: str | os.PathLike) -> dict[str,
         ``layers``: a dict with the fields of `LayerDifference` for each; ``totals``: their weights,
         the average bits of both, the root mean square of the differences, weighted by weights, and
         the bytes of the files of both; ``settings``: the two values, by name, of what config.json
-        says differently; ``tensors``: how many of those that both store are ``identical`` and how
+        says differently, if both are quantized; ``tensors``: how many of those that both store are ``identical`` and how
         many ``different``, and the names of those that are ``only_a`` and ``only_b``.
 
     Raises:
@@ -171,6 +171,8 @@ def _relative_difference(name: str, a: Tensor, b: Tensor) -> float:
 
 
 def _different_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    if not (a and b):
+        return {}
     names = [name for name in a | b if name not in _RESULTS]
     return {name: [a.get(name), b.get(name)] for name in names if a.get(name) != b.get(name)}
 
