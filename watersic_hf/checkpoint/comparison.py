@@ -46,8 +46,9 @@ def compare_checkpoints(a: str | os.PathLike, b: str | os.PathLike) -> dict[str,
         ``layers``: a dict with the fields of `LayerDifference` for each; ``totals``: their weights,
         the average bits of both, the root mean square of the differences, weighted by weights, and
         the bytes of the files of both; ``settings``: the two values, by name, of what config.json
-        says differently, if both are quantized; ``tensors``: how many of those that both store are ``identical`` and how
-        many ``different``, and the names of those that are ``only_a`` and ``only_b``.
+        says differently, if both are quantized; ``tensors``: how many of those that both store are
+        ``identical`` and how many ``different``, and the names of those that are ``only_a`` and
+        ``only_b``.
 
     Raises:
         CheckpointError: a file or layer is damaged, a layer has two shapes, or the two have no
