@@ -457,6 +457,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     from watersic_hf.demo import run_demo
 
     result = run_demo(model=arguments.model, bits=arguments.bits, out=arguments.out)
+    if arguments.out:
+        _write_page(arguments.out)
     if arguments.json:
         _print_json(result)
         return
