@@ -9,7 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from watersic_hf.checkpoint import compare_checkpoints, inspect_checkpoint, verify_checkpoint
+from watersic_hf.checkpoint import (
+    compare_checkpoints,
+    experts_together,
+    inspect_checkpoint,
+    verify_checkpoint,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -349,9 +354,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from watersic_hf.report import read_facts, write_page
 
     found = inspect_checkpoint(arguments.folder)
-    errors = {report.name: report.error for report in read_report(arguments.folder)}
+    reports = {report.name: report for report in read_report(arguments.folder)}
     for layer in found["layers"]:
-        layer["error"] = errors.get(layer["name"])
+        report = reports.get(layer["name"])
+        layer["error"] = None if report is None else report.error
+        layer["tokens"] = None if report is None else report.tokens
+        layer["pooled"] = None if report is None else report.pooled
     if arguments.html:
         write_page(arguments.html, read_facts(arguments.folder, found))
     if arguments.json:
@@ -370,7 +378,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             f"{layer['row_classes']} + {layer['column_classes']}",
             layer["max_abs_code"],
         )
-        for layer in found["layers"]
+        for layer in experts_together(found["layers"])
     ]
     totals = found["totals"]
     rows.append(

@@ -105,21 +105,34 @@ def test_what_stays_dense_is_written_down_with_its_reason(
     assert "model.layers.*.self_attn.v_proj (named in modules_to_not_convert)" in watersic_log.text
 
 
-def test_experts_and_layers_that_calibration_does_not_reach_have_reasons(tmp_path, tokens):
-    from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM
+def test_layers_and_experts_that_stay_dense_have_reasons(tmp_path, tokens):
+    from transformers import BertConfig, BertForMaskedLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     sizes = {
         "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 3,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
     }  # fmt: skip
+    config = WaterSICConfig(
+        6.0, dataset=tokens, modules_to_not_convert=[r"layers\.0\.mlp\.experts"]
+    )
     reasons = {}
-    for model in (BertForMaskedLM(BertConfig(**sizes)),
-                  MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2))):  # fmt: skip
-        model.save_pretrained(tmp_path / type(model).__name__)
-        quantized = type(model).from_pretrained(
-            tmp_path / type(model).__name__, quantization_config=WaterSICConfig(6.0, dataset=tokens)
-        )
+    for model in (
+        BertForMaskedLM(BertConfig(**sizes)),
+        Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)),
+    ):
+        load = type(model).from_pretrained
+        model.save_pretrained(tmp_path / "dense")
+        quantized = load(tmp_path / "dense", quantization_config=config)
         reasons |= quantized.config.quantization_config.left_dense
 
     assert reasons["cls.predictions.transform.dense"] == "no calibration data reaches it"
-    assert reasons["model.layers.*.mlp.experts"] == "MixtralExperts is no linear layer"
+    assert reasons["model.layers.*.mlp.gate"] == "Qwen2MoeTopKRouter is no linear layer"
+    assert reasons["model.layers.*.mlp.shared_expert_gate"] == "gate of a shared expert"
+    assert reasons["model.layers.0.mlp.experts"] == "named in modules_to_not_convert"
+    assert "model.layers.1.mlp.experts" not in reasons
+    quantized.save_pretrained(tmp_path / "packed")
+    again, info = load(tmp_path / "packed", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(again(input_ids=tokens).logits, quantized(input_ids=tokens).logits)

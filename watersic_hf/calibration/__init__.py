@@ -7,6 +7,7 @@ from watersic_hf.calibration.data import (
     pydoc_texts,
     text_windows,
 )
+from watersic_hf.calibration.experts import outside
 from watersic_hf.calibration.journal import Journal
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.massive import massive_rows, zero_rows
@@ -44,6 +45,7 @@ __all__ = [
     "kinds_of",
     "layer_sensitivities",
     "massive_rows",
+    "outside",
     "place_of",
     "pydoc_texts",
     "quantize_blocks",

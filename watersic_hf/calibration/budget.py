@@ -30,6 +30,7 @@ class Budget:
 
     def __init__(self, targets: Mapping[str, tuple[int, float]]) -> None:
         self._left = dict(targets)
+        self._weights = sum(weights for weights, _ in targets.values())
         self._surplus = 0.0
 
     def ask(self, layer: str) -> float:
@@ -38,14 +39,14 @@ class Budget:
         The share is at most half the target, in both directions, so that one layer does not pay
         for all when it is the last.
         """
-        weights = sum(n for n, _ in self._left.values())
         target = self._left[layer][1]
-        share = self._surplus / weights
+        share = self._surplus / self._weights
         return target + min(max(share, -target / 2), target / 2)
 
     def spend(self, layer: str, bits: float) -> None:
         """Note that the layer is done, and what it really took, in bits per weight."""
         weights, target = self._left.pop(layer)
+        self._weights -= weights
         self._surplus += weights * (target - bits)
 
 

@@ -3,6 +3,7 @@
 Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 """
 
+import contextlib
 import copy
 import logging
 from collections.abc import Sequence
@@ -234,6 +235,24 @@ def group_moments(
 def group_inputs(side: Side, index: int, group: InputGroup, batch: int) -> list[Tensor]:
     """The inputs of a group in one batch, a tensor for every call."""
     return _record(side, index, group, batch).inputs
+
+
+def module_arguments(side: Side, index: int, name: str) -> list[tuple]:
+    """What a module of a block is called with, once in every batch of this process, on the CPU."""
+    arguments: list[tuple] = []
+
+    def record(module: nn.Module, args: tuple) -> None:
+        arguments.append(_moved(args, torch.device("cpu")))
+        raise _StopForwardError
+
+    handle = side.block.get_submodule(name).register_forward_pre_hook(record)
+    try:
+        for batch in range(len(side.stream.hidden)):
+            with contextlib.suppress(_StopForwardError):
+                side.stream.run(index, side.block, batch)
+    finally:
+        handle.remove()
+    return arguments
 
 
 @dataclass

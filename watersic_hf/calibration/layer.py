@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class LayerQuantizer:
                 name: row_importance(sensitivity) for name, sensitivity in sensitivities.items()
             }
 
+    def weights(self, layers: Iterable[str]) -> int:
+        """Number of weights in some layers."""
+        return sum(self._targets[layer][0] for layer in layers)
+
     def finished(self, name: str) -> bool:
         """Whether the layer was quantized before, so that no moments are needed."""
         return self.journal is not None and self.journal.has_layer(name)
@@ -83,14 +87,17 @@ class LayerQuantizer:
         self.reports.append(report)
 
     def quantize(
-        self, name: str, weight_AN: Tensor, moments: Moments | None
+        self,
+        name: str,
+        weight_AN: Tensor,
+        moments: Moments | Callable[[str], Moments] | None,
     ) -> tuple[PackedLayer, Tensor]:
         """Quantize and pack a layer's weight, and add its report.
 
         Args:
             name: of the layer.
             weight_AN: its weight.
-            moments: of its input; None for a layer that is finished.
+            moments: of its input, or what finds them; None for a layer that is finished.
 
         Returns:
             The packed layer, and the codes that it holds.
@@ -103,13 +110,16 @@ class LayerQuantizer:
         return packed, codes_AN
 
     def quantize_group(
-        self, weights: Mapping[str, Tensor], moments: Moments | None
+        self,
+        weights: Mapping[str, Tensor],
+        moments: Moments | Callable[[str], Moments] | None,
     ) -> Iterator[tuple[str, PackedLayer, Tensor]]:
         """Quantize layers with one input, where there are several processes each its share.
 
         Args:
             weights: by name of the layer.
-            moments: of their input; None if all of them are finished.
+            moments: of their input; None if all of them are finished.  Layers that have an input
+                each, as experts do, have a function that finds the moments of one.
 
         Returns:
             What `quantize` returns for each, with its name.
@@ -132,13 +142,19 @@ class LayerQuantizer:
 
     @torch.no_grad()
     def _work(
-        self, name: str, weight_AN: Tensor, moments: Moments | None, asked: float
+        self,
+        name: str,
+        weight_AN: Tensor,
+        moments: Moments | Callable[[str], Moments] | None,
+        asked: float,
     ) -> tuple[PackedLayer, Tensor, LayerReport]:
         """Packed layer, codes and report of a layer, from the journal if it has them."""
         if self.finished(name):
             packed, report = self.journal.layer(name)
             packed.verify(name)
             return packed, narrow(decode(packed.weight)), report
+        if callable(moments):
+            moments = moments(name)
         start = time.perf_counter()
         rows, columns = weight_AN.shape
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
@@ -158,7 +174,8 @@ class LayerQuantizer:
             bits=packed.bits_per_weight,
             error=float(quantized.error),
             damping=quantized.damping,
-            tokens=moments.tokens,
+            tokens=moments.tokens if moments.own_tokens is None else moments.own_tokens,
+            pooled=moments.pool_share,
             seconds=time.perf_counter() - start,
             profile=column_profile(quantized.codes_AN, deviation_N),
         )

@@ -24,6 +24,13 @@ from watersic_hf.calibration.capture import (
     group_moments,
     runnable_stacks,
 )
+from watersic_hf.calibration.experts import (
+    LARGE_SHARE,
+    ExpertMoments,
+    experts_in,
+    fewest,
+    outside,
+)
 from watersic_hf.calibration.journal import Journal
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
@@ -33,8 +40,9 @@ from watersic_hf.calibration.report import LayerReport
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.topology import InputGroup, Stack, input_groups, inside
+from watersic_hf.checkpoint import PACKED
 from watersic_hf.core import CalibrationError, Moments
-from watersic_hf.nn import WaterSICLinear, replace_module
+from watersic_hf.nn import PackedMatrix, SeparateExperts, WaterSICLinear, replace_module
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +118,7 @@ def quantize_blocks(
     originals = [stream_into(stack) for stack in stacks[1:]] if settings.two_streams else []
     tokens = sum(len(window) for window in windows)
     ends = [max(i for i, b in enumerate(s) if inside([b], layers)) + 1 for s in stacks]
-    weights = sum(model.get_submodule(layer).weight.numel() for layer in layers)
+    weights = quantizer.weights(layers)
     with Progress(layers=len(layers), weights=weights, blocks=sum(ends)) as progress:
         for number, stack in enumerate(stacks):
             original = None
@@ -252,7 +260,9 @@ class _Turn:
         block = self.working.block
         full = {layer: f"{self.name}.{layer}" for layer in layers}
         run = functools.partial(self.working.stream.run, self.index, block)
-        groups = input_groups(block, layers, lambda: run(0), self.working.stream.hidden[0])
+        experts = experts_in(block, layers)
+        linear = outside(layers, experts)
+        groups = input_groups(block, linear, lambda: run(0), self.working.stream.hidden[0])
         if self.index == 0:
             self._say_what_is_not_read(groups)
         importance = self._importance() if any(g.feeds_attention for g in groups) else None
@@ -274,6 +284,59 @@ class _Turn:
                 )  # fmt: skip
                 replace_module(block, name.removeprefix(f"{self.name}."), quantized)
                 yield name
+        for name, module in experts.items():
+            yield from self._quantize_experts(name, module)
+
+    def _quantize_experts(self, name: str, experts: SeparateExperts) -> Iterable[str]:
+        """Quantize a module of experts, first matrices first; yields their full names when done."""
+        within = {f"{self.name}.{name}.{n}": n for n in experts.layout.names()}
+        known = None
+        if not all(self.quantizer.finished(layer) for layer in within):
+            self._say_what_experts_do(name)
+            known = ExpertMoments.collect(self.working, self.original, self.index, name)
+
+        def moments(layer: str) -> Moments:
+            try:
+                found = known.of(*experts.layout.names()[within[layer]])
+            except CalibrationError as error:
+                raise CalibrationError(f"{layer}: {error}") from error
+            return found.with_drift(self.settings.drift)
+
+        first = len(self.quantizer.reports)
+        for kind in experts.layout.matrices:
+            names = [layer for layer in within if layer.endswith(f".{kind}")]
+            weights = {layer: experts.get_submodule(within[layer]).weight for layer in names}
+            for layer, packed, codes_AN in self.quantizer.quantize_group(weights, moments):
+                quantized = PackedMatrix.from_packed(
+                    packed, codes_AN=codes_AN, dtype=weights[layer].dtype,
+                    device=weights[layer].device,
+                )  # fmt: skip
+                replace_module(experts, within[layer], quantized)
+                yield layer
+        reports = self.quantizer.reports[first:]
+        few = {
+            experts.layout.names()[within[report.name]][0]: report.tokens
+            for report in reports
+            if report.pooled >= LARGE_SHARE
+        }
+        if few:
+            logger.warning(
+                "%s.%s: %d of %d experts see so few calibration tokens that their statistics are, "
+                "by half or more, those of all tokens: %s.",
+                self.name, name, len(few), experts.layout.experts, fewest(few),
+            )  # fmt: skip
+
+    def _say_what_experts_do(self, name: str) -> None:
+        """A line in the log, at the first experts, for what is not made up for by them."""
+        first = not any(f".{PACKED}." in report.name for report in self.quantizer.reports)
+        settings = self.settings
+        if first and self.original is not None and settings.residual and settings.drift:
+            logger.info(
+                "%s.%s: what experts put out is weighted before it is added to the residual "
+                "stream, so its error is not made up for there; the drift of their inputs is.",
+                self.name,
+                name,
+            )
 
     def _say_what_is_not_read(self, groups: Sequence[InputGroup]) -> None:
         """A line in the log for each part of the method that the architecture gives no way to."""

@@ -42,6 +42,8 @@ class LayerReport:
     """Time that the layer took, its calibration not included."""
     profile: ColumnProfile | None = None
     """What its columns spend; None in reports of versions that did not write it."""
+    pooled: float = 0.0
+    """Share of all the layer's tokens in the statistics of an expert that few of them reach."""
 
     @property
     def weights(self) -> int:

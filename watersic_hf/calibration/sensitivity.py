@@ -13,6 +13,7 @@ from one backward pass that holds one block's graph at a time; for an encoder, t
 behind it as well.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,23 @@ from watersic_hf.calibration.capture import (
     model_inputs,
     runnable_stacks,
 )
+from watersic_hf.calibration.experts import (
+    experts_in,
+    moments_of,
+    outside,
+    share_of_pool,
+    spread,
+)
 from watersic_hf.calibration.progress import steps
 from watersic_hf.calibration.ranks import add_up, gather, place
 from watersic_hf.calibration.topology import Stack, inside
-from watersic_hf.core import CalibrationError, MomentAccumulator, whitened_variances
+from watersic_hf.core import CalibrationError, MomentAccumulator, Moments, whitened_variances
+from watersic_hf.nn import SeparateExperts
 
 logger = logging.getLogger(__name__)
+
+#: Tokens that an expert's gradients are taken to have besides its own; see `_ExpertSums`.
+PRIOR_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +134,12 @@ def _stack_sensitivities(
         stream.hidden = inputs.pop()
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with source.hold(name, block):
-            sums = {n: _Sums(block.get_submodule(n)) for n in within}
+            experts = experts_in(block, list(within))
+            sums = {n: _Sums(block.get_submodule(n)) for n in outside(within, experts)}
+            for part, module in experts.items():
+                shared = _ExpertSums(module, sum(map(len, windows)))
+                for matrix, place_in in module.layout.names().items():
+                    sums[f"{part}.{matrix}"] = _MatrixSums(shared, *place_in)
             for batch in batches:
                 grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
             for layer_sums in sums.values():
@@ -173,13 +190,117 @@ class _Sums:
         )
 
 
+class _ExpertSums:
+    """What is summed of one module of experts.
+
+    Powers are per token of the layer, so that an expert counts as often as it is used.  As its
+    moments, they shrink: every expert has `PRIOR_TOKENS` more tokens, with the power of an average
+    one.  That leaves the sum over all experts as it is.
+    """
+
+    def __init__(self, experts: SeparateExperts, tokens: int) -> None:
+        self.experts = experts
+        self.tokens = tokens
+        self.inputs: dict[int, list[Tensor]] = {e: [] for e in range(experts.layout.experts)}
+        self.power_A: dict[tuple[int, str], Tensor] = {}
+        self.combined = False
+
+    @property
+    def slots(self) -> int:
+        """Tokens of all experts, each counted for every expert that it has."""
+        return sum(len(x) for inputs in self.inputs.values() for x in inputs)
+
+    def add(self, expert: int, matrix: str, x_SN: Tensor, grad_SA: Tensor) -> None:
+        if matrix == self.experts.layout.first:
+            self.inputs[expert].append(x_SN)
+        power_A = grad_SA.float().square().sum(0).double()
+        self.power_A[expert, matrix] = self.power_A.get((expert, matrix), 0) + power_A
+
+    def combine(self) -> None:
+        """Take in what the other processes have; once, however often it is called."""
+        if self.combined:
+            return
+        self.combined = True
+        parts = gather((self.inputs, self.power_A))
+        if len(parts) > 1:
+            self.inputs = {e: [x for inputs, _ in parts for x in inputs[e]] for e in self.inputs}
+            self.power_A = {}
+            for _, powers in parts:
+                for key, power_A in powers.items():
+                    self.power_A[key] = self.power_A.get(key, 0) + power_A
+
+    def result(self, expert: int, matrix: str, damping: float | None, name: str) -> Sensitivity:
+        layer = self.experts.packed[expert][matrix]
+        moments = self._moments(expert, matrix, layer.in_features)
+        return Sensitivity(
+            row_power_A=self._power(expert, matrix, layer.out_features).cpu(),
+            variance_N=whitened_variances(layer.weight, moments, damping, name=name).cpu(),
+        )
+
+    def _moments(self, expert: int, matrix: str, columns: int) -> Moments:
+        layout = self.experts.layout
+        tokens = sum(map(len, self.inputs[expert]))
+        share = share_of_pool(columns, tokens)
+
+        def measured(x_SN: Tensor) -> Moments:
+            return moments_of(x_SN if matrix == layout.first else self.experts.inner(expert, x_SN))
+
+        own = measured(torch.cat(self.inputs[expert])) if tokens else None
+        if share == 0:
+            return own
+        pool = measured(self._pool) if matrix == layout.last else self._pool_moments
+        return pool if own is None else own.pooled(pool, share)
+
+    @functools.cached_property
+    def _pool(self) -> Tensor:
+        every = torch.cat([x for inputs in self.inputs.values() for x in inputs])
+        return every[spread(len(every)).to(every.device)]
+
+    @functools.cached_property
+    def _pool_moments(self) -> Moments:
+        return moments_of(self._pool)
+
+    def _power(self, expert: int, matrix: str, rows: int) -> Tensor:
+        experts = self.experts.layout.experts
+        known = [p for (_, m), p in self.power_A.items() if m == matrix]
+        mean_A = sum(known) / self.slots
+        if matrix == self.experts.layout.first:
+            # rows of one expert have nothing to do with those of another
+            mean_A = mean_A.mean().expand(rows)
+        own_A = self.power_A.get((expert, matrix), 0)
+        prior_A = PRIOR_TOKENS * mean_A
+        return (own_A + prior_A) / (self.tokens * (1 + PRIOR_TOKENS * experts / self.slots))
+
+
+@dataclass
+class _MatrixSums:
+    """One matrix of an expert, as `_Sums` is of a layer."""
+
+    shared: _ExpertSums
+    expert: int
+    matrix: str
+
+    @property
+    def tokens(self) -> int:
+        return self.shared.slots
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        self.shared.add(self.expert, self.matrix, x, grad)
+
+    def combine(self) -> None:
+        self.shared.combine()
+
+    def result(self, damping: float | None, name: str) -> Sensitivity:
+        return self.shared.result(self.expert, self.matrix, damping, name)
+
+
 def _block_backward(
     stream: BlockStream,
     index: int,
     block: nn.Module,
     batch: int,
     grad: Tensor,
-    sums: dict[str, _Sums],
+    sums: dict[str, _Sums | _MatrixSums],
 ) -> Tensor:
     """Add one batch to the sums of a block's layers; returns the gradient at the block's input."""
     seen: list[tuple[str, Tensor, Tensor]] = []

@@ -17,9 +17,14 @@ from watersic_hf.checkpoint.files import (
     write_state,
     write_tensors,
 )
-from watersic_hf.checkpoint.inspection import inspect_checkpoint, verify_checkpoint
+from watersic_hf.checkpoint.inspection import (
+    experts_together,
+    inspect_checkpoint,
+    verify_checkpoint,
+)
 from watersic_hf.checkpoint.schema import (
     FORMAT_VERSION,
+    PACKED,
     CheckpointError,
     PackedLayer,
     layer_charge,
@@ -32,6 +37,7 @@ from watersic_hf.checkpoint.schema import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "PACKED",
     "CheckpointError",
     "PackedLayer",
     "TensorHeader",
@@ -39,6 +45,7 @@ __all__ = [
     "checkpoint_files",
     "checksum_of",
     "compare_checkpoints",
+    "experts_together",
     "inspect_checkpoint",
     "layer_charge",
     "pack_layer",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from watersic_hf.checkpoint.files import (
     read_tensors,
 )
 from watersic_hf.checkpoint.schema import (
+    PACKED,
     CheckpointError,
     PackedLayer,
     stored_layers,
@@ -91,6 +92,36 @@ def inspect_checkpoint(folder: str | os.PathLike, *, decode: bool = True) -> dic
         "dense": _dense_rows(dense, left_dense(folder)),
         "totals": totals,
     }
+
+
+def experts_together(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for the matrices of one kind of all experts of a module, for a table.
+
+    Args:
+        layers: rows of `inspect_checkpoint`, with ``error`` added, None where it is not known.
+
+    Returns:
+        The rows, in their order; an expert's number is ``*``, and how many there are stands behind
+        the name.  Experts have one size, so numbers are plain means, but for the largest code and
+        the number of classes, which are maxima.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault(re.sub(rf"(\.{PACKED}\.)\d+(?=\.)", r"\1*", row["name"]), []).append(row)
+    found = []
+    for name, rows in groups.items():
+        errors = [row["error"] for row in rows if row["error"] is not None]
+        means = ("bits", "pooled_entropy", "class_entropy", "payload_bits")
+        largest = ("row_classes", "column_classes", "max_abs_code")
+        together = {
+            "name": name if len(rows) == 1 else f"{name} ({len(rows)})",
+            "rows": rows[0]["rows"],
+            "columns": rows[0]["columns"],
+            "error": sum(errors) / len(errors) if errors else None,
+        }
+        together |= {key: sum(row[key] for row in rows) / len(rows) for key in means}
+        found.append(together | {key: max(row[key] for row in rows) for key in largest})
+    return found
 
 
 def _dense_rows(

@@ -14,6 +14,10 @@ and its weight is ``diag(row_scale) @ codes @ diag(col_scale)``.  The payload st
 of the dense weight, as a vector of bytes, so that a reader without this package finds a tensor of
 the wrong shape and refuses the file, instead of not finding the weight and inventing one.  The
 payload's header carries a checksum of the two scales.
+
+A module of experts ``M`` holds a matrix for every expert and projection, stored as layers
+``M.packed.<expert>.gate_up`` (or ``up``) and ``M.packed.<expert>.down`` in the place of the model's
+fused ``M.gate_up_proj`` and ``M.down_proj``.
 """
 
 import math
@@ -27,6 +31,9 @@ from watersic_hf import codec
 
 #: Version of the checkpoint: the names, shapes, dtypes and meaning of the tensors above.
 FORMAT_VERSION = 1
+
+#: Name, in a module of experts, of what holds the matrices of each.
+PACKED = "packed"
 
 _SCALE_DTYPE = torch.float16
 _SCALE_BITS = 16

@@ -1,7 +1,7 @@
 """The paper's method on plain tensors: it knows no files, no modules and no models."""
 
 from watersic_hf.core.metrics import gap_to_bound, relative_output_error
-from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments, pool_share
 from watersic_hf.core.profile import (
     BINS_PER_BIT,
     ColumnProfile,
@@ -26,6 +26,7 @@ __all__ = [
     "column_profile",
     "gap_to_bound",
     "narrow",
+    "pool_share",
     "quantize_weight",
     "rate_at_level",
     "relative_output_error",

@@ -19,6 +19,9 @@ TOKENS_PER_BLOCK = 1024
 #: Rows of a symmetric moment that are summed at a time, at least.
 PANEL = 256
 
+#: Tokens that the moments of a pool count for, for every column; see `pool_share`.
+POOL_PER_COLUMN = 0.5
+
 
 class CalibrationError(ValueError):
     """The calibration data cannot support what was asked of it."""
@@ -47,6 +50,10 @@ class Moments:
     """S_C; rows index the original input, columns the drifted one."""
     residual_AN: Tensor | None = None
     """S_R; added to the linear term of the objective."""
+    own_tokens: int | None = None
+    """Tokens of the part itself, in moments that are pooled."""
+    pool_share: float = 0.0
+    """Share of the pool in moments that are pooled."""
 
     def __post_init__(self) -> None:
         columns = self.columns
@@ -125,6 +132,20 @@ class Moments:
             residual_AN=mixed("residual_AN"),
         )
 
+    def pooled(self, pool: Moments, share: float) -> Moments:
+        """Return these moments with a share of those of a pool, as of `pool_share`.
+
+        Both are means over tokens; the result counts for as many tokens as would give a mean with
+        as little noise.
+        """
+        noise = (1 - share) ** 2 / self.tokens + share**2 / pool.tokens
+        mixed = replace(self.mix(pool, share), tokens=max(1, round(1 / noise)))
+        return replace(mixed, own_tokens=self.tokens, pool_share=share)
+
+    def for_none(self) -> Moments:
+        """Return these moments of a pool as those of a part that no token reaches."""
+        return replace(self, own_tokens=0, pool_share=1.0)
+
     def scale_rows(self, factor_A1: Tensor) -> Moments:
         """Return the moments of a problem whose outputs, row by row, are `factor_A1` times these.
 
@@ -150,6 +171,18 @@ class Moments:
             cross_cov_NN=square(self.cross_cov_NN),
             residual_AN=None if residual is None else residual[:, live_N].double(),
         )
+
+
+def pool_share(columns: int, tokens: int) -> float:
+    r"""Return the share of a pool in the moments of a part of it that is known by few tokens.
+
+    .. math:: \kappa / (n + \kappa), \quad \kappa = k N
+
+    for n tokens and N columns: the pool is prior knowledge worth :math:`\kappa` tokens.  With no
+    token all is the pool's.
+    """
+    prior = POOL_PER_COLUMN * columns
+    return prior / (tokens + prior)
 
 
 def times(matrix_AN: Tensor, moment: Tensor) -> Tensor:

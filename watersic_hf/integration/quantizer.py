@@ -35,13 +35,16 @@ from watersic_hf.calibration import (
     calibration_windows,
     decoder_blocks,
     massive_rows,
+    outside,
     quantize_blocks,
     read_report,
     read_run,
     zero_rows,
 )
 from watersic_hf.checkpoint import (
+    PACKED,
     CheckpointError,
+    PackedLayer,
     TensorHeader,
     read_headers,
     read_tensors,
@@ -58,14 +61,27 @@ from watersic_hf.integration.dense import (
     linear_layers,
     shape_of,
 )
+from watersic_hf.integration.experts import (
+    find_experts,
+    has_biases,
+    matrix_shapes,
+    prepare_experts,
+    routing_layers,
+)
 from watersic_hf.integration.headers import model_headers
 from watersic_hf.integration.saving import attach_extras, detach_extras
 from watersic_hf.integration.streaming import StreamedRun
 from watersic_hf.nn import (
+    FusedExperts,
+    PackedMatrix,
     WaterSICLinear,
+    fuse,
     module_matches,
     packed_layers,
     replace_module,
+    separate,
+    separate_dense,
+    separate_experts,
     set_residency,
 )
 
@@ -89,6 +105,9 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.run: RunReport | None = None
         self._device_map: Any = None
         self._layers: set[str] = set()
+        self._fused: dict[str, FusedExperts] = {}
+        self._experts: dict[str, FusedExperts] = {}
+        self._parts: dict[str, dict[str, list[PackedMatrix]]] = {}
         self._shells: dict[str, nn.Module] = {}
         self._skip: dict[str, str] = {}
         self._zero_rows: dict[str, list[int]] = {}
@@ -143,17 +162,22 @@ class WaterSICHfQuantizer(HfQuantizer):
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         """Bytes per element that a parameter will take, for placing it on devices."""
-        if not self.pre_quantized and param_name.removesuffix(".weight") in self._layers:
-            return self.quantization_config.bits_of(param_name.removesuffix(".weight")) / 8
+        name, _, tensor = param_name.rpartition(".")
+        fused = name in self._experts and param.ndim == 3
+        if not self.pre_quantized and ((tensor == "weight" and name in self._layers) or fused):
+            return self.quantization_config.bits_of(name) / 8
         return param.element_size()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the file is quantized as it comes, or has a size of its own."""
         name, _, tensor = param_name.rpartition(".")
+        if name in self._experts and not self.pre_quantized:
+            fused = tensor.removesuffix("_proj") in self._experts[name].matrices
+            return not self._calibrated and fused
         if tensor != "weight":
             return False
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), WaterSICLinear)
+            return isinstance(model.get_submodule(name), PackedMatrix)
         return not self._calibrated and name in self._layers
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -179,8 +203,10 @@ class WaterSICHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._skip = skip = self._skipped(model)
         linear = linear_layers(model)
+        self._fused = experts = find_experts(model)
+        self._skip = skip = self._skipped(model, experts)
+        self._experts = {n: e for n, e in experts.items() if module_matches(n, skip) is None}
         # what `dequantize` puts back; the model is on meta, so they take no memory
         self._shells = {
             name: copy.deepcopy(module)
@@ -190,20 +216,20 @@ class WaterSICHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_packed(model, linear, skip, checkpoint_files)
             return
-        self._layers = {name for name in linear if module_matches(name, skip) is None}
+        shapes = {name: shape_of(module) for name, module in linear.items()}
+        shapes = {n: shape for n, shape in shapes.items() if module_matches(n, skip) is None}
+        shapes |= matrix_shapes(self._experts)
+        self._layers = set(shapes)
         if not self._layers:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer to quantize: {len(linear)} were "
                 f"found, and `modules_to_not_convert` = {sorted(skip)} leaves all of them dense."
             )
-        self._keep_dense(model, [name for name in linear if name not in self._layers])
+        dense = [name for name in linear if name not in self._layers]
+        self._keep_dense(model, [*dense, *(experts.keys() - self._experts.keys())])
         self._note_dense(model, self._layers)
         config = self.quantization_config
-        targets = {
-            name: (math.prod(model.get_submodule(name).weight.shape), config.bits_of(name))
-            for name in linear
-            if name in self._layers
-        }
+        targets = {n: (math.prod(shape), config.bits_of(n)) for n, shape in shapes.items()}
         pinned = [name for name in targets if module_matches(name, config.layer_bits) is not None]
         if isinstance(config.zero_rows, Mapping):
             self._zero_rows = {
@@ -215,7 +241,7 @@ class WaterSICHfQuantizer(HfQuantizer):
             targets, settings=config.settings, seed=config.seed, pinned=pinned
         )
 
-    def _skipped(self, model: nn.Module) -> dict[str, str]:
+    def _skipped(self, model: nn.Module, experts: Mapping[str, FusedExperts]) -> dict[str, str]:
         """Why layers stay dense, by pattern."""
         wide = getattr(model, "_keep_in_fp32_modules", None) or ()
         user = self.quantization_config.modules_to_not_convert or ()
@@ -223,6 +249,7 @@ class WaterSICHfQuantizer(HfQuantizer):
             dict.fromkeys(self.get_modules_to_not_convert(model), "output head, or tied to one")
             | dict.fromkeys(wide, "the model keeps it in float32")
             | dict.fromkeys(user, "named in modules_to_not_convert")
+            | routing_layers(model, experts)
         )
 
     def _keep_dense(self, model: nn.Module, names: list[str]) -> None:
@@ -238,8 +265,11 @@ class WaterSICHfQuantizer(HfQuantizer):
             name: self._skip[pattern]
             if (pattern := module_matches(name, self._skip)) is not None
             else "no calibration data reaches it"
-            for name in linear_layers(model)
+            for name in (*linear_layers(model), *self._fused)
         }
+        biased = [n for n in self._experts if has_biases(model.get_submodule(n))]
+        reasons |= dict.fromkeys(biased, "biases of experts")
+        packed = {*packed, *(self._experts.keys() - biased)}
         self.quantization_config.left_dense = left_dense(model, packed, reasons)
 
     def _prepare_packed(
@@ -254,7 +284,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         if files:
             folder = Path(files[0]).parent
             self.reports, self.run = read_report(folder), read_run(folder)
-        self._place_packed(model, linear, skip, headers)
+        self._place_packed(model, linear, self._experts, skip, headers)
         if next(packed_layers(model), None) is None:
             raise CheckpointError(
                 f"{type(model).__name__}: config.json says that the model is quantized with "
@@ -265,6 +295,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self,
         model: nn.Module,
         linear: Mapping[str, nn.Module],
+        experts: Mapping[str, FusedExperts],
         skip: Collection[str],
         headers: Mapping[str, TensorHeader],
     ) -> None:
@@ -283,6 +314,7 @@ class WaterSICHfQuantizer(HfQuantizer):
                 payload_bytes=found.get("weight", (0,))[0], dtype=self.dtype, device="meta",
             )  # fmt: skip
             replace_module(model, name, layer)
+        prepare_experts(model, experts, stored, sized=bool(headers), dtype=self.dtype)
 
     # -- after the weights --------------------------------------------------------------------
 
@@ -317,9 +349,12 @@ class WaterSICHfQuantizer(HfQuantizer):
             source = run.source
         windows = self.windows(model) if run is None else run.windows
         layers = [name for name, _ in model.named_modules() if name in self._layers]
+        # in this order, as experts are no modules of their own yet
+        layers += [name for name in matrix_shapes(self._experts) if name in self._layers]
         if config.zero_rows == "auto":
             find = functools.partial(
-                massive_rows, model, decoder_blocks(model, layers), windows, layers,
+                massive_rows, model, decoder_blocks(model, layers), windows,
+                outside(layers, self._experts),
                 batch_size=config.batch_size, source=source,
             )  # fmt: skip
             self._zero_rows = find() if run is None else run.journal.fact("zero_rows", find)
@@ -335,7 +370,9 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.close_layers(model)
         if run is not None:
             self._fill(model, run)
-        self._keep_dense(model, list(linear_layers(model)))
+        self._experts = {n: module.layout for n, module in separate_experts(model)}
+        dense = self._fused.keys() - self._experts.keys()
+        self._keep_dense(model, [*linear_layers(model), *dense])
         self._note_dense(model, {name for name, _ in packed_layers(model)})
 
     def quantize_streamed(self, model: nn.Module, run: StreamedRun) -> None:
@@ -360,7 +397,12 @@ class WaterSICHfQuantizer(HfQuantizer):
                     files[f"{name}.{tensor}"] = file, tensor
         linear = linear_layers(model)
         found = {name: linear[name] for name in linear if f"{name}.row_scale" in headers}
-        self._place_packed(model, found, (), headers)
+        experts = {
+            name: layout
+            for name, layout in self._experts.items()
+            if any(tensor.startswith(f"{name}.{PACKED}.") for tensor in headers)
+        }
+        self._place_packed(model, found, experts, (), headers)
 
         def saved() -> dict[str, torch.Tensor]:
             state = {n: t for b in run.source.blocks for n, t in run.source.mapped(b).items()}
@@ -407,6 +449,9 @@ class WaterSICHfQuantizer(HfQuantizer):
             for name in self._layers
             if name.startswith(prefix) and not name.startswith(skip)
         }
+        for name, layout in self._experts.items():
+            if name.startswith(prefix) and not name.startswith(skip):
+                separate_dense(part.get_submodule(name.removeprefix(prefix)), layout)
         for name in names.keys() & self._shells.keys():
             replace_module(part, names[name], as_linear(part.get_submodule(names[name])))
         zero_rows(part, {names[n]: rows for n, rows in self._zero_rows.items() if n in names})
@@ -418,18 +463,27 @@ class WaterSICHfQuantizer(HfQuantizer):
                 module = part.get_submodule(name.removeprefix(prefix))
                 if type(module) is nn.Linear:
                     replace_module(part, name.removeprefix(prefix), like(shell, module))
+        for _, module in list(separate_experts(part)):
+            if not any(isinstance(matrix, PackedMatrix) for matrix in module.modules()):
+                fuse(module)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        experts = list(separate_experts(model))
+        matrices = matrix_shapes({name: module.layout for name, module in experts})
         for name, layer in list(packed_layers(model)):
             if layer.weight.device.type == "meta":
                 raise ValueError(
                     f"{name}: the layer is offloaded and cannot be dequantized in place. Load the "
                     f"model without offloading first."
                 )
+            if name in matrices:
+                continue
             dense = layer.dequantize(dtype)
             if name in self._shells:
                 dense = like(self._shells[name], dense)
             replace_module(model, name, dense)
+        for _, module in experts:
+            fuse(module, dtype)
         detach_extras(model)
         return model
 
@@ -457,28 +511,54 @@ class WaterSICQuantize(ConversionOps):
         """
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        if self.hf_quantizer._failure is not None:
+        hf_quantizer = self.hf_quantizer
+        if hf_quantizer._failure is not None:
             return {full_layer_name: weight}
-        name = full_layer_name.removesuffix(".weight")
-        module = model.get_submodule(name)
-        weight_AN = weight.T if is_transposed(module) else weight
-        layers = self.hf_quantizer._quantizer
-        weight_AN = weight_AN.clone() if name in self.hf_quantizer._zero_rows else weight_AN
-        weight_AN[self.hf_quantizer._zero_rows.get(name, [])] = 0
-        moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
+        name, _, tensor = full_layer_name.rpartition(".")
         try:
-            packed, _ = layers.quantize(name, weight_AN, moments)
+            if name in hf_quantizer._experts:
+                self._convert_experts(model, name, tensor.removesuffix("_proj"), weight)
+            else:
+                module = model.get_submodule(name)
+                packed = self._pack(name, weight.T if is_transposed(module) else weight)
+                layer = WaterSICLinear.from_packed(packed, dtype=weight.dtype, device=weight.device)
+                layer.bias = module.bias
+                replace_module(model, name, layer)
         except ValueError as error:
-            self.hf_quantizer._failure = error
+            hf_quantizer._failure = error
             return {full_layer_name: weight}
-        layer = WaterSICLinear.from_packed(packed, dtype=weight_AN.dtype, device=weight_AN.device)
-        layer.bias = module.bias
-        replace_module(model, name, layer)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
+        return {}
+
+    def _convert_experts(
+        self, model: nn.Module, name: str, matrix: str, weight: torch.Tensor
+    ) -> None:
+        """Pack one fused parameter of a module of experts; the module changes at the second."""
+        layout = self.hf_quantizer._experts[name]
+        parts = self.hf_quantizer._parts.setdefault(name, {})
+        parts[matrix] = [
+            PackedMatrix.from_packed(
+                self._pack(f"{name}.{PACKED}.{expert}.{matrix}", layout.slice(weight, expert)),
+                dtype=weight.dtype, device=weight.device,
+            )
+            for expert in range(layout.experts)
+        ]  # fmt: skip
+        if len(parts) == len(layout.matrices):
+            separate(model.get_submodule(name), layout, lambda expert, m: parts[m][expert])
+            del self.hf_quantizer._parts[name]
+
+    def _pack(self, name: str, weight_AN: torch.Tensor) -> PackedLayer:
+        layers = self.hf_quantizer._quantizer
+        rows = self.hf_quantizer._zero_rows.get(name)
+        if rows is not None:
+            weight_AN = weight_AN.clone()
+            weight_AN[rows] = 0
+        moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
+        packed, _ = layers.quantize(name, weight_AN, moments)
         if len(layers.reports) % _TRIM_EVERY == 0:
             _trim_heap()
-        return {}
+        return packed
 
 
 def register() -> None:

@@ -147,6 +147,8 @@ class StreamedBlocks(ResidentBlocks):
         """Have the weights of a block, called `name` in the model, where they are computed with."""
         before = [[dict(getattr(m, part)) for part in _PARTS] for m in block.modules()]
         modules = list(block.modules())
+        # experts are of another class while they are separate
+        kinds = [type(module) for module in modules]
         try:
             for tensor, (weights, key) in self._weights[name].items():
                 _put(block, tensor, self._read(f"{name}.{tensor}", weights, key))
@@ -158,7 +160,8 @@ class StreamedBlocks(ResidentBlocks):
             self._read_ahead(name)
             yield
         finally:
-            for module, parts in zip(modules, before, strict=True):
+            for module, kind, parts in zip(modules, kinds, before, strict=True):
+                module.__class__ = kind
                 for part, entries in zip(_PARTS, parts, strict=True):
                     getattr(module, part).clear()
                     getattr(module, part).update(entries)

@@ -1,5 +1,14 @@
 """The quantized layer and the operators it runs on."""
 
+from watersic_hf.nn.experts import (
+    FusedExperts,
+    SeparateExperts,
+    fuse,
+    fused_experts,
+    separate,
+    separate_dense,
+    separate_experts,
+)
 from watersic_hf.nn.linear import RESIDENCIES, PackedMatrix, WaterSICLinear
 from watersic_hf.nn.ops import BACKENDS
 from watersic_hf.nn.replace import module_matches, packed_layers, replace_module, set_residency
@@ -7,10 +16,17 @@ from watersic_hf.nn.replace import module_matches, packed_layers, replace_module
 __all__ = [
     "BACKENDS",
     "RESIDENCIES",
+    "FusedExperts",
     "PackedMatrix",
+    "SeparateExperts",
     "WaterSICLinear",
+    "fuse",
+    "fused_experts",
     "module_matches",
     "packed_layers",
     "replace_module",
+    "separate",
+    "separate_dense",
+    "separate_experts",
     "set_residency",
 ]
