@@ -7,7 +7,9 @@
 Every rival quantizes the linear layers of the decoder blocks and nothing else.  DIR becomes an
 ordinary dense bfloat16 folder with the dequantized weights, so that one evaluator judges all
 rivals, and `rival.json`, which says what ran and what it stores (`RECORD` lists the fields).  Its
-`seconds` are processor time, of all threads, since these machines are shared.
+`seconds` are processor time, of all threads, since these machines are shared.  `reproduced` is the
+share of weights that came out better than `Job.reproduced` allows: above 0, a model that was once
+quantized has met its own grid again, and the run says nothing of the rival.
 
 Only `windows` needs watersic_hf: the others run where the rival is installed.  One environment for
 each line (Python 3.11, CPU), after `pip install torch==2.13.0` and with a constraints file that
@@ -16,7 +18,8 @@ keeps it; these versions ran:
     hqq, bnb, quanto, torchao, llamacpp:
         transformers==5.23.0 accelerate==1.15.0 hqq==0.2.8.post1 bitsandbytes==0.50.2
         optimum-quanto==0.2.7 torchao==0.18.0 gguf==0.19.0
-    sinq:       as for hqq, datasets==5.2.0, then sinq==0.2.0 with --no-deps (gemlite needs CUDA)
+    sinq:       as for hqq, datasets==5.2.0, then sinq==0.2.0 with --no-deps (gemlite needs CUDA);
+        apart from the others, since it loads torch and itself at every start of Python
     gptq:       transformers==5.23.0 gptqmodel==7.6.0 (7.7.0 needs a newer torch), wheel, setuptools
     autoround:  transformers==5.23.0 auto-round==0.16.1
 
@@ -51,8 +54,8 @@ from torch import Tensor, nn
 
 #: What `rival.json` holds, in this order.
 RECORD = (
-    "rival", "version", "settings", "model", "weights", "bytes", "counted", "bits", "seconds",
-    "calibration",
+    "rival", "version", "settings", "model", "weights", "bytes", "counted", "bits", "reproduced",
+    "seconds", "calibration",
 )  # fmt: skip
 
 
@@ -67,16 +70,41 @@ class Job:
     settings: str = ""
     version: str = ""
     counted: str = "tensors in memory, as the layer's state_dict holds them"
-    bytes: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
+    """By tensor name: bytes."""
     seconds: float = 0.0
+    original: dict[str, Tensor] = field(init=False)
     shapes: dict[str, torch.Size] = field(init=False)
 
     def __post_init__(self):
+        self.original = dict(self.weights)
         self.shapes = {name: weight.shape for name, weight in self.weights.items()}
 
     @property
     def model(self) -> Path:
         return Path(self.options.model)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.stored.values())
+
+    @property
+    def count(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def reproduced(self) -> float:
+        """The share of weights in layers with an error below the bound of Gaussian weights.
+
+        That is 4^-bits of the weights' mean square.  Scalar quantizers stay above it by 0.25 bit
+        and more, unless the weights already lie on a grid that they find.
+        """
+        found = 0
+        for name, dense in self.weights.items():
+            weight = self.original[name].double()
+            error = (dense.double() - weight).square().sum() / weight.square().sum()
+            if error < 4.0 ** (-8 * self.stored[name] / weight.numel()):
+                found += weight.numel()
+        return found / self.count
 
     @contextmanager
     def timed(self):
@@ -95,7 +123,7 @@ class Job:
                 quantized = quantize(weight)
             dense, stored = dequantize(quantized)
             self.weights[name] = dense
-            self.bytes += nbytes(stored)
+            self.stored[name] = nbytes(stored)
 
 
 def hqq(job: Job) -> None:
@@ -211,7 +239,7 @@ def llamacpp(job: Job) -> None:
             name = names[tensor.name]
             dense = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
             job.weights[name] = dense.reshape(job.shapes[name])
-            job.bytes += int(tensor.n_bytes)
+            job.stored[name] = int(tensor.n_bytes)
             types[tensor.tensor_type.name] += job.shapes[name].numel()
     weights = sum(types.values())
     parts = ", ".join(f"{n} {w / weights:.1%}" for n, w in types.most_common())
@@ -347,7 +375,7 @@ def read_gptq(job: Job, folder: Path, *, first_zero: int) -> None:
     for name, shape in job.shapes.items():
         stem = name.removesuffix("weight")
         stored = {key: tensor for key, tensor in tensors.items() if key.startswith(stem)}
-        job.bytes += nbytes(stored.values())
+        job.stored[name] = nbytes(stored.values())
         codes_NA = unpack(stored[stem + "qweight"], bits=job.options.bits)
         zeros_GA = unpack(stored[stem + "qzeros"].T, bits=job.options.bits).T + first_zero
         group_N = torch.arange(shape[1]) // job.options.group
@@ -474,12 +502,12 @@ def write_dense(job: Job, out: Path) -> None:
 
 def record(job: Job) -> dict:
     """The contents of `rival.json`."""
-    count = sum(shape.numel() for shape in job.shapes.values())
     calibration = None
     if job.windows is not None:
         calibration = "{} windows of {} tokens".format(*job.windows.shape)
-    values = (job.options.rival, job.version, job.settings, job.model.name, count, job.bytes,
-              job.counted, 8 * job.bytes / count, round(job.seconds, 1), calibration)  # fmt: skip
+    values = (job.options.rival, job.version, job.settings, job.model.name, job.count, job.bytes,
+              job.counted, 8 * job.bytes / job.count, round(job.reproduced(), 4),
+              round(job.seconds, 1), calibration)  # fmt: skip
     return dict(zip(RECORD, values, strict=True))
 
 

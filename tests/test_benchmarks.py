@@ -168,6 +168,7 @@ def test_a_rival_leaves_a_dense_folder_and_its_record(rivals, llama_folder, tmp_
     assert result["bytes"] == result["weights"] // 2 + 14 * 4
     assert result["bits"] == pytest.approx(4 + 14 * 32 / result["weights"])
     assert result["calibration"] is None
+    assert result["reproduced"] == 0
     before = AutoModelForCausalLM.from_pretrained(llama_folder).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     moved = {name for name in before if (after[name].float() - before[name]).mean() > 0.9}
@@ -211,6 +212,21 @@ def test_a_broken_conversion_is_not_written(rivals, llama_folder, tmp_path, monk
 
     with pytest.raises(ValueError, match="not finite"):
         rivals.main(["bnb", "--model", str(llama_folder), "--out", str(tmp_path / "out")])
+
+
+def test_weights_that_meet_their_own_grid_again_are_counted(rivals):
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(64, 192, generator=generator) for name in ("once", "twice")}
+    step = 6 / 15
+    weights["twice"] = (weights["twice"] / step).round().clamp(-8, 7) * step
+    job = rivals.Job(argparse.Namespace(), weights)
+
+    job.each_layer(
+        lambda weight: (weight / step).round().clamp(-8, 7) * step,
+        lambda dense: (dense, [torch.zeros(dense.numel() // 2, dtype=torch.uint8)]),
+    )
+
+    assert job.reproduced() == 0.5
 
 
 def test_nested_tensors_are_counted_and_settings_are_not(rivals):
@@ -284,6 +300,7 @@ def test_llama_cpp_is_handed_every_layer_and_its_importances(rivals, llama_folde
 
     # the tool of this test copies, so that the folder holds the original in bfloat16
     assert result["bits"] == 32
+    assert result["reproduced"] == 1
     assert result["calibration"] == "2 windows of 16 tokens"
     before = rivals.linear_weights(llama_folder)
     after = rivals.linear_weights(tmp_path / "out")
