@@ -89,21 +89,36 @@ def zsic(
         return codes_NA.T, shrinkage_N
     work_NA = target_AN.T.clone(memory_format=torch.contiguous_format)
 
-    def quantize(low: int, high: int) -> None:
-        if high - low <= BLOCK:
-            block = slice(low, high)
-            block_step(
-                work_NA[block], chol[block, block], step, codes_NA[block], shrinkage_N[block]
-            )
-            return
-        # the right half is a multiple of BLOCK, so that only one block is ragged
-        middle = high - BLOCK * max(1, (high - low) // (2 * BLOCK))
-        quantize(middle, high)
-        work_NA[low:middle].addmm_(chol[middle:high, low:middle].T, work_NA[middle:high], alpha=-1)
-        quantize(low, middle)
-
-    quantize(0, N)
+    _quantize_columns(work_NA, chol, step, codes_NA, shrinkage_N, block_step)
     return codes_NA.T, shrinkage_N
+
+
+def _quantize_columns(
+    target_NA: Tensor,
+    chol: Tensor,
+    step: float,
+    codes_NA: Tensor,
+    shrinkage_N: Tensor,
+    block_step: BlockStep,
+) -> None:
+    """Quantize columns, the right half first.
+
+    No function within `zsic`: one that calls itself holds all of this in memory until the garbage
+    collector finds it.
+    """
+    N = len(target_NA)
+    if N <= BLOCK:
+        block_step(target_NA, chol, step, codes_NA, shrinkage_N)
+        return
+    # the right half is a multiple of BLOCK, so that only one block is ragged
+    middle = N - BLOCK * max(1, N // (2 * BLOCK))
+    left, right = slice(0, middle), slice(middle, N)
+    for half in (right, left):
+        _quantize_columns(
+            target_NA[half], chol[half, half], step, codes_NA[half], shrinkage_N[half], block_step
+        )
+        if half is right:
+            target_NA[left].addmm_(chol[right, left].T, target_NA[right], alpha=-1)
 
 
 def _round_columns(target_BA: Tensor, step: float, codes_BA: Tensor, shrinkage_B: Tensor) -> None:
