@@ -262,7 +262,8 @@ def test_the_commands_and_their_options_are_these(capsys):
     assert options == {
         "quantize": sorted([*common, "--bits", "--dataset", "--tokenizer", "--samples",
                             "--sequence-length", "--batch-size", "--layer-bits", "--skip",
-                            "--set", "--seed", "--dtype", "--device-map", "--max-shard-size"]),
+                            "--set", "--seed", "--dtype", "--device-map", "--max-shard-size",
+                            "--dry-run", "--processes"]),
         "finetune": sorted([*common, "--teacher", "--dataset", "--tokenizer", "--samples",
                             "--sequence-length", "--epochs", "--learning-rate", "--batch-size",
                             "--seed", "--resume", "--dtype", "--device-map"]),

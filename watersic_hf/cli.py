@@ -83,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--dtype", default="auto", help="of the dense rest (the model's own)")
     quantize.add_argument("--device-map", help="as in from_pretrained")
     quantize.add_argument("--max-shard-size", default="5GB")
+    quantize.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what it would take: memory, disk, hours; only config.json of the model is read",
+    )
+    quantize.add_argument(
+        "--processes", type=int, default=1, help="that share the work, for --dry-run (1)"
+    )
 
     finetune = commands.add_parser(
         "finetune", parents=[common], help="train the scales of a quantized model; same bits"
@@ -180,6 +188,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         **dict(_settings(arguments.set)),
     )
+    if arguments.dry_run:
+        _print_plan(arguments, config)
+        return
     with joined():
         reports = quantize_to_folder(
             arguments.model, arguments.out, config, dtype=arguments.dtype,
@@ -207,6 +218,35 @@ def _write_page(folder: str) -> Path:
     page = Path(folder) / PAGE_FILE
     write_page(page, read_facts(folder, inspect_checkpoint(folder, decode=False)))
     return page
+
+
+def _print_plan(arguments: argparse.Namespace, config: Any) -> None:
+    from watersic_hf.integration.folder import compute_device
+    from watersic_hf.integration.plan import plan
+
+    found = plan(
+        arguments.model, config, dtype=arguments.dtype, processes=arguments.processes,
+        device=compute_device(arguments.device_map),
+    )  # fmt: skip
+    if arguments.json:
+        _print_json(asdict(found))
+        return
+    print(
+        f"{found.model}: {found.layers} layers in {found.blocks} blocks, {found.weights:,} weights "
+        f"at {config.bits:g} bits, {found.tokens:,} calibration tokens, {found.processes} "
+        f"process{'es' if found.processes > 1 else ''}\n"
+    )
+    parts = (
+        ("memory of a process, GB", found.memory, 1e9),
+        ("disk, GB", found.disk, 1e9),
+        ("time, hours", found.seconds, 3600),
+    )
+    rows = []
+    for title, amounts, unit in parts:
+        rows.append((title, f"{sum(amounts.values()) / unit:.2f}"))
+        rows += [(f"  {what}", f"{amount / unit:.2f}") for what, amount in amounts.items()]
+    _print_table(("", "at most"), rows)
+    print(f"\nrates measured on {found.rates.machine}; an estimate, good to a factor of two")
 
 
 def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:

@@ -169,22 +169,35 @@ class Journal:
 
     # -- hidden states ------------------------------------------------------------------------
 
-    def states(self, stream: str, block: int, batch_size: int) -> SavedStates:
-        """Hidden states at the input of a block, to be appended or to be read."""
-        batches = share(batch_numbers(self.lengths, batch_size))
+    def states(
+        self, stream: str, block: int, batch_size: int, *, windows: int | None = None
+    ) -> SavedStates:
+        """Hidden states at the input of a block, to be appended or to be read.
+
+        Args:
+            stream: a word for the model that they are of.
+            block: its number.
+            batch_size: windows in a batch.
+            windows: how many of the calibration windows; default: all.
+        """
+        batches = share(batch_numbers(self.lengths[:windows], batch_size))
         return SavedStates(self.folder, f"states-{stream}-{block:05d}", batches, self.lengths)
 
     # -- what belongs to the whole model ------------------------------------------------------
 
     def sensitivities(
-        self, measure: Callable[[], Mapping[str, Sensitivity]]
+        self, measure: Callable[..., Mapping[str, Sensitivity]]
     ) -> Mapping[str, Sensitivity]:
-        """The sensitivities of the run, measured once."""
+        """The sensitivities of the run, measured once.
+
+        Args:
+            measure: measures them, given the `states` of `layer_sensitivities`.
+        """
         file = self.folder / "sensitivities.safetensors"
         if not self._is_there(file):
             tensors = {
                 f"{name}.{field}": tensor
-                for name, sensitivity in measure().items()
+                for name, sensitivity in measure(states=self._few_states).items()
                 for field, tensor in vars(sensitivity).items()
             }
             if place()[0] == 0:
@@ -194,6 +207,9 @@ class Journal:
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         fields = [field.name for field in dataclasses.fields(Sensitivity)]
         return {name: Sensitivity(**{f: tensors[f"{name}.{f}"] for f in fields}) for name in names}
+
+    def _few_states(self, block: int, windows: int) -> SavedStates:
+        return self.states("sensitivity", block, 1, windows=windows)
 
     def fact(self, name: str, find: Callable[[], Any]) -> Any:
         """Something that JSON holds, found once."""

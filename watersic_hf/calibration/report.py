@@ -105,10 +105,20 @@ def describe_run(seconds: float) -> RunReport:
 
 def peak_bytes() -> int | None:
     """The most memory that this process has held; None where the system does not say."""
+    return _status_bytes("VmHWM")
+
+
+def resident_bytes() -> int | None:
+    """The memory that this process holds now; None where the system does not say."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.MULTILINE)
+    text = status.read_text(encoding="utf-8")
+    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
     return None if found is None else 1024 * int(found[1])
 
 

@@ -70,7 +70,7 @@ def layer_sensitivities(
     damping: float | None,
     seed: int,
     source: ResidentBlocks = RESIDENT,
-    states: Callable[[int], States] = lambda index: [],
+    states: Callable[[int, int], States] = lambda index, count: [],
 ) -> dict[str, Sensitivity]:
     """Sensitivity of layers, by name.
 
@@ -83,7 +83,8 @@ def layer_sensitivities(
         damping: of the inputs' second moments; None is `damping_for` the tokens.
         seed: of the tokens that the model draws.
         source: where blocks come from; default: they are in memory, and stay where they are.
-        states: what the hidden states at the input of a block are kept in, by its number.
+        states: what the hidden states at the input of a block are kept in, by its number and the
+            number of windows.
 
     Returns:
         The sensitivities; none at all if hidden states are not finite, or if the model makes no
@@ -107,18 +108,18 @@ def _stack_sensitivities(
     damping: float | None,
     seed: int,
     source: ResidentBlocks,
-    states: Callable[[int], States],
+    states: Callable[[int, int], States],
 ) -> dict[str, Sensitivity]:
     modules = [block for _, block in stack]
     stream = block_stream(
-        model, modules, windows, batch_size=1, source=source, hidden=states(0)
+        model, modules, windows, batch_size=1, source=source, hidden=states(0, len(windows))
     )  # fmt: skip
     inputs: list[States] = []
     forward = enumerate(stack)
     for index, (name, block) in steps(forward, "Sensitivity, forward", len(stack)):
         inputs.append(stream.hidden)
         with source.hold(name, block):
-            stream.advance(index, block, into=states(index + 1))
+            stream.advance(index, block, into=states(index + 1, len(windows)))
     batches = range(len(stream.hidden))
     if not all(gather(all(bool(stream.hidden[b].isfinite().all()) for b in batches))):
         # the block loop stops at the layer where it begins, and names it

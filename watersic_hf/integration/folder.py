@@ -91,7 +91,7 @@ def quantize_to_folder(
     batch_size = config.batch_size
     if (work / _BATCH_SIZE).is_file():
         batch_size = min(batch_size, read_json(work / _BATCH_SIZE))
-    device = _device(device_map)
+    device = compute_device(device_map)
     while True:
         try:
             quantized = _quantize_streamed(
@@ -176,7 +176,7 @@ def _save_finished(
     shutil.rmtree(work)
 
 
-def _device(device_map: Any) -> torch.device:
+def compute_device(device_map: Any) -> torch.device:
     """The device that blocks are computed on."""
     if isinstance(device_map, int):
         return torch.device("cuda", device_map)

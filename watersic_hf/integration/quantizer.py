@@ -122,6 +122,11 @@ class WaterSICHfQuantizer(HfQuantizer):
     def _calibrated(self) -> bool:
         return not self.pre_quantized and self.quantization_config.dataset is not None
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that are to be quantized, once the model is known."""
+        return sorted(self._layers)
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work: quantizing into weights that are offloaded to disk."""
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
