@@ -1,5 +1,5 @@
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from watersic_hf import WaterSICConfig
 from watersic_hf.integration import plan as module
@@ -42,6 +42,24 @@ def test_processes_share_the_time_and_not_the_memory(folder):
 
     assert sum(four.seconds.values()) < 0.6 * sum(one.seconds.values())
     assert four.memory["a block, dense and quantized"] == one.memory["a block, dense and quantized"]
+
+
+def test_a_token_goes_through_few_of_the_experts(folder, tmp_path):
+    sizes = {k: v for k, v in LLAMA_70B.items() if k != "architectures"} | {
+        "num_hidden_layers": 2, "num_local_experts": 16, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    MixtralConfig(**sizes, architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path / "moe")
+
+    found = plan(str(tmp_path / "moe"), WaterSICConfig(bits=3.0, dataset="pydoc"))
+
+    expert = 3 * 8192 * 28672
+    attention = 8192 * (2 * 8192 + 2 * 1024)
+    assert found.layers == 2 * (4 + 2 * 16)
+    assert found.weights == 2 * (attention + 16 * expert)
+    assert found.memory["all that reaches the experts of a block"] == 2 * 128 * 2048 * 8192 * 2
+    used = 2 * (attention + 2 * expert + 16 * 8192 + 2 * 8192)
+    passes = 2.5 * 2 * 128 * 2048
+    assert found.seconds["both models, block by block"] == pytest.approx(1e-14 * passes * used)
 
 
 def test_what_is_off_costs_nothing(folder):

@@ -4,6 +4,7 @@ Shapes: A = out_features, N = in_features.
 Units:  bytes and seconds; gigabytes are 10^9 bytes.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from watersic_hf.calibration.report import describe_run, resident_bytes
 from watersic_hf.checkpoint import layer_charge, pack_layer
 from watersic_hf.core import MomentAccumulator, quantize_weight
 from watersic_hf.integration.config import WaterSICConfig
-from watersic_hf.integration.dense import shape_of
 from watersic_hf.integration.quantizer import WaterSICHfQuantizer
 from watersic_hf.integration.streaming import empty_model
+from watersic_hf.nn import FusedExperts
 
 #: Passes of the tokens through a block in one model: up to each group of layers, and out of it.
 PASSES = 2.5
@@ -93,15 +94,17 @@ def plan(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantizer = WaterSICHfQuantizer(config, pre_quantized=False)
     quantizer.preprocess_model(empty)
-    stack = decoder_blocks(empty, quantizer.layers)
-    inner = [[empty.get_submodule(n) for n in quantizer.layers if n.startswith(f"{name}.")]
-             for name, _ in stack]  # fmt: skip
-    shapes = [[shape_of(layer) for layer in layers] for layers in inner]
+    stack = decoder_blocks(empty, quantizer.shapes)
+    shapes = [
+        [shape for n, shape in quantizer.shapes.items() if n.startswith(f"{name}.")]
+        for name, _ in stack
+    ]
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     length = min(config.sequence_length, longest or config.sequence_length)
     size = _Sizes(
-        empty, [block for _, block in stack], shapes, config, dtype.itemsize, length, processes
-    )
+        empty, [block for _, block in stack], shapes, [*quantizer.experts.values()], config,
+        dtype.itemsize, length, processes,
+    )  # fmt: skip
     memory = size.memory()
     rates = measure_rates(dtype, device)
     return Plan(
@@ -125,6 +128,7 @@ class _Sizes:
     model: nn.Module
     blocks: list[nn.Module]
     shapes: list[list[tuple[int, int]]]
+    experts: list[FusedExperts]
     config: WaterSICConfig
     itemsize: int
     length: int
@@ -150,6 +154,18 @@ class _Sizes:
     def width(self) -> int:
         return self.model.config.get_text_config().hidden_size
 
+    @property
+    def experts_per_token(self) -> int:
+        return getattr(self.model.config.get_text_config(), "num_experts_per_tok", None) or 1
+
+    def idle(self) -> int:
+        """Weights of experts that a token does not go through."""
+        return sum(
+            math.prod(layout.shape(matrix)) * (layout.experts - self.experts_per_token)
+            for layout in self.experts
+            for matrix in layout.matrices
+        )
+
     def rest(self) -> int:
         """Elements of the tensors outside the blocks; those that are tied count once."""
         inside = {id(p) for block in self.blocks for p in block.parameters()}
@@ -165,12 +181,16 @@ class _Sizes:
         run = batch * self.length * (activations + 4 * self.width) * self.itemsize
         # logits, their probabilities and gradients in float32
         head = 4 * 4 * self.length * vocabulary
+        routed = {}
+        if self.experts:
+            states = self.streams * self.tokens * self.width * self.itemsize
+            routed = {"all that reaches the experts of a block": states}
         return {
             "Python and libraries": resident_bytes() or 0,
             "embedding, head and norms, mapped from the file": self.rest() * self.itemsize,
             "a block, dense and quantized": 2 * block * self.itemsize,
             "a layer at work with its moments, or a batch, or the head": max(layer, run, head),
-        }
+        } | routed
 
     def _layer_bytes(self, rows: int, columns: int) -> int:
         moments = 3 if self.settings.two_streams else 1
@@ -201,7 +221,10 @@ class _Sizes:
         shared = [(sum(t) - l) / self.processes + l for t, l in zip(layers, largest, strict=True)]
         # layers with the same number of inputs: most share them, one does not
         squares = sum(2 * n**2 for shapes in self.shapes for n in {n for _, n in shapes})
-        weights = sum(p.numel() for block in self.blocks for p in block.parameters())
+        # a token counts for every expert that it has
+        more = self.experts_per_token - 2
+        squares += sum(more * (layout.hidden**2 + layout.inner**2) for layout in self.experts)
+        weights = sum(p.numel() for block in self.blocks for p in block.parameters()) - self.idle()
         return {
             "sensitivities": rates.forward * few * (weights + self.rest()),
             "both models, block by block": rates.forward * passes * weights,

@@ -105,6 +105,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self.run: RunReport | None = None
         self._device_map: Any = None
         self._layers: set[str] = set()
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._fused: dict[str, FusedExperts] = {}
         self._experts: dict[str, FusedExperts] = {}
         self._parts: dict[str, dict[str, list[PackedMatrix]]] = {}
@@ -123,9 +124,14 @@ class WaterSICHfQuantizer(HfQuantizer):
         return not self.pre_quantized and self.quantization_config.dataset is not None
 
     @property
-    def layers(self) -> list[str]:
-        """Names of the layers that are to be quantized, once the model is known."""
-        return sorted(self._layers)
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(A, N) of the layers that are to be quantized, by name, once the model is known."""
+        return dict(self._shapes)
+
+    @property
+    def experts(self) -> dict[str, FusedExperts]:
+        """The modules of experts that are to be quantized, once the model is known."""
+        return dict(self._experts)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work: quantizing into weights that are offloaded to disk."""
@@ -224,7 +230,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         shapes = {name: shape_of(module) for name, module in linear.items()}
         shapes = {n: shape for n, shape in shapes.items() if module_matches(n, skip) is None}
         shapes |= matrix_shapes(self._experts)
-        self._layers = set(shapes)
+        self._shapes, self._layers = shapes, set(shapes)
         if not self._layers:
             raise ValueError(
                 f"{type(model).__name__} has no linear layer to quantize: {len(linear)} were "
