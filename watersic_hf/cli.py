@@ -394,7 +394,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from watersic_hf.report import read_facts, write_page
 
     found = inspect_checkpoint(arguments.folder)
-    reports = {report.name: report for report in read_report(arguments.folder)}
+    reports = {report.stored_name: report for report in read_report(arguments.folder)}
     for layer in found["layers"]:
         report = reports.get(layer["name"])
         layer["error"] = None if report is None else report.error
@@ -451,7 +451,7 @@ def _diff(arguments: argparse.Namespace) -> None:
 
     found = compare_checkpoints(arguments.a, arguments.b)
     for side in ("a", "b"):
-        errors = {r.name: r.error for r in read_report(getattr(arguments, side))}
+        errors = {r.stored_name: r.error for r in read_report(getattr(arguments, side))}
         for layer in found["layers"]:
             layer[f"error_{side}"] = errors.get(layer["name"])
     if arguments.json:

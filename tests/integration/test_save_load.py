@@ -8,11 +8,20 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    pipeline,
+)
 
 import watersic_hf
 from watersic_hf import WaterSICConfig, WaterSICLinear
 from watersic_hf.checkpoint import read_headers
+from watersic_hf.integration.headers import stored_names
 
 
 @torch.no_grad()
@@ -259,3 +268,18 @@ def test_the_quantized_folder_also_serves_its_tokenizer(quantized_folder, tmp_pa
     shutil.copytree(quantized_folder, tmp_path / "copy")
     assert AutoTokenizer.from_pretrained(tmp_path / "copy")("x")["input_ids"]
     assert os.path.isfile(tmp_path / "copy" / "config.json")
+
+
+def test_the_report_knows_the_names_that_files_have_for_layers(make_llama):
+    config = MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                           num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
+    block = "model.layers.0"
+    layers = [f"{block}.mlp.experts.packed.1.down", f"{block}.self_attn.q_proj"]
+
+    names = stored_names(MixtralForCausalLM(config), layers)
+
+    assert names == {
+        layers[0]: f"{block}.block_sparse_moe.experts.packed.1.down",
+        layers[1]: layers[1],
+    }
+    assert stored_names(make_llama(), layers) == {name: name for name in layers}

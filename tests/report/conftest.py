@@ -33,7 +33,8 @@ def make_facts():
                         number=len(layers), name=name, place=place_of(name), kind=kind,
                         rows=64, columns=128, bits=bits, payload_bits=bits - 0.1,
                         asked=bits if known else None, error=4**-bits if known else None,
-                        seconds=0.5 if known else None, pooled_entropy=None, class_entropy=None,
+                        seconds=0.5 if known else None, tokens=7 if known else None,
+                        pooled_entropy=None, class_entropy=None,
                         profile=profile(bits) if known else None,
                     )
                 )  # fmt: skip

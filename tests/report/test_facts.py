@@ -13,19 +13,22 @@ def row(name):
 def test_layers_are_in_the_order_of_the_model_and_not_of_the_file(tmp_path):
     names = [f"{stack}.{block}.{layer}" for stack in ("encoder.h", "decoder.h")
              for block in (2, 10) for layer in ("q", "k")]  # fmt: skip
+    # the files have another name for one of the stacks
+    stored = [name.replace("decoder", "a") for name in names]
     reports = [
         LayerReport(name=name, rows=4, columns=4, asked=3.0, bits=3.0, error=0.1, damping=1e-4,
-                    tokens=7, seconds=0.1)
-        for name in names
+                    tokens=7, seconds=0.1, stored_as=None if other == name else other)
+        for name, other in zip(names, stored, strict=True)
     ]  # fmt: skip
     write_report(tmp_path, reports)
-    found = {"layers": [row(name) for name in sorted(names)], "dense": [], "totals": {}}
+    found = {"layers": [row(name) for name in sorted(stored)], "dense": [], "totals": {}}
 
     facts = read_facts(tmp_path, found)
 
     assert [layer.name for layer in facts.layers] == names
     assert facts.kinds == ["encoder.h.*.q", "encoder.h.*.k", "decoder.h.*.q", "decoder.h.*.k"]
     assert [layer.kind for layer in facts.layers] == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert all(layer.error == 0.1 for layer in facts.layers)
     assert facts.tokens == 7
 
 

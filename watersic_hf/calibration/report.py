@@ -44,6 +44,13 @@ class LayerReport:
     """What its columns spend; None in reports of versions that did not write it."""
     pooled: float = 0.0
     """Share of all the layer's tokens in the statistics of an expert that few of them reach."""
+    stored_as: str | None = None
+    """Its name in the files that the report was saved with, where that is another one."""
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the files."""
+        return self.stored_as or self.name
 
     @property
     def weights(self) -> int:

@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from watersic_hf.checkpoint import TensorHeader, read_headers
 
@@ -33,3 +38,11 @@ def model_headers(model: nn.Module, files: Sequence[str]) -> dict[str, TensorHea
         for alias in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
             headers.setdefault(alias, header)
     return headers
+
+
+def stored_names(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """Names that layers of a model will have in the files that it saves."""
+    # transformers renames tensors, and they say who they were
+    numbers = {f"{name}.weight": torch.tensor(number) for number, name in enumerate(layers)}
+    renamed = revert_weight_conversion(model, numbers)
+    return {layers[int(n)]: name.removesuffix(".weight") for name, n in renamed.items()}

@@ -3,6 +3,7 @@
 import os
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from watersic_hf.calibration import (
     kinds_of,
     write_report,
 )
+from watersic_hf.integration.headers import stored_names
 
 TAGS = ["watersic", "quantized"]
 
@@ -125,9 +127,15 @@ def save_pretrained(
     model: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
     """`PreTrainedModel.save_pretrained`, with the layers' reports beside the weights."""
-    if model.hf_quantizer.reports:
+    reports = model.hf_quantizer.reports
+    if reports:
+        names = stored_names(model, [report.name for report in reports])
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_report(save_directory, model.hf_quantizer.reports, model.hf_quantizer.run)
+        write_report(
+            save_directory,
+            [replace(r, stored_as=n if (n := names[r.name]) != r.name else None) for r in reports],
+            model.hf_quantizer.run,
+        )
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
 
 

@@ -38,6 +38,8 @@ class LayerFacts:
     payload_bits: float
     asked: float | None
     error: float | None
+    tokens: int | None
+    """Calibration tokens, of which an expert sees its share."""
     seconds: float | None
     pooled_entropy: float | None
     class_entropy: float | None
@@ -82,7 +84,10 @@ def read_facts(folder: str | os.PathLike, found: Mapping[str, Any]) -> Facts:
             entropies, and profiles of the columns of layers whose report has none.
     """
     reports = {report.name: report for report in read_report(folder)}
-    rows = _in_order(found["layers"], list(reports))
+    # files may have other names than the model; the model's are known better
+    names = {report.stored_name: report.name for report in reports.values()}
+    rows = [{**row, "name": names.get(row["name"], row["name"])} for row in found["layers"]]
+    rows = _in_order(rows, list(reports))
     kinds = kinds_of(row["name"] for row in rows)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     config = _config(folder)
@@ -107,7 +112,9 @@ def _layer(
     number: int, row: Mapping[str, Any], kind: int, report: LayerReport | None
 ) -> LayerFacts:
     fields = ("name", "rows", "columns", "bits", "payload_bits", "pooled_entropy", "class_entropy")
-    reported = {f: getattr(report, f, None) for f in ("asked", "error", "seconds", "profile")}
+    reported = {
+        f: getattr(report, f, None) for f in ("asked", "error", "tokens", "seconds", "profile")
+    }
     if reported["profile"] is None and row["profile"] is not None:
         reported["profile"] = ColumnProfile(**row["profile"])
     told = {field: row[field] for field in fields}

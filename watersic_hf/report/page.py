@@ -212,6 +212,7 @@ _COLUMNS = (
     ("payload", "payload_bits", ".3f"),
     ("H class", "class_entropy", ".3f"),
     ("H pooled", "pooled_entropy", ".3f"),
+    ("tokens", "tokens", "d"),
     ("seconds", "seconds", ".1f"),
 )
 
