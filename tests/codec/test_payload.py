@@ -154,6 +154,30 @@ def test_a_chunk_with_a_right_checksum_and_wrong_words_is_noticed(layer_codes):
             codec.decode(signed(changed, header.words_start))
 
 
+@pytest.mark.parametrize("shape", [(5000, 64), (700, 3000), (3, 2)])
+def test_single_rows_come_back(shape):
+    g = torch.Generator().manual_seed(0)
+    codes_AN = (4 * torch.randn(shape, generator=g)).round().int()
+    codes_AN[-1, -1] = 70_000
+    rows_U = torch.randperm(shape[0], generator=g)[:40].sort().values
+    payload = codec.encode(codes_AN)
+
+    assert torch.equal(codec.decode_rows(payload, rows_U), codes_AN[rows_U])
+    assert codec.decode_rows(payload, rows_U[:0]).shape == (0, shape[1])
+    with pytest.raises(IndexError, match=f"rows 0 to {shape[0]} were asked for"):
+        codec.decode_rows(payload, torch.tensor([0, shape[0]]))
+
+
+def test_single_rows_read_and_check_their_own_chunks_only():
+    codes_AN = torch.ones(5000, 64, dtype=torch.int8)
+    payload = codec.encode(codes_AN)
+    payload[-1] ^= 1
+
+    assert torch.equal(codec.decode_rows(payload, torch.tensor([7])), codes_AN[7:8].int())
+    with pytest.raises(codec.CodecError, match="is damaged"):
+        codec.decode_rows(payload, torch.tensor([7, 4999]))
+
+
 def test_verify_binds_the_associated_bytes(small):
     payload, _ = small
 

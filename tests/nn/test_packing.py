@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from watersic_hf.nn.packing import MAX_WIDTH, TILE, pack_codes, unpack_bands
+from watersic_hf.nn.packing import MAX_WIDTH, TILE, pack_codes, unpack_bands, unpack_rows
 
 
 def codes(rows, columns, *, spread=2.0, seed=0):
@@ -32,6 +32,14 @@ def test_all_codes_come_back(shape, spread):
     assert torch.equal(restored(packed), expected_AN)
     assert packed.tiles_BT.shape[1] == -(-shape[1] // TILE)
     assert packed.outlier_start_R[-1] == len(packed.outliers_O)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (127, 32), (300, 65)])
+def test_rows_come_back_by_number_in_any_order_and_more_than_once(shape):
+    expected_AN = codes(*shape)
+    index_U = torch.randint(shape[0], (50,), generator=torch.Generator().manual_seed(1))
+
+    assert torch.equal(unpack_rows(pack_codes(expected_AN), index_U), expected_AN[index_U])
 
 
 def test_codes_take_the_width_that_holds_them():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf.codec.fit import fit_model
-from watersic_hf.codec.layout import choose_geometry
+from watersic_hf.codec.layout import Geometry, choose_geometry
 from watersic_hf.codec.payload import CodecError, EncodedCodes, Header, build, head_bits, rebind
 from watersic_hf.codec.statistics import CodeStatistics, codes_statistics
 from watersic_hf.codec.stream import StreamError, decode_chunks, encode_chunks
@@ -117,6 +117,60 @@ def decode(payload: Tensor, *, rows: slice | None = None) -> Tensor:
     codes_AN = torch.from_numpy(codes_AN)
     # a copy of a part, as the view would keep the rest alive
     return codes_AN if len(codes_AN) == stop - start else codes_AN[start - top : stop - top].clone()
+
+
+def decode_rows(payload: Tensor, rows_U: Tensor) -> Tensor:
+    """Decode single rows of a payload; only the chunks that hold them are read and checked.
+
+    Args:
+        payload: what `encode` returned.
+        rows_U: numbers of rows, rising.
+
+    Returns:
+        The codes, U x N, int32, on the CPU.
+
+    Raises:
+        IndexError: there is no row of a number.
+        CodecError: the payload is damaged, cut off, or of an unknown kind.
+    """
+    encoded = EncodedCodes.parse(_payload_array(payload))
+    geometry, rows_U = encoded.header.geometry, rows_U.numpy()
+    if len(rows_U) and not 0 <= rows_U[0] <= rows_U[-1] < geometry.rows:
+        raise IndexError(
+            f"rows {rows_U[0]} to {rows_U[-1]} were asked for, but the payload has {geometry.rows}"
+        )
+    codes_UN = np.empty((len(rows_U), geometry.cols), np.int32)
+    table = encoded.model.decoder_table()
+    bands, band_U = np.unique(rows_U // geometry.band_rows, return_inverse=True)
+    for first in range(0, len(bands) if geometry.chunks else 0, geometry.group_bands):
+        together = bands[first : first + geometry.group_bands]
+        codes_AN = _decode_bands(encoded, together, table)
+        mine_U = (first <= band_U) & (band_U < first + len(together))
+        # only the last band of a matrix is smaller than the others
+        place = (band_U[mine_U] - first) * geometry.band_rows + rows_U[mine_U] % geometry.band_rows
+        codes_UN[mine_U] = codes_AN[place]
+    return torch.from_numpy(codes_UN)
+
+
+def _decode_bands(encoded: EncodedCodes, bands: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The rows of some bands, one after another, decoded as a matrix of their own."""
+    geometry = encoded.header.geometry
+    rows_A = (bands[:, None] * geometry.band_rows + np.arange(geometry.band_rows)).ravel()
+    rows_A = rows_A[rows_A < geometry.rows]
+    chunks = (bands[:, None] * geometry.segments + np.arange(geometry.segments)).ravel()
+    words = []
+    for chunk in chunks.tolist():
+        encoded.check_chunks(chunk, chunk + 1)
+        words.append(encoded.words[encoded.offsets[chunk] : encoded.offsets[chunk + 1]])
+    offsets = np.cumsum([0, *map(len, words)])
+    part = Geometry(len(rows_A), geometry.cols, geometry.rows_per_lane, geometry.cols_per_chunk)
+    codes_AN = np.empty((part.rows, part.cols), np.int32)
+    try:
+        model = encoded.model.rows(rows_A)
+        decode_chunks(np.concatenate(words), offsets, model, table, part, codes_AN)
+    except StreamError as error:
+        raise CodecError(f"payload: chunk {chunks[error.chunk]}: {error.reason}") from error
+    return codes_AN
 
 
 def verify(payload: Tensor, *, associated: bytes | None = None) -> None:

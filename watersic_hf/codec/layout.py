@@ -140,9 +140,14 @@ class Geometry:
         rows_B[-1:] = self.rows - (self.bands - 1) * self.band_rows
         return -(-rows_B // self.rows_per_lane)
 
+    @property
+    def group_bands(self) -> int:
+        """Number of bands that are worked on together."""
+        return max(1, GROUP_LANES // (LANES * max(1, self.segments)))
+
     def groups(self) -> Iterator[tuple[int, "Geometry"]]:
         """Yield the bands that are worked on together: the first band, and their geometry."""
-        size = max(1, GROUP_LANES // (LANES * max(1, self.segments)))
+        size = self.group_bands
         for band in range(0, self.bands, size):
             yield band, self.part(band, min(band + size, self.bands))
 

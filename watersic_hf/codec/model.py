@@ -164,7 +164,7 @@ class CodeModel:
     shift_K: np.ndarray
     escape_words: int
 
-    def rows(self, rows: slice) -> "CodeModel":
+    def rows(self, rows: slice | np.ndarray) -> "CodeModel":
         """Return the model of some rows."""
         return dataclasses.replace(self, row_class_A=self.row_class_A[rows])
 
