@@ -10,6 +10,7 @@ from watersic_hf.core.profile import (
 )
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.rate import narrow
+from watersic_hf.core.tall import quantize_tall
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import whitened_variances
 
@@ -27,6 +28,7 @@ __all__ = [
     "gap_to_bound",
     "narrow",
     "pool_share",
+    "quantize_tall",
     "quantize_weight",
     "rate_at_level",
     "relative_output_error",

@@ -20,6 +20,14 @@ def relative_output_error(weight_AN: Tensor, dequantized_AN: Tensor, moments: Mo
     :math:`\hat x` is the drifted input in drift mode and x otherwise.  The residual stream is not
     part of it.  A layer whose output is zero has error 0.
     """
+    error, energy = output_error(weight_AN, dequantized_AN, moments)
+    return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+def output_error(
+    weight_AN: Tensor, dequantized_AN: Tensor, moments: Moments
+) -> tuple[float, float]:
+    """Return both mean squares of `relative_output_error`: of the error, and of the output."""
     error = energy = 0.0
     cov = moments.cov.double()
     for start in range(0, len(weight_AN), ROWS_PER_BLOCK):
@@ -35,7 +43,7 @@ def relative_output_error(weight_AN: Tensor, dequantized_AN: Tensor, moments: Mo
             gained_BN = dequantized_BN @ moments.drifted_cov_NN.double()
             gained_BN -= 2 * (weight_BN @ moments.cross_cov_NN.double())
             error += power + float((gained_BN * dequantized_BN).sum())
-    return max(error, 0.0) / energy if energy > 0 else 0.0
+    return error, energy
 
 
 def gap_to_bound(bits: float, variance_N: Tensor, distortion: float) -> float:
