@@ -38,7 +38,7 @@ ALLOWED = {
             "watersic_hf.nn",
             "watersic_hf.calibration",
         },
-        {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub"},
+        {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub", "peft"},
     ),
     # shows what others have found: no tensor, no model
     "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.calibration"}, set()),

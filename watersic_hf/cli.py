@@ -13,6 +13,7 @@ from watersic_hf.checkpoint import (
     compare_checkpoints,
     experts_together,
     inspect_checkpoint,
+    model_size,
     verify_checkpoint,
 )
 
@@ -199,16 +200,32 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if place()[0] > 0:
             return
     page = _write_page(arguments.out)
-    stored = average_bits(reports)
+    stored, size = average_bits(reports), model_size(arguments.out)
     if arguments.json:
         _print_json(
-            {"bits": arguments.bits, "stored": stored, "layers": [asdict(r) for r in reports]}
+            {
+                "bits": arguments.bits,
+                "stored": stored,
+                "model_parameters": size.parameters,
+                "model_bits": size.bits,
+                "layers": [asdict(r) for r in reports],
+            }
         )
-    else:
+        return
+    layers = [report for report in reports if not report.table]
+    print(
+        f"{arguments.out}: {len(layers)} layers, {sum(r.weights for r in layers):,} weights, "
+        f"{stored:.4f} bits per weight stored ({arguments.bits:g} asked)"
+    )
+    for table in (report for report in reports if report.table):
         print(
-            f"{arguments.out}: {len(reports)} layers, {sum(r.weights for r in reports):,} weights, "
-            f"{stored:.4f} bits per weight stored ({arguments.bits:g} asked); {page} shows it"
+            f"{table.name}: {table.weights:,} weights, {table.bits:.4f} bits per weight stored "
+            f"({table.asked:g} asked)"
         )
+    print(
+        f"whole model: {size.parameters:,} parameters, {size.bits:.4f} bits per parameter, "
+        f"{size.nbytes:,} bytes; {page} shows it"
+    )
 
 
 def _write_page(folder: str) -> Path:
@@ -263,7 +280,7 @@ def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:
 def _settings(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
     """The settings that are named on the command line; the others have options of their own."""
     names = ("allocation", "row_importance", "drift", "residual", "attention", "mixing",
-             "zero_rows", "damping", "rescale")  # fmt: skip
+             "zero_rows", "damping", "rescale", "quantize_head", "quantize_embeddings")  # fmt: skip
     for text in texts:
         name, _, value = text.partition("=")
         if name not in names:
@@ -344,6 +361,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 original, tokenizer, arguments.tasks, **task_options
             )
     result = asdict(evaluate(model, windows, original)) | task_results
+    result["model_bits"] = _model_bits(arguments.model)
     result["tokens_per_second"] = generation_speed(model, windows[0][:32])
     if arguments.prompt:
         prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
@@ -352,24 +370,32 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(result)
         return
-    rows = [("windows", result["windows"]), ("predicted tokens", result["tokens"])]
-    if original is not None:
-        rows += [
-            ("perplexity, original", f"{result['original_perplexity']:.4f}"),
-            ("KL to the original, bits per token", f"{result['kl_bits']:.5f}"),
-            ("top-1 agreement", f"{result['top1_agreement']:.2%}"),
-        ]
-    rows += [
-        ("perplexity", f"{result['perplexity']:.4f}"),
-        ("tokens per second", f"{result['tokens_per_second']:.1f}"),
-    ]
-    _print_table(("", arguments.model), rows)
+    _print_table(("", arguments.model), _evaluation_rows(result))
     if task_results:
         print()
         names = {"original_tasks": arguments.against, "tasks": arguments.model}
         _print_tasks([(names[key], task_results[key]) for key in names if key in task_results])
     if arguments.prompt:
         print(f"\n{result['text']}")
+
+
+def _model_bits(model: str) -> float | None:
+    """Stored bits per parameter of a local model; None for a model of the hub."""
+    return model_size(model).bits if Path(model).is_dir() else None
+
+
+def _evaluation_rows(result: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """What `watersic eval` prints of one model."""
+    yield "windows", result["windows"]
+    yield "predicted tokens", result["tokens"]
+    if result["model_bits"] is not None:
+        yield "bits per parameter, whole model", f"{result['model_bits']:.4f}"
+    if result["original_perplexity"] is not None:
+        yield "perplexity, original", f"{result['original_perplexity']:.4f}"
+        yield "KL to the original, bits per token", f"{result['kl_bits']:.5f}"
+        yield "top-1 agreement", f"{result['top1_agreement']:.2%}"
+    yield "perplexity", f"{result['perplexity']:.4f}"
+    yield "tokens per second", f"{result['tokens_per_second']:.1f}"
 
 
 def _print_tasks(models: Sequence[tuple[str, dict[str, dict[str, float]]]]) -> None:
@@ -434,6 +460,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
             "",
         )
     )
+    if totals["tables"]:
+        cells = (f"{totals['tables']} tables", f"{totals['table_weights']:,}")
+        rows.append((*cells, f"{totals['table_bits']:.4f}", *[""] * 6))
     _print_table(head, rows)
     print()
     _print_table(
@@ -442,7 +471,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     )
     print(
         f"\nquantized {totals['quantized_bytes']:,} bytes, dense {totals['dense_bytes']:,} bytes, "
-        f"files {totals['file_bytes']:,} bytes"
+        f"files {totals['file_bytes']:,} bytes; whole model {totals['model_parameters']:,} "
+        f"parameters, {totals['model_bits']:.4f} bits per parameter"
     )
 
 
@@ -522,6 +552,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     rows = [
         ("linear layers", *sizes["linear"]),
         ("whole model", *sizes["file"]),
+        ("bits per parameter, whole model", "16", f"{result['model_bits']:.4f}"),
         ("bits per weight", "16", f"{result['bits_stored']:.4f} ({result['bits_asked']:g} asked)"),
         ("perplexity, held-out text", *ppl),
         ("KL, bits per token", "", f"{result['kl_bits']:.4f}"),

@@ -66,6 +66,7 @@ def run_demo(
             "file_mb_after": totals["file_bytes"] / 1e6,
             "bits_asked": bits,
             "bits_stored": totals["bits"],
+            "model_bits": totals["model_bits"],
             "perplexity_before": judged["original_perplexity"],
             "perplexity_after": judged["perplexity"],
             "kl_bits": judged["kl_bits"],

@@ -502,7 +502,7 @@ def _mean_divergence(model: nn.Module, teacher: nn.Module, windows: Sequence[Ten
 
 
 def _layers_to_train(model: nn.Module, teacher: nn.Module) -> dict[str, WaterSICLinear]:
-    layers = dict(packed_layers(model))
+    layers = {n: m for n, m in packed_layers(model) if isinstance(m, WaterSICLinear)}
     if model is teacher:
         raise ValueError(
             "the teacher is the model itself, which has nothing to learn from it. Load the "
@@ -565,7 +565,7 @@ def _trainable(
     trainable: dict[str, _TrainableLinear] = {}
     try:
         for name, layer in tqdm(layers.items(), desc="Decoding weights", delay=3, leave=False):
-            layer.set_residency("stored")
+            layer.set_residency("entropy")
             trainable[name] = _TrainableLinear(layer)
             replace_module(model, name, trainable[name])
         yield trainable

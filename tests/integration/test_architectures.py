@@ -44,6 +44,26 @@ BART = {"d_model": 32, "decoder_start_token_id": 0} | {
     for part in ("encoder", "decoder")
     for size, value in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 4))
 }
+TEXT = SIZES | GROUPED
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+GEMMA3 = {"text_config": TEXT | {"sliding_window": 8}, "vision_config": VISION,
+          "mm_tokens_per_image": 4}  # fmt: skip
+QWEN_VISION = {
+    "hidden_size": 32, "out_hidden_size": 32, "depth": 2, "num_heads": 4, "intermediate_size": 64,
+    "patch_size": 4,
+}  # fmt: skip
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+QWEN2_VL = {
+    "text_config": TEXT | {"rope_parameters": ROTARY},
+    "vision_config": QWEN_VISION | {"fullatt_block_indexes": [1], "window_size": 16},
+}
+QWEN3_VL = {
+    "text_config": TEXT | {"rope_parameters": ROTARY | {"mrope_interleaved": True}},
+    "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+}
 WHISPER = BART | {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64}
 
 
@@ -138,6 +158,12 @@ ROWS = [
         GROUPED | MIXTURE | {"first_k_dense_replace": 1}, note=EXPERTS),
     Row("Phi-3.5-MoE", "phimoe PhimoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
     Row("Granite MoE", "granitemoe GraniteMoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
+    Row("Gemma 3", "gemma3 Gemma3ForConditionalGeneration", 14, GEMMA3,
+        note=f"the language model; {NORM}"),
+    Row("Qwen2.5-VL", "qwen2_5_vl Qwen2_5_VLForConditionalGeneration", 14, QWEN2_VL,
+        note="the language model"),
+    Row("Qwen3-VL", "qwen3_vl Qwen3VLForConditionalGeneration", 14, QWEN3_VL,
+        note="the language model"),
     Row("BERT", "bert BertForMaskedLM", 12, outside=1, note=HEAD),
     Row("RoBERTa", "roberta RobertaForMaskedLM", 12, outside=1, note=HEAD),
     Row("DistilBERT", "distilbert DistilBertForMaskedLM", 12,
@@ -164,7 +190,8 @@ def tokens():
 
 def build(row):
     kind, _, name = row.model.partition(" ")
-    config = AutoConfig.for_model(kind, **SIZES | row.changes)
+    sizes = {} if "text_config" in row.changes else SIZES
+    config = AutoConfig.for_model(kind, **sizes | row.changes)
     torch.manual_seed(0)
     return getattr(transformers, name)(config).eval()
 

@@ -46,7 +46,8 @@ def make_facts():
             "dense": [{"name": "embed.weight", "tensors": 1, "bytes": 640, "reason": "embedding"}],
             "totals": {"layers": len(layers), "weights": weights, "dense_bytes": 640,
                        "bits": sum(r.bits * r.weights for r in layers) / weights,
-                       "file_bytes": 123_456},
+                       "file_bytes": 123_456, "tables": 0, "table_weights": 0, "table_bits": 0.0,
+                       "model_bits": 3.5},
             "tokens": 4096, "settings": {"bits": 3.0, "dataset": "wikitext2"},
             "run": run if known else None,
         }  # fmt: skip

@@ -26,6 +26,11 @@ from watersic_hf.calibration.report import (
 )
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
+from watersic_hf.calibration.tables import (
+    TableCalibration,
+    TableStatistics,
+    quantize_table,
+)
 from watersic_hf.calibration.topology import decoder_blocks
 
 __all__ = [
@@ -37,6 +42,8 @@ __all__ = [
     "ResidentBlocks",
     "RunReport",
     "Sensitivity",
+    "TableCalibration",
+    "TableStatistics",
     "average_bits",
     "average_error",
     "calibration_windows",
@@ -49,6 +56,7 @@ __all__ = [
     "place_of",
     "pydoc_texts",
     "quantize_blocks",
+    "quantize_table",
     "read_report",
     "read_run",
     "text_windows",

@@ -385,6 +385,47 @@ def block_calls(
     return calls
 
 
+@torch.no_grad()
+def head_pass(
+    model: nn.Module, head: str, tokens_BT: Tensor, *, whole: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the output head of a model is called with on some windows.
+
+    Args:
+        model: the model.
+        head: name of its head.
+        tokens_BT: the windows.
+        whole: whether to run the head and what follows it, too.
+
+    Returns:
+        The head's input, and the model's logits if the whole model was run.
+
+    Raises:
+        CalibrationError: the windows do not reach the head.
+    """
+    seen: list[Tensor] = []
+    logits = None
+
+    def record(module: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+        if not whole:
+            raise _StopForwardError
+
+    handle = model.get_submodule(head).register_forward_pre_hook(record)
+    try:
+        logits = getattr(model(**model_inputs(model, tokens_BT)), "logits", None)
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise CalibrationError(
+            f"{head}: calibration text does not reach it. Leave it dense, or quantize the model "
+            f"without `dataset`."
+        )
+    return seen[0], logits
+
+
 def _split(output: Any) -> tuple[Tensor, tuple | None]:
     """What a block put out: the hidden states, and the rest if it is a tuple."""
     is_tensor = isinstance(output, Tensor)

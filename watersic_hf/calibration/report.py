@@ -44,6 +44,8 @@ class LayerReport:
     """What its columns spend; None in reports of versions that did not write it."""
     pooled: float = 0.0
     """Share of all the layer's tokens in the statistics of an expert that few of them reach."""
+    table: bool = False
+    """Whether it is an output head or an embedding, whose bits are its own."""
     stored_as: str | None = None
     """Its name in the files that the report was saved with, where that is another one."""
 
@@ -149,8 +151,8 @@ def _versions() -> Iterable[tuple[str, str]]:
 
 
 def average_bits(reports: Iterable[LayerReport]) -> float:
-    """Stored bits per weight over all layers."""
-    reports = list(reports)
+    """Stored bits per weight over all layers but heads and embeddings."""
+    reports = [report for report in reports if not report.table]
     return sum(r.bits * r.weights for r in reports) / max(1, sum(r.weights for r in reports))
 
 

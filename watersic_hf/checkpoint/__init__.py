@@ -18,8 +18,10 @@ from watersic_hf.checkpoint.files import (
     write_tensors,
 )
 from watersic_hf.checkpoint.inspection import (
+    ModelSize,
     experts_together,
     inspect_checkpoint,
+    model_size,
     verify_checkpoint,
 )
 from watersic_hf.checkpoint.schema import (
@@ -39,6 +41,7 @@ __all__ = [
     "FORMAT_VERSION",
     "PACKED",
     "CheckpointError",
+    "ModelSize",
     "PackedLayer",
     "TensorHeader",
     "TensorWriter",
@@ -48,6 +51,7 @@ __all__ = [
     "experts_together",
     "inspect_checkpoint",
     "layer_charge",
+    "model_size",
     "pack_layer",
     "read_headers",
     "read_json",

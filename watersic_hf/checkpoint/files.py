@@ -66,13 +66,12 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
-def left_dense(folder: str | os.PathLike) -> dict[str, str]:
-    """Why modules of a model folder are dense, by name, as its config.json says."""
+def saved_settings(folder: str | os.PathLike) -> dict[str, Any]:
+    """How a model folder says that it was quantized; empty if it does not say."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         return {}
-    config = json.loads(file.read_text(encoding="utf-8"))
-    return config.get("quantization_config", {}).get("left_dense", {})
+    return json.loads(file.read_text(encoding="utf-8")).get("quantization_config", {})
 
 
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:

@@ -1,9 +1,10 @@
 """What a folder holds: a row per quantized layer, and a check of every byte of it."""
 
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from watersic_hf import codec
 from watersic_hf.checkpoint.files import (
     TensorHeader,
     checkpoint_files,
-    left_dense,
     read_headers,
     read_tensors,
+    saved_settings,
 )
 from watersic_hf.checkpoint.schema import (
     PACKED,
@@ -46,6 +47,8 @@ class LayerRow:
     column_classes: int | None = None
     escapes: int | None = None
     max_abs_code: int | None = None
+    table: bool = False
+    """Whether it is an embedding or an output head, whose bits are its own."""
     profile: ColumnProfile | None = None
     """What the columns spend, as seen from the codes."""
 
@@ -59,7 +62,9 @@ def inspect_checkpoint(folder: str | os.PathLike, *, decode: bool = True) -> dic
 
     Returns:
         ``layers``: a dict per layer with the fields of `LayerRow`; ``totals``: quantized layers
-        and weights, average bits and entropies, bytes of the quantized and of the dense tensors;
+        and weights, average bits and entropies, all without embeddings and heads; these apart, as
+        ``tables``; the bytes of all quantized and of the dense tensors; and the parameters of the
+        whole model, with the bits that each of them takes;
         ``dense``: for every name of dense matrices, with ``*`` for numbers in it, how many there
         are, their bytes, and the reason if it is known.
 
@@ -67,29 +72,34 @@ def inspect_checkpoint(folder: str | os.PathLike, *, decode: bool = True) -> dic
         CheckpointError: a file or layer is damaged, or nothing in the folder is quantized.
     """
     headers = read_headers(checkpoint_files(folder))
+    settings = saved_settings(folder)
     if decode:
         rows = [_row(name, layer) for name, layer in _layers(headers)]
     else:
         rows = [_row_of_headers(name, sh, headers) for name, sh in _shapes(headers).items()]
-    weights = sum(row.rows * row.columns for row in rows)
-
-    def average(field: str) -> float:
-        return sum(getattr(row, field) * row.rows * row.columns for row in rows) / max(1, weights)
-
+    names = settings.get("tables", ())
+    rows = [replace(row, table=_named(row.name, names) is not None) for row in rows]
+    layers, tables = ([row for row in rows if row.table is kind] for kind in (False, True))
     quantized = {f"{row.name}.{field}" for row in rows for field in PackedLayer.__annotations__}
     averages = ("bits", "payload_bits", *(("pooled_entropy", "class_entropy") if decode else ()))
+    size = _size(headers)
     totals = {
-        "layers": len(rows),
-        "weights": weights,
-        **{field: average(field) for field in averages},
+        "layers": len(layers),
+        "weights": _weights(layers),
+        **{field: _average(layers, field) for field in averages},
+        "tables": len(tables),
+        "table_weights": _weights(tables),
+        "table_bits": _average(tables, "bits"),
         "quantized_bytes": sum(h.nbytes for n, h in headers.items() if n in quantized),
         "dense_bytes": sum(h.nbytes for n, h in headers.items() if n not in quantized),
         "file_bytes": sum(file.stat().st_size for file in {h.file for h in headers.values()}),
+        "model_parameters": size.parameters,
+        "model_bits": size.bits,
     }
     dense = {n: h for n, h in headers.items() if n not in quantized and len(h.shape) > 1}
     return {
         "layers": [asdict(row) for row in rows],
-        "dense": _dense_rows(dense, left_dense(folder)),
+        "dense": _dense_rows(dense, settings.get("left_dense", {})),
         "totals": totals,
     }
 
@@ -124,12 +134,54 @@ def experts_together(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """A model on the disk, quantized or not."""
+
+    parameters: int
+    """Weights, biases and all others; a quantized weight counts as what it stands for."""
+    nbytes: int
+    """Bytes of all tensors."""
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per parameter, of the whole model."""
+        return 8 * self.nbytes / max(1, self.parameters)
+
+
+def model_size(folder: str | os.PathLike) -> ModelSize:
+    """The size of a model folder, read from the headers of its files.
+
+    Raises:
+        CheckpointError: a file is damaged, or there is none.
+    """
+    return _size(read_headers(checkpoint_files(folder)))
+
+
+def _size(headers: Mapping[str, TensorHeader]) -> ModelSize:
+    layers = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
+    parameters = sum(math.prod(h.shape) for h in headers.values())
+    for shapes in layers.values():
+        scales = [shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale")]
+        parameters += math.prod(scales) - sum(scales) - shapes.get("weight", (0,))[0]
+    return ModelSize(parameters=parameters, nbytes=sum(h.nbytes for h in headers.values()))
+
+
+def _weights(rows: Iterable[LayerRow]) -> int:
+    return sum(row.rows * row.columns for row in rows)
+
+
+def _average(rows: Sequence[LayerRow], field: str) -> float:
+    total = sum(getattr(row, field) * row.rows * row.columns for row in rows)
+    return total / max(1, _weights(rows))
+
+
 def _dense_rows(
     headers: Mapping[str, TensorHeader], reasons: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, header in headers.items():
-        reason = _reason(name.rpartition(".")[0], reasons)
+        reason = reasons.get(_named(name.rpartition(".")[0], reasons), "")
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
         row = rows.setdefault(key, {"name": key[0], "tensors": 0, "bytes": 0, "reason": reason})
         row["tensors"] += 1
@@ -137,14 +189,17 @@ def _dense_rows(
     return list(rows.values())
 
 
-def _reason(module: str, reasons: Mapping[str, str]) -> str:
-    """The reason for a module; its name in the file may have one prefix less, or some more."""
-    for name, reason in reasons.items():
+def _named(module: str, names: Iterable[str]) -> str | None:
+    """The name among `names` that means a module of the file.
+
+    The file's name may have one prefix less, or some more; ``*`` in a name stands for numbers.
+    """
+    for name in names:
         pattern = re.escape(name).replace(r"\*", r"\d+")
         short = pattern.partition(r"\.")[2] or pattern
         if re.fullmatch(rf"(?:.*\.)?{pattern}|{short}", module):
-            return reason
-    return ""
+            return name
+    return None
 
 
 def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:

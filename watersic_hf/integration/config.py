@@ -3,7 +3,7 @@
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ QUANT_METHOD = "watersic"
 #: Stored bits per weight that can be asked for.
 BITS_RANGE = (0.75, 8.0)
 
+#: Stored bits per weight of an output head or an embedding that is quantized by ``True``.
+TABLE_BITS = 4.0
+
 _RESIDENCY_VARIABLE = "WATERSIC_RESIDENCY"
 _BACKEND_VARIABLE = "WATERSIC_BACKEND"
 
@@ -29,14 +32,13 @@ class WaterSICRuntime:
 
     residency: str = field(default_factory=lambda: os.environ.get(_RESIDENCY_VARIABLE, "auto"))
     """Form of the weights in memory: ``dense`` (decoded once at load, the speed of the dense
-    model), ``packed`` (codes of fixed width, for CUDA), ``entropy`` (a prefix code of about the
-    stored size, for CUDA), ``stored`` (the stored bytes alone, decoded in every forward), or
-    ``auto``, which is ``dense`` but on CUDA devices without the room for it.  The environment
-    variable ``WATERSIC_RESIDENCY`` sets the default."""
+    model), ``packed`` (codes of fixed width, for CUDA), ``entropy`` (packed bytes only, decoded in
+    every forward), or ``auto``, which is ``dense``.  The environment variable
+    ``WATERSIC_RESIDENCY`` sets the default."""
 
     backend: str = field(default_factory=lambda: os.environ.get(_BACKEND_VARIABLE, "auto"))
-    """What multiplies with ``packed`` and ``entropy`` weights on CUDA: ``triton``, ``reference``,
-    or ``auto``, that is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
+    """What multiplies with ``packed`` weights on CUDA: ``triton``, ``reference``, or ``auto``, that
+    is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
 
     def __post_init__(self) -> None:
         if self.residency not in RESIDENCIES:
@@ -49,8 +51,9 @@ class WaterSICConfig(QuantizationConfigMixin):
     r"""Configuration of WaterSIC quantization (arXiv 2603.04956) for `from_pretrained`.
 
     Args:
-        bits: average number of stored bits per quantized weight over the whole model, everything
-            included: codes, tables, classes, offsets, scales, checksums.  Any float from 0.75 to 8.
+        bits: average number of stored bits per quantized weight over the linear layers of the
+            blocks, everything included: codes, tables, classes, offsets, scales, checksums.  Any
+            float from 0.75 to 8.
         dataset: calibration set: ``"self"``, ``"pydoc"``, ``"wikitext2"``, ``"c4"``, a file, a name
             on the hub, strings, token ids or a `datasets.Dataset`
             (`watersic_hf.calibration.data.calibration_windows`).  None quantizes without data, one
@@ -63,8 +66,11 @@ class WaterSICConfig(QuantizationConfigMixin):
         layer_bits: bits for some layers, by pattern; the others keep `bits`, and what they leave
             over stays among all.  A pattern is a regular expression for whole dotted components:
             ``{"down_proj": 3.5, r"layers\.0": 4}``.  The first that matches counts.
-        modules_to_not_convert: patterns of layers to leave dense, besides the output head and what
-            is tied to the embeddings.
+        quantize_head: also quantize the output head; a number is its bits, True means 4.  Its bits
+            are its own, and take nothing from `bits`.
+        quantize_embeddings: also quantize the input embedding, in the same way.  A head that is
+            tied to it is the same table: either setting quantizes it, for both uses.
+        modules_to_not_convert: patterns of layers to leave dense.
         zero_rows: rows of layers to set to zero before anything else, by pattern as in
             `layer_bits`: channels with massive activations (paper, dead rows).  ``"auto"`` looks
             for them on the calibration windows.  It changes the model, and is for models that
@@ -85,6 +91,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         rescale: fit a scale per row and per column after rounding (paper, section on rescalers).
         seed: of the calibration windows and of the search; the same seed gives the same file.
         left_dense: what stays dense and why, by name of module; set by the quantizer.
+        tables: names of the embedding and the head that are quantized; set by the quantizer.
         runtime: how this process runs the layers, a `WaterSICRuntime` or a dict; never saved, and
             honoured when a saved model is loaded.
         format_version: of the checkpoint; set by the file, not by the user.
@@ -103,6 +110,8 @@ class WaterSICConfig(QuantizationConfigMixin):
         sequence_length: int = 2048,
         batch_size: int = 8,
         layer_bits: Mapping[str, float] | None = None,
+        quantize_head: bool | float = False,
+        quantize_embeddings: bool | float = False,
         modules_to_not_convert: list[str] | None = None,
         zero_rows: Mapping[str, list[int]] | str | None = None,
         damping: float | None = None,
@@ -115,6 +124,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         rescale: bool = True,
         seed: int = 0,
         left_dense: Mapping[str, str] | None = None,
+        tables: Sequence[str] = (),
         runtime: WaterSICRuntime | Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
@@ -128,6 +138,8 @@ class WaterSICConfig(QuantizationConfigMixin):
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.layer_bits = dict(layer_bits or {})
+        self.quantize_head = quantize_head
+        self.quantize_embeddings = quantize_embeddings
         self.modules_to_not_convert = modules_to_not_convert
         self.zero_rows = zero_rows
         self.damping = damping
@@ -140,6 +152,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         self.rescale = rescale
         self.seed = seed
         self.left_dense = dict(left_dense or {})
+        self.tables = list(tables)
         if not isinstance(runtime, WaterSICRuntime):
             runtime = WaterSICRuntime(**(runtime or {}))
         self.runtime = runtime
@@ -168,6 +181,16 @@ class WaterSICConfig(QuantizationConfigMixin):
         """Bits asked for a layer: those of the first pattern of `layer_bits` that matches."""
         pattern = module_matches(layer, self.layer_bits)
         return self.bits if pattern is None else self.layer_bits[pattern]
+
+    @property
+    def head_bits(self) -> float | None:
+        """Bits asked for the output head; None leaves it dense."""
+        return _table_bits(self.quantize_head)
+
+    @property
+    def embedding_bits(self) -> float | None:
+        """Bits asked for the input embedding; None leaves it dense."""
+        return _table_bits(self.quantize_embeddings)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a user may choose anew when a quantized model is loaded."""
@@ -199,7 +222,12 @@ class WaterSICConfig(QuantizationConfigMixin):
 
     def _check(self) -> None:
         low, high = BITS_RANGE
-        for name, bits in (("bits", self.bits), *self.layer_bits.items()):
+        tables = {
+            f"{name}, if it is neither True nor False,": getattr(self, name)
+            for name in ("quantize_head", "quantize_embeddings")
+            if not isinstance(getattr(self, name), bool)
+        }
+        for name, bits in (("bits", self.bits), *self.layer_bits.items(), *tables.items()):
             if not isinstance(bits, int | float) or not low <= bits <= high:
                 raise ValueError(f"{name} is {bits!r}, but must be a number from {low} to {high:g}")
         for name in ("samples", "sequence_length", "batch_size"):
@@ -223,3 +251,9 @@ class WaterSICConfig(QuantizationConfigMixin):
             )
         # its own checks
         _ = self.settings, self.calibration
+
+
+def _table_bits(value: bool | float) -> float | None:
+    if isinstance(value, bool):
+        return TABLE_BITS if value else None
+    return value

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from watersic_hf.nn import WaterSICLinear
+from watersic_hf.nn import WaterSICLinear, WaterSICTiedHead
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -28,8 +28,8 @@ def _is_linear(kind: type[nn.Module]) -> bool:
     if kind is nn.Linear or kind is Conv1D:
         return True
     # torch's own derived classes are parts of larger modules that read their weights directly
-    own = kind.__module__.startswith("torch.") or issubclass(kind, WaterSICLinear)
-    if own or not issubclass(kind, nn.Linear):
+    ours = issubclass(kind, WaterSICLinear | WaterSICTiedHead)
+    if ours or kind.__module__.startswith("torch.") or not issubclass(kind, nn.Linear):
         return False
     probe = kind.__new__(kind)
     nn.Linear.__init__(probe, 3, 2, device="cpu", dtype=torch.float32)
@@ -73,6 +73,29 @@ def like(shell: nn.Module, linear: nn.Linear) -> nn.Module:
     return module
 
 
+def towers_without_text(model: nn.Module) -> list[str]:
+    """The largest modules of a model of text and images (or sounds) that text does not run through.
+
+    They are what is beside the language model: vision tower, projector.  A model of text alone has
+    none.
+    """
+    others = {"vision_config", "audio_config"} & set(getattr(model.config, "sub_configs", ()))
+    language_model = model.get_decoder() if others else model
+    found: list[str] = []
+
+    def search(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent.named_children():
+            inside = any(module is language_model for module in child.modules())
+            if inside and child is not language_model:
+                search(child, f"{prefix}{name}.")
+            elif not inside and child is not model.get_output_embeddings():
+                found.append(f"{prefix}{name}")
+
+    if language_model is not model:
+        search(model, "")
+    return found
+
+
 def left_dense(
     model: nn.Module, packed: Collection[str], reasons: Mapping[str, str]
 ) -> dict[str, str]:
@@ -81,7 +104,7 @@ def left_dense(
     Args:
         model: the model, before or after quantization.
         packed: names of the layers that are quantized.
-        reasons: for linear layers that are not.
+        reasons: for layers that are not; those of tables are known without.
 
     Returns:
         Reasons by name of module.  Modules of one name but for numbers are one entry, with ``*``
@@ -93,12 +116,14 @@ def left_dense(
         matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
         if name in packed or not matrices:
             continue
-        if module is head:
+        if name in reasons:
+            found[name] = reasons[name]
+        elif module is head:
             found[name] = "output head"
         elif isinstance(module, nn.Embedding):
             found[name] = "embedding"
         else:
-            found[name] = reasons.get(name, f"{type(module).__name__} is no linear layer")
+            found[name] = f"{type(module).__name__} is no linear layer"
     states: dict[str, set[str | None]] = {}
     for name in (*packed, *found):
         states.setdefault(_starred(name), set()).add(found.get(name))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from watersic_hf.calibration import Journal, LayerReport, read_report
 from watersic_hf.calibration.ranks import place, wait
@@ -43,7 +43,7 @@ def quantize_to_folder(
     device_map: Any = None,
     max_shard_size: str = "5GB",
 ) -> list[LayerReport]:
-    """Quantize a model and save it with its tokenizer and a model card.
+    """Quantize a model and save it with its tokenizer or processor and a model card.
 
     It is loaded as the class that it was saved as, if transformers has that, and as a causal
     language model otherwise.  Its blocks are in memory one at a time.  What is finished is in the
@@ -202,6 +202,8 @@ def _why_not_streamed(model_config: Any, config: WaterSICConfig) -> str | None:
         return "it has an encoder and a decoder"
     if config.dataset is None:
         return "it is quantized without data"
+    if config.head_bits is not None or config.embedding_bits is not None:
+        return "its embedding or head is quantized too, behind all blocks"
     return None
 
 
@@ -224,23 +226,28 @@ def save_quantized(
     finetuning: str | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Save a quantized model with a tokenizer and a model card.
+    """Save a quantized model with a tokenizer or processor and a model card.
 
     Args:
         model: the quantized model.
         folder: where to save; made if it is not there.
-        tokenizer: folder or hub name of a model; if it has no tokenizer, none is saved.
+        tokenizer: folder or hub name of a model; its processor is saved, or its tokenizer if it
+            has no other, or nothing if it has none.
         base: folder or hub name of the model that was quantized, for the card.
         finetuning: for the card, on what the scales were finetuned; None = they were not.
         max_shard_size: as in `save_pretrained`.
     """
+    # imports Triton, where it is installed
+    from transformers import AutoProcessor
+
     folder = Path(folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     # a model without a tokenizer is still a model
     with contextlib.suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+        AutoProcessor.from_pretrained(tokenizer).save_pretrained(folder)
     card = model_card(
         model.config.quantization_config, model.hf_quantizer.reports, repo=folder.name,
-        base=Path(base).name, model_class=type(model).__name__, finetuning=finetuning,
+        base=Path(base).name, model_class=type(model).__name__, folder=folder,
+        finetuning=finetuning,
     )  # fmt: skip
     card.save(folder / "README.md")

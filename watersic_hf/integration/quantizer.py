@@ -32,11 +32,14 @@ from watersic_hf.calibration import (
     LayerReport,
     ResidentBlocks,
     RunReport,
+    TableCalibration,
+    TableStatistics,
     calibration_windows,
     decoder_blocks,
     massive_rows,
     outside,
     quantize_blocks,
+    quantize_table,
     read_report,
     read_run,
     zero_rows,
@@ -60,6 +63,7 @@ from watersic_hf.integration.dense import (
     like,
     linear_layers,
     shape_of,
+    towers_without_text,
 )
 from watersic_hf.integration.experts import (
     find_experts,
@@ -71,10 +75,13 @@ from watersic_hf.integration.experts import (
 from watersic_hf.integration.headers import model_headers
 from watersic_hf.integration.saving import attach_extras, detach_extras
 from watersic_hf.integration.streaming import StreamedRun
+from watersic_hf.integration.tables import Table, embedding_like, find_tables
 from watersic_hf.nn import (
     FusedExperts,
     PackedMatrix,
+    WaterSICEmbedding,
     WaterSICLinear,
+    WaterSICTiedHead,
     fuse,
     module_matches,
     packed_layers,
@@ -88,6 +95,9 @@ from watersic_hf.nn import (
 logger = logging.getLogger(__name__)
 
 _TRIM_EVERY = 8
+
+#: Why vision towers and projectors stay dense.
+_NO_TEXT = "beside the language model, where text does not run"
 
 
 class WaterSICHfQuantizer(HfQuantizer):
@@ -111,6 +121,9 @@ class WaterSICHfQuantizer(HfQuantizer):
         self._parts: dict[str, dict[str, list[PackedMatrix]]] = {}
         self._shells: dict[str, nn.Module] = {}
         self._skip: dict[str, str] = {}
+        self._tables: dict[str, Table] = {}
+        self._dense_tables: dict[str, str] = {}
+        self._table_reports: list[LayerReport] = []
         self._zero_rows: dict[str, list[int]] = {}
         self._quantizer: LayerQuantizer | None = None
         self._failure: ValueError | None = None
@@ -177,6 +190,8 @@ class WaterSICHfQuantizer(HfQuantizer):
         fused = name in self._experts and param.ndim == 3
         if not self.pre_quantized and ((tensor == "weight" and name in self._layers) or fused):
             return self.quantization_config.bits_of(name) / 8
+        if not self.pre_quantized and tensor == "weight" and name in self._tables:
+            return self._tables[name].bits / 8
         return param.element_size()
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
@@ -188,8 +203,8 @@ class WaterSICHfQuantizer(HfQuantizer):
         if tensor != "weight":
             return False
         if self.pre_quantized:
-            return isinstance(model.get_submodule(name), PackedMatrix)
-        return not self._calibrated and name in self._layers
+            return isinstance(model.get_submodule(name), PackedMatrix | WaterSICTiedHead)
+        return not self._calibrated and (name in self._layers or name in self._tables)
 
     def get_quantize_ops(self) -> ConversionOps:
         """The operation that packs one weight as it is loaded."""
@@ -227,6 +242,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_packed(model, linear, skip, checkpoint_files)
             return
+        self._choose_tables(model)
         shapes = {name: shape_of(module) for name, module in linear.items()}
         shapes = {n: shape for n, shape in shapes.items() if module_matches(n, skip) is None}
         shapes |= matrix_shapes(self._experts)
@@ -236,9 +252,10 @@ class WaterSICHfQuantizer(HfQuantizer):
                 f"{type(model).__name__} has no linear layer to quantize: {len(linear)} were "
                 f"found, and `modules_to_not_convert` = {sorted(skip)} leaves all of them dense."
             )
-        dense = [name for name in linear if name not in self._layers]
+        spared = self._layers | self._table_modules
+        dense = [name for name in linear if name not in spared]
         self._keep_dense(model, [*dense, *(experts.keys() - self._experts.keys())])
-        self._note_dense(model, self._layers)
+        self._note_dense(model, spared)
         config = self.quantization_config
         targets = {n: (math.prod(shape), config.bits_of(n)) for n, shape in shapes.items()}
         pinned = [name for name in targets if module_matches(name, config.layer_bits) is not None]
@@ -252,12 +269,40 @@ class WaterSICHfQuantizer(HfQuantizer):
             targets, settings=config.settings, seed=config.seed, pinned=pinned
         )
 
+    def _choose_tables(self, model: nn.Module) -> None:
+        """Find the embedding and the head that are to be quantized, and why they cannot be."""
+        config = self.quantization_config
+        tables, self._dense_tables = find_tables(
+            model, head_bits=config.head_bits, embedding_bits=config.embedding_bits
+        )
+        user = config.modules_to_not_convert or ()
+        for table in tables:
+            if table.bits is None:
+                continue
+            if module_matches(table.name, user) is not None:
+                self._dense_tables[table.name] = "named in modules_to_not_convert"
+                continue
+            self._tables[table.name] = table
+            if table.embedding is not None:
+                self._shells[table.name] = copy.deepcopy(model.get_submodule(table.name))
+        for name, reason in self._dense_tables.items():
+            logger.warning("%s was to be quantized, but stays dense: %s.", name, reason)
+
+    @property
+    def _table_modules(self) -> set[str]:
+        """Names of the embedding and the head, as far as they are to be quantized."""
+        modules = {
+            name for table in self._tables.values() for name in (table.embedding, table.head)
+        }
+        return modules - {None}
+
     def _skipped(self, model: nn.Module, experts: Mapping[str, FusedExperts]) -> dict[str, str]:
         """Why layers stay dense, by pattern."""
         wide = getattr(model, "_keep_in_fp32_modules", None) or ()
         user = self.quantization_config.modules_to_not_convert or ()
         return (
             dict.fromkeys(self.get_modules_to_not_convert(model), "output head, or tied to one")
+            | {name.replace(".", r"\."): _NO_TEXT for name in towers_without_text(model)}
             | dict.fromkeys(wide, "the model keeps it in float32")
             | dict.fromkeys(user, "named in modules_to_not_convert")
             | routing_layers(model, experts)
@@ -272,16 +317,22 @@ class WaterSICHfQuantizer(HfQuantizer):
 
     def _note_dense(self, model: nn.Module, packed: Collection[str]) -> None:
         """Write down what of the model is dense, and why, for people to read."""
+        head = model.get_output_embeddings()
         reasons = {
             name: self._skip[pattern]
             if (pattern := module_matches(name, self._skip)) is not None
             else "no calibration data reaches it"
             for name in (*linear_layers(model), *self._fused)
+            if model.get_submodule(name) is not head
         }
+        towers = tuple(f"{name}." for name in towers_without_text(model))
+        reasons |= {n: _NO_TEXT for n, _ in model.named_modules() if f"{n}.".startswith(towers)}
         biased = [n for n in self._experts if has_biases(model.get_submodule(n))]
         reasons |= dict.fromkeys(biased, "biases of experts")
         packed = {*packed, *(self._experts.keys() - biased)}
-        self.quantization_config.left_dense = left_dense(model, packed, reasons)
+        self.quantization_config.left_dense = left_dense(
+            model, packed, reasons | self._dense_tables
+        )
 
     def _prepare_packed(
         self,
@@ -295,6 +346,15 @@ class WaterSICHfQuantizer(HfQuantizer):
         if files:
             folder = Path(files[0]).parent
             self.reports, self.run = read_report(folder), read_run(folder)
+        stored = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
+        for table in find_tables(model)[0]:
+            if table.embedding is not None and (found := stored.get(table.name)):
+                validate_layer(table.name, found, *table.shape)
+                self._shells[table.name] = copy.deepcopy(model.get_submodule(table.name))
+                payload_bytes = found.get("weight", (0,))[0]
+                table.install(model, table.module(
+                    payload_bytes=payload_bytes, dtype=self.dtype, device="meta"
+                ))  # fmt: skip
         self._place_packed(model, linear, self._experts, skip, headers)
         if next(packed_layers(model), None) is None:
             raise CheckpointError(
@@ -337,20 +397,21 @@ class WaterSICHfQuantizer(HfQuantizer):
         elif self.pre_quantized:
             for name, layer in packed_layers(model):
                 layer.requires_grad_(False)
+                if isinstance(layer, WaterSICEmbedding):
+                    layer.adopt_dtype()
                 if layer.weight.device.type != "meta":
                     layer.check(name)
         if self._quantizer is not None:
             dense = self.quantization_config.left_dense.items()
             logger.info("Dense: %s.", "; ".join(f"{name} ({reason})" for name, reason in dense))
-            self.reports, self.run = self._quantizer.reports, self._quantizer.run_report()
+            self.reports = self._quantizer.reports + self._table_reports
+            self.run = self._quantizer.run_report()
+            self.quantization_config.tables = sorted(self._tables)
             self._quantizer = None
         runtime = self.quantization_config.runtime
-        if self._calibrated and self._device_map is not None:
-            if runtime.residency != "dense":
-                # chosen and made where they are to be, without the dense weights of calibration
-                set_residency(model, "stored")
-            _place(model, self._device_map)
         set_residency(model, runtime.residency, backend=runtime.backend)
+        if self._calibrated:
+            _place(model, self._device_map)
         attach_extras(model)
         return model
 
@@ -376,11 +437,20 @@ class WaterSICHfQuantizer(HfQuantizer):
                 name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
             }
         self.open_layers(model, skip=blocks)
+        tables = self._tables.values()
+        calibration = TableCalibration(
+            model, windows, head=next((t.head for t in tables if t.head is not None), None),
+            drift=config.drift, batch_size=config.batch_size,
+        )  # fmt: skip
         quantize_blocks(
             model, windows, layers, self._quantizer, settings=config.calibration,
             batch_size=config.batch_size, source=source,
             journal=None if run is None else run.journal,
         )  # fmt: skip
+        for table in tables:
+            statistics = calibration.statistics(model, head=table.head, embedding=table.embedding)
+            weight_AN = model.get_submodule(table.name).weight.data
+            self._quantize_table(model, table, weight_AN, statistics)
         self.close_layers(model)
         if run is not None:
             self._fill(model, run)
@@ -481,10 +551,34 @@ class WaterSICHfQuantizer(HfQuantizer):
             if not any(isinstance(matrix, PackedMatrix) for matrix in module.modules()):
                 fuse(module)
 
+    def _quantize_table(
+        self, model: nn.Module, table: Table, weight_AN: torch.Tensor, statistics: TableStatistics
+    ) -> None:
+        """Quantize an embedding or a head, and put what came out in its place."""
+        config = self.quantization_config
+        packed, codes_AN, report = quantize_table(
+            table.name, weight_AN, statistics, bits=table.bits, settings=config.settings,
+            seed=config.seed, embedding=table.embedding is not None,
+        )  # fmt: skip
+        self._table_reports.append(report)
+        options = {"dtype": weight_AN.dtype, "device": weight_AN.device}
+        if self._calibrated:
+            # while the model loads, what is no parameter is overwritten
+            options["codes_AN"] = codes_AN
+        if table.embedding is not None:
+            module = WaterSICEmbedding.from_packed(packed, scale=table.scale, **options)
+        else:
+            bias = model.get_submodule(table.name).bias
+            module = WaterSICLinear.from_packed(packed, bias=bias, **options)
+        table.install(model, module)
+
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         experts = list(separate_experts(model))
         matrices = matrix_shapes({name: module.layout for name, module in experts})
-        for name, layer in list(packed_layers(model)):
+        # as config.json holds it
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        packed = list(packed_layers(model))
+        for name, layer in packed:
             if layer.weight.device.type == "meta":
                 raise ValueError(
                     f"{name}: the layer is offloaded and cannot be dequantized in place. Load the "
@@ -493,11 +587,21 @@ class WaterSICHfQuantizer(HfQuantizer):
             if name in matrices:
                 continue
             dense = layer.dequantize(dtype)
-            if name in self._shells:
-                dense = like(self._shells[name], dense)
+            # under an adapter a layer has a name of PEFT's
+            shell = self._shells.get(name.removesuffix(".base_layer"))
+            if isinstance(layer, WaterSICEmbedding):
+                dense = embedding_like(model, shell, dense)
+            elif shell is not None:
+                dense = like(shell, dense)
             replace_module(model, name, dense)
         for _, module in experts:
             fuse(module, dtype)
+        for name, head in list(model.named_modules()):
+            if isinstance(head, WaterSICTiedHead):
+                dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+                table = next(n for n, module in packed if module is head.table)
+                dense.weight = model.get_submodule(table).weight
+                replace_module(model, name, dense)
         detach_extras(model)
         return model
 
@@ -532,6 +636,10 @@ class WaterSICQuantize(ConversionOps):
         try:
             if name in hf_quantizer._experts:
                 self._convert_experts(model, name, tensor.removesuffix("_proj"), weight)
+            elif name in hf_quantizer._tables:
+                moments = Moments.identity(weight.shape[1], device=weight.device)
+                table, statistics = hf_quantizer._tables[name], TableStatistics(moments=moments)
+                hf_quantizer._quantize_table(model, table, weight, statistics)
             else:
                 module = model.get_submodule(name)
                 packed = self._pack(name, weight.T if is_transposed(module) else weight)

@@ -1,6 +1,5 @@
 """What is saved beside the weights: the report, and a card that opens with the import it needs."""
 
-import functools
 import os
 import types
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,9 @@ from watersic_hf.calibration import (
     kinds_of,
     write_report,
 )
+from watersic_hf.checkpoint import model_size
+from watersic_hf.integration.adapters import explain_merging
 from watersic_hf.integration.headers import stored_names
-from watersic_hf.nn import set_residency
 
 TAGS = ["watersic", "quantized"]
 
@@ -45,6 +45,7 @@ codes are entropy coded.
 | bits per quantized weight, stored | {stored:.4f} |
 | quantized layers | {layers} |
 | quantized weights | {weights:,} |
+{tables}| bits per parameter of the whole model | {model_bits:.4f} |
 | calibration | {calibration} |
 """
 
@@ -64,6 +65,7 @@ def model_card(
     repo: str,
     base: str | None,
     model_class: str,
+    folder: str | os.PathLike,
     finetuning: str | None = None,
 ) -> ModelCard:
     """The card of a quantized model.
@@ -74,6 +76,7 @@ def model_card(
         repo: the name that users will load it by.
         base: the model that was quantized, or None.
         model_class: name of its class.
+        folder: where it is saved, weights and all.
         finetuning: on what its scales were finetuned, or None.
     """
     causal = model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -84,16 +87,21 @@ def model_card(
     )
     tokens = max((report.tokens for report in reports), default=0)
     calibration = f"{config.dataset}, {tokens:,} tokens" if tokens else "none (data-free)"
+    layers, tables = ([r for r in reports if r.table is kind] for kind in (False, True))
     body = _BODY.format(
         loader="AutoModelForCausalLM" if causal else model_class,
         title=repo.rpartition("/")[2], repo=repo, base=base or "unknown", asked=config.bits,
-        stored=average_bits(reports), layers=len(reports),
-        weights=sum(report.weights for report in reports), calibration=calibration,
+        stored=average_bits(reports), layers=len(layers),
+        weights=sum(report.weights for report in layers), calibration=calibration,
+        tables="".join(
+            f"| bits per weight of `{r.name}`, stored | {r.bits:.4f} |\n" for r in tables
+        ),
+        model_bits=model_size(folder).bits,
     )  # fmt: skip
     if finetuning is not None:
         body += f"| scales finetuned | {finetuning} |\n"
     if reports:
-        body += _KINDS.format(rows="\n".join(_kind_rows(reports)))
+        body += _KINDS.format(rows="\n".join(_kind_rows(layers)))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
@@ -107,23 +115,22 @@ def _kind_rows(reports: Sequence[LayerReport]) -> Iterator[str]:
 
 
 def attach_extras(model: nn.Module) -> None:
-    """Tag the model, give it `set_residency`, and let what it saves carry the report and the card.
+    """Tag the model, and let what it saves and uploads carry the report and the card.
 
     transformers has no hook for more files, and writes a card of its own making into every upload;
     both ways to upload (`push_to_hub` and `save_pretrained(push_to_hub=True)`) end in the second of
     the two methods wrapped here.  The wrappers have the names of what they wrap, so that a pickled
     model finds them.
     """
+    explain_merging()
     model.add_model_tags(TAGS)
-    # no bound method: a pickled one would be looked up in the model's class
-    model.set_residency = functools.partial(set_residency, model)
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
 
 def detach_extras(model: nn.Module) -> None:
     """Undo `attach_extras`: the model is no longer quantized."""
-    del model.save_pretrained, model._upload_modified_files, model.set_residency
+    del model.save_pretrained, model._upload_modified_files
     model.model_tags = [tag for tag in model.model_tags if tag not in TAGS]
 
 
@@ -152,7 +159,7 @@ def _upload_modified_files(
         config = model.config.quantization_config
         card = model_card(
             config, model.hf_quantizer.reports, repo=repo_id, base=model.name_or_path or None,
-            model_class=type(model).__name__,
+            model_class=type(model).__name__, folder=working_dir,
         )  # fmt: skip
         card.save(readme)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from watersic_hf.calibration import Journal, ResidentBlocks, decoder_blocks
 from watersic_hf.checkpoint import CheckpointError, reading
-from watersic_hf.integration.dense import linear_layers
+from watersic_hf.integration.dense import linear_layers, towers_without_text
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,9 @@ def open_on_disk(
         ValueError: no list of modules holds linear layers.
     """
     empty = empty_model(model_class, config)
-    stack = decoder_blocks(empty, linear_layers(empty))[0][0].rpartition(".")[0]
+    towers = tuple(f"{name}." for name in towers_without_text(empty))
+    layers = [name for name in linear_layers(empty) if not name.startswith(towers)]
+    stack = decoder_blocks(empty, layers)[0][0].rpartition(".")[0]
     model = model_class.from_pretrained(
         name, dtype=dtype, device_map=_blocks_on_disk(empty, stack), offload_folder=str(folder)
     )

@@ -1,5 +1,6 @@
 """The quantized layer and the operators it runs on."""
 
+from watersic_hf.nn.embedding import WaterSICEmbedding, WaterSICTiedHead, pack_table
 from watersic_hf.nn.experts import (
     FusedExperts,
     SeparateExperts,
@@ -9,10 +10,9 @@ from watersic_hf.nn.experts import (
     separate_dense,
     separate_experts,
 )
-from watersic_hf.nn.linear import PackedMatrix, WaterSICLinear
+from watersic_hf.nn.linear import RESIDENCIES, PackedMatrix, WaterSICLinear
 from watersic_hf.nn.ops import BACKENDS
 from watersic_hf.nn.replace import module_matches, packed_layers, replace_module, set_residency
-from watersic_hf.nn.residency import RESIDENCIES
 
 __all__ = [
     "BACKENDS",
@@ -20,10 +20,13 @@ __all__ = [
     "FusedExperts",
     "PackedMatrix",
     "SeparateExperts",
+    "WaterSICEmbedding",
     "WaterSICLinear",
+    "WaterSICTiedHead",
     "fuse",
     "fused_experts",
     "module_matches",
+    "pack_table",
     "packed_layers",
     "replace_module",
     "separate",

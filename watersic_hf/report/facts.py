@@ -19,7 +19,7 @@ from watersic_hf.calibration import (
 from watersic_hf.core import ColumnProfile
 
 #: Of config.json's `quantization_config`, what is no choice of anybody's.
-_NO_SETTINGS = ("quant_method", "left_dense", "modules_to_not_convert")
+_NO_SETTINGS = ("quant_method", "left_dense", "modules_to_not_convert", "tables")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,7 @@ class Facts:
         """Mean error of the layers' outputs, by weights; None where it is not known."""
         if any(layer.error is None for layer in self.layers):
             return None
-        weights = sum(layer.weights for layer in self.layers)
-        return sum(layer.error * layer.weights for layer in self.layers) / weights
+        return sum(r.error * r.weights for r in self.layers) / sum(r.weights for r in self.layers)
 
 
 def read_facts(folder: str | os.PathLike, found: Mapping[str, Any]) -> Facts:

@@ -105,9 +105,13 @@ def _subtitle(facts: Facts) -> str:
 def _tiles(facts: Facts) -> str:
     totals, run = facts.totals, facts.run
     asked = facts.settings.get("bits")
-    sixteen = 2 * totals["weights"] + totals["dense_bytes"]
+    sixteen = 2 * (totals["weights"] + totals["table_weights"]) + totals["dense_bytes"]
+    tables = (
+        f"{totals['table_bits']:.3f} in {totals['tables']} tables" if totals["tables"] else None
+    )
     tiles = [
         ("stored bits per weight", f"{totals['bits']:.3f}", asked and f"{asked:g} asked"),
+        ("bits per parameter, whole model", f"{totals['model_bits']:.3f}", tables),
         ("size of the files", _bytes(totals["file_bytes"]), f"{_bytes(sixteen)} in 16 bits"),
         ("quantized weights", _count(totals["weights"]), f"{totals['layers']:,} layers"),
         ("mean output error", _optional(facts.error, ".3g"), "relative, by weights"),

@@ -1,0 +1,191 @@
+r"""Quantize an output head, an input embedding, or the one table that is both.
+
+Shapes: A = tokens of the vocabulary (rows), N = columns, B = windows in a batch, T = tokens.
+
+A head is a linear layer behind the last norm, and has the moments of its input like any other,
+drifted by all that was quantized before it.  An embedding is read a row at a time: its "input"
+picks a row, and all of its columns count the same.  In a table that is both, an error of a row does
+both kinds of damage, so that its moment is the head's plus a share of the identity.
+
+Rows count by how often their tokens are read and predicted, but only by the fourth root of that: a
+token that is 10,000 times as rare as another has ten times its squared error, 1.7 bits per weight,
+and no row is given up.
+"""
+
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from watersic_hf.calibration.capture import head_pass, to_batches
+from watersic_hf.calibration.report import LayerReport
+from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
+from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize_tall
+from watersic_hf.nn import pack_table
+
+#: What the columns of a table count for where rows are gathered, against the mean over columns of
+#: what they count for where the head multiplies.
+GATHER_SHARE = 0.1
+#: Power of a token's frequency that the errors of its row count by.
+FREQUENCY_POWER = 0.25
+#: Least frequency of a token, against the mean over the vocabulary.
+LEAST_FREQUENCY = 0.01
+#: Calibration tokens on which the model's predictions are looked at.
+PREDICTED_TOKENS = 8192
+#: Tokens whose predictions are held in float32 at a time.
+_TOKENS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableStatistics:
+    """What the columns and the rows of a table count for."""
+
+    moments: Moments
+    row_importance_A: Tensor | None = None
+    """None = all the same."""
+
+
+class TableCalibration:
+    """Takes the statistics of tables once the rest of the model is quantized.
+
+    Args:
+        model: the model before quantization.
+        windows: 1-D token ids.
+        head: name of the output head, None if it is not to be quantized.
+        drift: share of the drift of the head's input that the head makes up for; with 0 the
+            original model is not run.
+        batch_size: windows in a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Sequence[Tensor],
+        *,
+        head: str | None,
+        drift: float,
+        batch_size: int,
+    ) -> None:
+        self.head, self.drift = head, drift
+        self.tokens_T = torch.cat(list(windows)).cpu()
+        few = -(-PREDICTED_TOKENS // max(map(len, windows)))
+        # predictions of many windows at once would fill the memory
+        self.batches = to_batches(windows[:few], 1) + to_batches(windows[few:], batch_size)
+        self._original: list[Tensor] = []
+        self._predicted: Tensor | float = 0.0
+        predicted_tokens = 0
+        for number, tokens_BT in enumerate(self.batches if head is not None else ()):
+            if number >= few and not drift:
+                break
+            hidden, logits = head_pass(model, head, tokens_BT, whole=number < few)
+            if drift:
+                self._original.append(hidden)
+            if logits is not None:
+                self._predicted += _predictions(logits)
+                predicted_tokens += logits[..., 0].numel()
+        self._predicted /= max(1, predicted_tokens)
+
+    def statistics(
+        self, model: nn.Module, *, head: str | None, embedding: str | None
+    ) -> TableStatistics:
+        """The statistics of a table that is an output head, an embedding, or both.
+
+        Args:
+            model: the model, of which all but the tables is quantized.
+            head: name of the head, if the table is one.
+            embedding: name of the embedding, if the table is one.
+        """
+        weight_AN = model.get_submodule(embedding or head).weight
+        rows, columns = weight_AN.shape
+        if head is None:
+            ones_N = torch.ones(columns, dtype=torch.float64, device=weight_AN.device)
+            moments = Moments(cov=ones_N, tokens=len(self.tokens_T))
+        else:
+            moments = self._head_moments(model, columns, weight_AN.device)
+        if head is not None and embedding is not None:
+            moments = _also_gathered(moments)
+        frequency_A = torch.bincount(self.tokens_T, minlength=rows) / len(self.tokens_T)
+        importance_A = row_importance(frequency_A + self._predicted)
+        return TableStatistics(moments=moments, row_importance_A=importance_A)
+
+    def _head_moments(self, model: nn.Module, columns: int, device: torch.device) -> Moments:
+        sums = MomentAccumulator(columns, drift=bool(self.drift), device=device)
+        for number, tokens_BT in enumerate(self.batches):
+            seen = head_pass(model, self.head, tokens_BT, whole=False)[0].to(device)
+            if self.drift:
+                sums.add(self._original[number].to(device), seen)
+            else:
+                sums.add(seen)
+        return sums.result().with_drift(self.drift) if self.drift else sums.result()
+
+
+def row_importance(frequency_A: Tensor) -> Tensor:
+    """What the errors of the rows of a table count for, by how often their tokens occur."""
+    relative_A = frequency_A.double() / frequency_A.double().mean()
+    return (relative_A + LEAST_FREQUENCY) ** FREQUENCY_POWER
+
+
+def _predictions(logits: Tensor) -> Tensor:
+    """The sum of p (1 - p) over all predictions: the Fisher information of every logit."""
+    total_A = torch.zeros(logits.shape[-1], dtype=torch.float64)
+    for logits_TA in logits.flatten(0, -2).split(_TOKENS_AT_A_TIME):
+        p_TA = logits_TA.float().softmax(-1)
+        total_A += (p_TA * (1 - p_TA)).sum(0).double().cpu()
+    return total_A
+
+
+def _also_gathered(moments: Moments) -> Moments:
+    """The moments of a head whose rows are also gathered as they are."""
+    diagonal_N = moments.layer_cov.diagonal()
+    shift_NN = torch.diag(torch.full_like(diagonal_N, GATHER_SHARE * float(diagonal_N.mean())))
+    fields = ("cov", "drifted_cov_NN", "cross_cov_NN")
+    known = {name: getattr(moments, name) for name in fields}
+    return replace(moments, **{k: v + shift_NN for k, v in known.items() if v is not None})
+
+
+@torch.no_grad()
+def quantize_table(
+    name: str,
+    weight_AN: Tensor,
+    statistics: TableStatistics,
+    *,
+    bits: float,
+    settings: LayerSettings,
+    seed: int,
+    embedding: bool,
+) -> tuple[PackedLayer, Tensor, LayerReport]:
+    """Quantize and pack a table.
+
+    Args:
+        name: of its module.
+        weight_AN: the table.
+        statistics: what its columns and rows count for.
+        bits: bits per weight to spend.
+        settings: of the method.
+        seed: of the rows that are looked at first.
+        embedding: whether it is for a `WaterSICEmbedding`.
+
+    Returns:
+        The packed table, the codes that it holds, and its report.
+
+    Raises:
+        CalibrationError: the weight or the moments cannot be used; the message names the table.
+    """
+    start = time.perf_counter()
+    rows, columns = weight_AN.shape
+    quantized = quantize_tall(
+        weight_AN, statistics.moments, bits=bits, charge=layer_charge, settings=settings,
+        row_importance_A=statistics.row_importance_A, name=name,
+        generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed),
+    )  # fmt: skip
+    pack = pack_table if embedding else pack_layer
+    packed = pack(quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name)
+    report = LayerReport(
+        name=name, rows=rows, columns=columns, asked=bits, bits=packed.bits_per_weight,
+        error=float(quantized.error), damping=quantized.damping,
+        tokens=statistics.moments.tokens, seconds=time.perf_counter() - start, table=True,
+    )  # fmt: skip
+    return packed, quantized.codes_AN, report
