@@ -1,6 +1,7 @@
 """Mixtures of experts between transformers and the disk; test_architectures has the rest."""
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 
 from watersic_hf import CheckpointError, WaterSICConfig
 from watersic_hf.calibration import Journal
+from watersic_hf.cli import main
 from watersic_hf.integration import quantize_to_folder
 from watersic_hf.nn import packed_layers, set_residency
 
@@ -88,6 +90,16 @@ def test_a_missing_matrix_is_an_error_that_names_it(quantized, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"experts\.packed\.2\.down\.row_scale"):
         MixtralForCausalLM.from_pretrained(tmp_path)
+
+
+def test_inspect_knows_the_tokens_of_experts_and_why_the_router_is_dense(quantized, capsys):
+    assert main(["inspect", "--json", str(quantized)]) == 0
+    found = json.loads(capsys.readouterr().out)
+
+    assert all(row["tokens"] > 0 and row["error"] is not None for row in found["layers"])
+    reasons = {row["name"]: row["reason"] for row in found["dense"]}
+    router = "model.layers.*.block_sparse_moe.gate.weight"
+    assert reasons[router] == "MixtralTopKRouter is no linear layer"
 
 
 def test_experts_are_decoded_in_every_forward_if_that_is_wanted(quantized, tokens):

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -53,12 +53,16 @@ class LayerRow:
     """What the columns spend, as seen from the codes."""
 
 
-def inspect_checkpoint(folder: str | os.PathLike, *, decode: bool = True) -> dict[str, Any]:
+def inspect_checkpoint(
+    folder: str | os.PathLike, *, decode: bool = True, renamed: Callable[[str], str] = str
+) -> dict[str, Any]:
     """Decode every layer of a model folder, and add up what is stored.
 
     Args:
         folder: of the model.
         decode: False reads the files' headers only, and leaves out what takes the codes.
+        renamed: what the model calls a module of the files, to find why it is dense; default: the
+            same.
 
     Returns:
         ``layers``: a dict per layer with the fields of `LayerRow`; ``totals``: quantized layers
@@ -99,7 +103,7 @@ def inspect_checkpoint(folder: str | os.PathLike, *, decode: bool = True) -> dic
     dense = {n: h for n, h in headers.items() if n not in quantized and len(h.shape) > 1}
     return {
         "layers": [asdict(row) for row in rows],
-        "dense": _dense_rows(dense, settings.get("left_dense", {})),
+        "dense": _dense_rows(dense, settings.get("left_dense", {}), renamed),
         "totals": totals,
     }
 
@@ -177,11 +181,13 @@ def _average(rows: Sequence[LayerRow], field: str) -> float:
 
 
 def _dense_rows(
-    headers: Mapping[str, TensorHeader], reasons: Mapping[str, str]
+    headers: Mapping[str, TensorHeader],
+    reasons: Mapping[str, str],
+    renamed: Callable[[str], str],
 ) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, header in headers.items():
-        reason = reasons.get(_named(name.rpartition(".")[0], reasons), "")
+        reason = reasons.get(_named(renamed(name.rpartition(".")[0]), reasons), "")
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), reason)
         row = rows.setdefault(key, {"name": key[0], "tensors": 0, "bytes": 0, "reason": reason})
         row["tensors"] += 1

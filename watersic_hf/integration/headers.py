@@ -1,11 +1,17 @@
 """Names of the file against names of the model."""
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
@@ -38,6 +44,22 @@ def model_headers(model: nn.Module, files: Sequence[str]) -> dict[str, TensorHea
         for alias in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
             headers.setdefault(alias, header)
     return headers
+
+
+def names_in_model(folder: str | os.PathLike) -> Callable[[str], str]:
+    """What turns the name of a module in a folder's files into its name in the model."""
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    rules = get_checkpoint_conversion_mapping(config.get("model_type")) or ()
+
+    def renamed(name: str) -> str:
+        for rule in rules:
+            if isinstance(rule, WeightRenaming):
+                name, _ = rule.rename_source_key(f"{name}.")
+                name = name.removesuffix(".")
+        return name
+
+    return renamed
 
 
 def stored_names(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
