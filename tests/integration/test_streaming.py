@@ -8,14 +8,17 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from watersic_hf import CheckpointError, WaterSICConfig
-from watersic_hf.calibration import Journal
+from watersic_hf.calibration import Journal, average_bits, average_error, read_report
 from watersic_hf.cli import main
 from watersic_hf.integration import quantize_to_folder
 from watersic_hf.integration.folder import UNFINISHED, save_quantized
@@ -230,3 +233,40 @@ def test_batches_are_halved_when_memory_runs_out(
 
     assert "Out of memory; going on with batches of 2" in watersic_log.text
     assert contents(tmp_path / "q") == contents(whole)
+
+
+def test_processes_share_a_run_and_one_goes_on_when_another_dies(
+    original, whole, tokenizer, tmp_path
+):
+    torch.save(config().dataset, tmp_path / "windows.pt")
+    folder = tmp_path / "q"
+    program = (
+        "import sys, torch; from watersic_hf import WaterSICConfig; "
+        "from watersic_hf.calibration.ranks import joined; "
+        "from watersic_hf.integration import quantize_to_folder\n"
+        f"windows = torch.load({str(tmp_path / 'windows.pt')!r})\n"
+        "with joined():\n"
+        f"    quantize_to_folder({str(original)!r}, {str(folder)!r}, WaterSICConfig(bits=4.0, "
+        f"dataset=windows, samples=6, sequence_length=48, batch_size=2), max_shard_size={SHARDS!r})"
+    )
+    (tmp_path / "program.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+              "--standalone", str(tmp_path / "program.py")]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / UNFINISHED / "block-00000.safetensors").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, errors = launcher.communicate()
+
+    quantize_to_folder(str(original), folder, config(), max_shard_size=SHARDS)
+
+    assert launcher.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors
+    shared, alone = (read_report(f) for f in (folder, whole))
+    assert {r.name for r in shared} == {r.name for r in alone}
+    assert average_bits(shared) == pytest.approx(average_bits(alone), rel=0.002)
+    assert average_error(shared) == pytest.approx(average_error(alone), rel=0.1)
