@@ -12,7 +12,6 @@ Three ways through it (hooks in the order in which transformers 5.17 .. 5.23 cal
 """
 
 import copy
-import ctypes
 import functools
 import logging
 import math
@@ -74,7 +73,7 @@ from watersic_hf.integration.experts import (
 )
 from watersic_hf.integration.headers import model_headers
 from watersic_hf.integration.saving import attach_extras, detach_extras
-from watersic_hf.integration.streaming import StreamedRun
+from watersic_hf.integration.streaming import StreamedRun, give_back_memory
 from watersic_hf.integration.tables import Table, embedding_like, find_tables
 from watersic_hf.nn import (
     FusedExperts,
@@ -679,7 +678,7 @@ class WaterSICQuantize(ConversionOps):
         moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
         packed, _ = layers.quantize(name, weight_AN, moments)
         if len(layers.reports) % _TRIM_EVERY == 0:
-            _trim_heap()
+            give_back_memory()
         return packed
 
 
@@ -721,12 +720,3 @@ def _place(model: nn.Module, device_map: Any) -> None:
         model.to(next(iter(device_map.values())))
     else:
         dispatch_model(model, device_map)
-
-
-def _trim_heap() -> None:
-    """Give freed memory back: glibc keeps gigabytes of it after many large temporary tensors."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except OSError:
-            logger.debug("this C library has no malloc_trim")

@@ -5,8 +5,10 @@ tensors, ties and buffers are theirs.  Tensors that are in the files as the mode
 from there when their block is held; others are converted once, into a folder.
 """
 
+import ctypes
 import hashlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +32,10 @@ _PAGE = 4096
 #: Places of a file by which it is told from others, from its first byte to its last.
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
+#: Bytes from which the memory of a tensor is given back at once.
+_LARGE = 1 << 20
+#: A parameter of glibc's `mallopt`.
+_M_MMAP_THRESHOLD = -3
 _PARTS = ("_modules", "_parameters", "_buffers")
 
 
@@ -131,6 +137,7 @@ class StreamedBlocks(ResidentBlocks):
         settle: Callable[[str, nn.Module], None],
     ) -> None:
         super().__init__(torch.device(device))
+        _return_large_tensors()
         self.blocks = dict(blocks)
         self._prepare = prepare
         self._settle = settle
@@ -167,6 +174,7 @@ class StreamedBlocks(ResidentBlocks):
                 for part, entries in zip(_PARTS, parts, strict=True):
                     getattr(module, part).clear()
                     getattr(module, part).update(entries)
+            give_back_memory()
 
     @contextmanager
     def flow(self) -> Iterator[None]:
@@ -260,3 +268,24 @@ def _touch(tensors: list[tuple[Mapping[str, Tensor], str]]) -> None:
     with suppress(CheckpointError), reading("the next block", ""):
         for weights, key in tensors:
             weights[key].reshape(-1).view(torch.uint8)[::_PAGE].sum()
+
+
+def give_back_memory() -> None:
+    """Give freed memory back: glibc keeps gigabytes of it after many large temporary tensors."""
+    _c_library(lambda library: library.malloc_trim(0))
+
+
+def _return_large_tensors() -> None:
+    """Have the memory of large tensors given back as soon as they are freed.
+
+    glibc does so above a size that grows with what is freed, up to 32 MB.
+    """
+    _c_library(lambda library: library.mallopt(_M_MMAP_THRESHOLD, _LARGE))
+
+
+def _c_library(use: Callable[[Any], object]) -> None:
+    if sys.platform == "linux":
+        try:
+            use(ctypes.CDLL("libc.so.6"))
+        except (OSError, AttributeError):
+            logger.debug("this C library is not glibc, and its memory is left to it")
