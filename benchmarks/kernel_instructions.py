@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from watersic_kernels import packed, rans
+from watersic_kernels import packed, prefix, product, rans
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
 TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -35,6 +35,8 @@ POINTERS = {
     "x_MN": "*bf16", "order_C": "*i16", "order_R": "*i16", "scale_N": "*fp16", "scale_A": "*fp16",
     "codes_RC": "*bf16", "y_MA": "*bf16",
     "words_W": "*i16", "offsets_C": "*i64", "row_class_A": "*i32", "col_class_N": "*i32",
+    "first_BS": "*i32", "shortest_BS": "*i32", "bits_BSr": "*u8",
+    "outlier_first_B": "*i32", "outlier_count_R": "*u8", "tables_TW": "*i32", "codes_CR": "*bf16",
     "table": "*i32", "shift_K": "*i32", "codes_AN": "*i32", "good_C": "*i32",
 }  # fmt: skip
 
@@ -55,6 +57,27 @@ def tiles_of_one_width(
     tl.store(sums_SMR + m[:, None] * BAND + r[None, :], sums)
 
 
+@triton.jit
+def tiles_without_low_bits(
+    folded_CM, words_G, bits_BSr, tiles_BT, tables_TW, sums_SMR, tiles, limit,
+    BAND: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The loop of `prefix._gemv_kernel` of tiles whose codes are pairs of a table, and no more."""
+    r = tl.arange(0, BAND)[None, :]
+    m = tl.arange(0, TOKENS)[:, None]
+    sums = tl.zeros((TOKENS, BAND), tl.float32)
+    at = tl.load(bits_BSr + r).to(tl.int32)
+    w0, w1, w2 = prefix._ahead(words_G, at)
+    for t in range(tiles):
+        at = tl.minimum(at, limit)
+        table, _ = prefix._table(tiles_BT + t, tables_TW, 50, WINDOW)
+        x = folded_CM + t * (32 * TOKENS)
+        sums, at, w0, w1, w2 = prefix._add_tile(
+            sums, x, table, words_G, at, w0, w1, w2, WINDOW, TOKENS
+        )
+    tl.store(sums_SMR + m * BAND + r, sums)
+
+
 def variants() -> dict[str, tuple]:
     """By name: the kernel, its constants, types that differ, and its warps."""
     found: dict[str, tuple] = {}
@@ -71,12 +94,21 @@ def variants() -> dict[str, tuple]:
         constants = {"BLOCK_M": 32, "BAND": 128, "PRECISION": precision}
         types = {"folded_CM": f"*{kind}"}
         found[f"gemm {kind}"] = (packed._gemm_kernel, constants, types, 4)
-    band = {"BAND": 128}
-    found["decode"] = (packed._decode_kernel, band, {}, 4)
-    found["decode outliers"] = (packed._decode_outliers_kernel, band, {}, 1)
-    found["fold"] = (packed._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1}, {}, 4)
+    found["decode"] = (packed._decode_kernel, {"BAND": 128}, {}, 4)
+    found["decode outliers"] = (packed._decode_outliers_kernel, {"BAND": 128}, {}, 1)
+    for band in (64, 128):
+        for tokens in (1, 8):
+            constants = {"BAND": band, "TOKENS": tokens, "WINDOW": 11}
+            types = {"tiles_BT": "*i16"}
+            name = f"{band} rows {tokens} tokens"
+            found[f"prefix gemv {name}"] = (prefix._gemv_kernel, constants, types, 1)
+            found[f"prefix tile {name}"] = (tiles_without_low_bits, constants, types, 1)
+    constants = {"BAND": 128, "WINDOW": 11}
+    found["prefix decode"] = (prefix._decode_kernel, constants, {"tiles_BT": "*i16"}, 1)
+    found["prefix decode outliers"] = (prefix._decode_outliers_kernel, {"BAND": 128}, {}, 1)
+    found["fold"] = (product._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1}, {}, 4)
     found["rans decode"] = (rans._decode_kernel, {}, {}, 1)
-    found["finish"] = (packed._finish_kernel, {"BLOCK_R": 256}, {}, 4)
+    found["finish"] = (product._finish_kernel, {"BLOCK_R": 256}, {}, 4)
     return found
 
 

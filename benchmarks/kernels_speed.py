@@ -53,7 +53,8 @@ def layer(rows: int, columns: int, bits: float, device: str) -> tuple[PackedCode
 def dense(packed: PackedCodes, row_scale_A: Tensor, col_scale_N: Tensor) -> Tensor:
     weight_AN = row_scale_A.new_empty(packed.rows, packed.columns, dtype=torch.bfloat16)
     layout = list(packed.tensors().values())
-    for rows, weight_rN in ops._packed_bands(layout, row_scale_A, col_scale_N, torch.bfloat16):
+    scales = row_scale_A, col_scale_N
+    for rows, weight_rN in ops.coded_bands("packed", layout, *scales, torch.bfloat16):
         weight_AN[rows] = weight_rN
     return weight_AN
 

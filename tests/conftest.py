@@ -106,7 +106,7 @@ def spoil_scales():
             packed = rescale_layer(layer.packed, *scales, name=name)
             for field, tensor in packed.tensors().items():
                 getattr(layer, field).data = tensor
-            layer.set_residency("entropy")
+            layer.set_residency("stored")
             layer.set_residency("dense")
         return model
 

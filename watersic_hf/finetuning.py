@@ -565,7 +565,7 @@ def _trainable(
     trainable: dict[str, _TrainableLinear] = {}
     try:
         for name, layer in tqdm(layers.items(), desc="Decoding weights", delay=3, leave=False):
-            layer.set_residency("entropy")
+            layer.set_residency("stored")
             trainable[name] = _TrainableLinear(layer)
             replace_module(model, name, trainable[name])
         yield trainable

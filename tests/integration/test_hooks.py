@@ -59,7 +59,7 @@ def test_sizes_for_placement_are_those_of_the_quantized_weights(make_llama):
 
 def test_module_sizes_add_up_to_the_footprint(quantized_folder):
     model = AutoModelForCausalLM.from_pretrained(
-        quantized_folder, quantization_config=WaterSICConfig(runtime={"residency": "entropy"})
+        quantized_folder, quantization_config=WaterSICConfig(runtime={"residency": "stored"})
     )
 
     assert compute_module_sizes(model)[""] == model.get_memory_footprint()
@@ -70,7 +70,7 @@ def test_the_footprint_of_a_packed_model_is_a_fraction_of_the_dense_ones(
 ):
     dense = AutoModelForCausalLM.from_pretrained(llama_folder)
     packed = AutoModelForCausalLM.from_pretrained(
-        quantized_folder, quantization_config=WaterSICConfig(runtime={"residency": "entropy"})
+        quantized_folder, quantization_config=WaterSICConfig(runtime={"residency": "stored"})
     )
 
     def layers(model):

@@ -18,7 +18,6 @@ from transformers import (
     pipeline,
 )
 
-import watersic_hf
 from watersic_hf import WaterSICConfig, WaterSICLinear
 from watersic_hf.checkpoint import read_headers
 from watersic_hf.integration.headers import stored_names
@@ -73,7 +72,7 @@ def test_shards_and_variants_load(quantize, tmp_path, tokens, options):
 
 def test_the_bytes_of_the_file_are_the_bytes_of_the_layers(quantized_folder):
     model = AutoModelForCausalLM.from_pretrained(
-        quantized_folder, quantization_config=WaterSICConfig(runtime={"residency": "entropy"})
+        quantized_folder, quantization_config=WaterSICConfig(runtime={"residency": "stored"})
     )
     headers = read_headers(quantized_folder.glob("*.safetensors"))
 
@@ -88,7 +87,7 @@ def test_the_bytes_of_the_file_are_the_bytes_of_the_layers(quantized_folder):
     assert model.get_memory_footprint() == sum(h.nbytes for h in headers.values()) + extra
 
 
-@pytest.mark.parametrize("residency", ["dense", "entropy"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
 def test_the_residency_is_chosen_at_load_and_not_saved(
     quantized_folder, tmp_path, tokens, residency
 ):
@@ -111,7 +110,7 @@ def test_the_residency_can_be_changed_in_place(quantized_folder, tokens):
     before = logits(model, tokens)
     dense_bytes = model.get_memory_footprint()
 
-    watersic_hf.set_residency(model, "entropy")
+    model.set_residency("stored")
 
     assert model.get_memory_footprint() < 0.7 * dense_bytes
     torch.testing.assert_close(logits(model, tokens), before)

@@ -64,7 +64,7 @@ def test_tables_go_all_the_way(quantize, dense_folder, tmp_path, tokens, load, t
     compiled = torch.compile(again, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits(compiled, tokens), expected)
 
-    for residency in ("packed", "entropy"):
+    for residency in ("packed", "entropy", "stored"):
         small = load(again, residency)
         assert {layer.residency for _, layer in packed_layers(small)} == {residency}
         torch.testing.assert_close(logits(small, tokens), expected)

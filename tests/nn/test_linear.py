@@ -27,7 +27,7 @@ def test_all_residencies_give_the_output_of_the_dense_layer(bias, dtype):
     x = torch.randn(2, 5, 32, dtype=dtype)
     expected = layer.dequantize()(x)
 
-    for residency in ("packed", "entropy"):
+    for residency in ("packed", "entropy", "stored"):
         layer.set_residency(residency)
         assert layer.residency == residency
         # one product in two orders of summation
@@ -46,7 +46,7 @@ def test_packed_tensors_are_parameters_without_gradient():
     assert not any(p.requires_grad for p in parameters.values())
 
 
-@pytest.mark.parametrize("residency", ["dense", "packed"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
 def test_other_forms_of_the_weight_are_never_saved(residency):
     layer = make()
     layer.set_residency(residency)
@@ -54,7 +54,7 @@ def test_other_forms_of_the_weight_are_never_saved(residency):
     assert set(layer.state_dict()) == {"weight", "row_scale", "col_scale", "bias"}
 
 
-@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy", "stored"])
 def test_casting_the_layer_keeps_the_stored_tensors(residency):
     layer = make()
     layer.set_residency(residency)
@@ -91,7 +91,7 @@ def test_gradients_flow_to_the_input_only():
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy", "stored"])
 def test_torch_compile_sees_one_graph(residency):
     layer = make()
     layer.set_residency(residency)
@@ -122,7 +122,7 @@ def test_an_unknown_backend_is_refused():
         make().set_residency("packed", backend="cuda")
 
 
-@pytest.mark.parametrize("residency", ["dense", "packed"])
+@pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
 def test_a_damaged_payload_names_the_layer(residency):
     model = nn.Sequential(make())
     model[0].weight.data[40] ^= 1
@@ -135,10 +135,10 @@ def test_the_representation_tells_the_bits():
     text = repr(make())
 
     assert "in_features=32, out_features=48, bias=True, bits=" in text
-    assert "residency=entropy" in text
+    assert "residency=stored" in text
 
 
-def test_the_size_in_memory_of_entropy_residency_is_the_stored_size():
+def test_the_size_in_memory_of_a_stored_layer_is_its_size_on_the_disk():
     layer = make(256, 512, bias=False)
 
     held = sum(p.numel() * p.element_size() for p in layer.parameters())

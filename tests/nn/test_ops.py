@@ -4,7 +4,6 @@ import torch
 from watersic_hf import codec
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.nn import ops
-from watersic_hf.nn.packing import pack_codes
 
 
 def packed(rows, columns):
@@ -17,10 +16,11 @@ def packed(rows, columns):
     return (layer.weight, layer.row_scale, layer.col_scale), dense
 
 
-def fixed_width(rows, columns):
-    """The same weight as `packed` makes, as the arguments of `packed_linear` without its last."""
-    (payload, *scales), dense = packed(rows, columns)
-    return (list(pack_codes(codec.decode(payload)).tensors().values()), *scales), dense
+def laid_out(rows, columns, residency):
+    """The same weight as `packed` makes: the arguments of `coded_linear` but the first and last."""
+    payload, *scales = packed(rows, columns)[0]
+    coded = ops.encode(codec.decode(payload), residency)
+    return residency, list(coded.tensors().values()), *scales
 
 
 SHAPES = [(1, 1), (1, 40), (40, 1), (5, 127), (300, 33), (127, 300)]
@@ -38,11 +38,12 @@ def test_dequantize_is_codes_times_scales(shape):
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
 def test_the_product_is_that_of_the_dense_weight(shape, leading):
     layer, dense = packed(*shape)
-    layout, _ = fixed_width(*shape)
     x = torch.randn(*leading, shape[1])
 
     torch.testing.assert_close(ops.dequant_linear(x, *layer), x @ dense.T)
-    torch.testing.assert_close(ops.packed_linear(x, *layout, "auto"), x @ dense.T)
+    for residency in ops.LAYOUTS:
+        coded = laid_out(*shape, residency)
+        torch.testing.assert_close(ops.coded_linear(x, *coded, "auto"), x @ dense.T)
 
 
 def test_a_non_contiguous_input_is_read_as_it_is():
@@ -65,11 +66,11 @@ def test_tiles_of_any_size_give_the_same_weight(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_gradient_of_the_input_is_that_of_the_dense_weight(dtype):
     layer, dense = packed(40, 24)
-    layout, _ = fixed_width(40, 24)
     x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
     grad_y = torch.randn(2, 3, 40, dtype=dtype)
 
-    for y in (ops.dequant_linear(x, *layer), ops.packed_linear(x, *layout, "auto")):
+    coded = [ops.coded_linear(x, *laid_out(40, 24, form), "auto") for form in ops.LAYOUTS]
+    for y in (ops.dequant_linear(x, *layer), *coded):
         (grad_x,) = torch.autograd.grad(y, x, grad_y)
 
         torch.testing.assert_close(grad_x, grad_y @ dense.to(dtype))
@@ -82,9 +83,10 @@ def test_the_operators_obey_torchs_rules():
     torch.library.opcheck(ops.dequant_linear, (x, *layer))
     torch.library.opcheck(ops.dequantize, (*layer, torch.float32))
     torch.library.opcheck(ops.dequant_linear_backward, (torch.randn(2, 40), *layer))
-    layout, _ = fixed_width(40, 24)
-    torch.library.opcheck(ops.packed_linear, (x, *layout, "auto"))
-    torch.library.opcheck(ops.packed_linear_backward, (torch.randn(2, 40), *layout))
+    for residency in ops.LAYOUTS:
+        coded = laid_out(40, 24, residency)
+        torch.library.opcheck(ops.coded_linear, (x, *coded, "auto"))
+        torch.library.opcheck(ops.coded_linear_backward, (torch.randn(2, 40), *coded))
 
 
 def test_an_input_of_the_wrong_size_is_refused():
@@ -92,9 +94,8 @@ def test_an_input_of_the_wrong_size_is_refused():
 
     with pytest.raises(ValueError, match=r"x has shape \(2, 23\), but a layer of 40 x 24"):
         ops.dequant_linear(torch.randn(2, 23), *layer)
-    layout, _ = fixed_width(40, 24)
     with pytest.raises(ValueError, match=r"x has shape \(2, 23\), but a layer of 40 x 24"):
-        ops.packed_linear(torch.randn(2, 23), *layout, "auto")
+        ops.coded_linear(torch.randn(2, 23), *laid_out(40, 24, "entropy"), "auto")
 
 
 def test_scales_of_another_shape_are_refused():

@@ -1,9 +1,12 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
+from watersic_hf.calibration import place_of
 from watersic_hf.report import model_page
+from watersic_hf.report.plots import bits_by_block
 
 VOID = {"meta", "link", "input", "br"}
 
@@ -97,6 +100,19 @@ def test_several_layers_of_a_kind_in_a_block_are_one_point_with_their_range(make
     spans = re.findall(r'class="span" d="([^"]*)"', plot)
     assert [d.count("M") for d in spans] == [0, 0, 0, 5]
     assert [len(d.split()) for d in re.findall(r'data-layers="([^"]*)"', plot)] == [5, 5, 5, 5]
+
+
+def test_what_is_in_no_block_does_not_shift_the_numbers_of_blocks(make_facts):
+    facts = make_facts(blocks=2, experts=1)
+    outside = replace(facts.layers[0], name="lm_head", place=place_of("lm_head"), kind=4)
+    layers = [replace(r, number=n) for n, r in enumerate([outside, *facts.layers])]
+
+    plot = bits_by_block(replace(facts, layers=layers, kinds=[*facts.kinds, "lm_head"]))
+
+    points = re.findall(r'class="points" d="M([\d.]+) [^"]*" data-layers="([\d ]+)"', plot)
+    first = {layers[int(numbers.split()[0])].name: float(x) for x, numbers in points}
+    assert first["lm_head"] == max(first.values())
+    assert first["model.layers.0.mlp.gate"] == min(first.values())
 
 
 def test_the_page_of_thousands_of_layers_stays_small(make_facts):

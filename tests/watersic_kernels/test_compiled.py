@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((Path(__file__).parent / "instructions.json").read_text())
 KERNELS = [
     "gemv 128 rows 8 tokens", "gemv tile 3 bits", "gemm bf16", "decode", "rans decode", "fold",
-    "finish",
+    "finish", "prefix gemv 128 rows 1 tokens", "prefix tile 128 rows 1 tokens", "prefix decode",
 ]  # fmt: skip
 
 
@@ -40,6 +40,11 @@ def test_three_bit_columns_take_at_most_four_instructions_per_weight(compiled):
     # 3.7 issue slots is what an H100 has while the memory delivers a weight of 3 bits
     for target, row in compiled["gemv tile 3 bits"].items():
         assert row.get("per weight", 0) < 4, target
+
+
+def test_prefix_coded_weights_take_at_most_eight_instructions_each(compiled):
+    for target, row in compiled["prefix tile 128 rows 1 tokens"].items():
+        assert row.get("per weight", 0) <= 8, target
 
 
 def test_the_code_is_not_longer_than_the_committed_one(compiled):

@@ -47,7 +47,7 @@ def test_beside_packed_weights_the_payload_rests_in_host_memory():
 
     assert {layer.weight.device.type for layer in packed} == {"cpu"}
     assert {layer.words_G.device.type for layer in packed} == {"cuda"}
-    set_residency(packed, "entropy")
+    set_residency(packed, "stored")
     assert {layer.weight.device.type for layer in packed} == {"cuda"}
 
 

@@ -32,13 +32,14 @@ class WaterSICRuntime:
 
     residency: str = field(default_factory=lambda: os.environ.get(_RESIDENCY_VARIABLE, "auto"))
     """Form of the weights in memory: ``dense`` (decoded once at load, the speed of the dense
-    model), ``packed`` (codes of fixed width, for CUDA), ``entropy`` (packed bytes only, decoded in
-    every forward), or ``auto``, which is ``dense``.  The environment variable
-    ``WATERSIC_RESIDENCY`` sets the default."""
+    model), ``packed`` (codes of fixed width, for CUDA), ``entropy`` (a prefix code of about the
+    stored size, for CUDA), ``stored`` (the stored bytes alone, decoded in every forward), or
+    ``auto``, which is ``dense`` but on CUDA devices without the room for it.  The environment
+    variable ``WATERSIC_RESIDENCY`` sets the default."""
 
     backend: str = field(default_factory=lambda: os.environ.get(_BACKEND_VARIABLE, "auto"))
-    """What multiplies with ``packed`` weights on CUDA: ``triton``, ``reference``, or ``auto``, that
-    is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
+    """What multiplies with ``packed`` and ``entropy`` weights on CUDA: ``triton``, ``reference``,
+    or ``auto``, that is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
 
     def __post_init__(self) -> None:
         if self.residency not in RESIDENCIES:

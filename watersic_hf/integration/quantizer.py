@@ -408,9 +408,12 @@ class WaterSICHfQuantizer(HfQuantizer):
             self.quantization_config.tables = sorted(self._tables)
             self._quantizer = None
         runtime = self.quantization_config.runtime
-        set_residency(model, runtime.residency, backend=runtime.backend)
-        if self._calibrated:
+        if self._calibrated and self._device_map is not None:
+            if runtime.residency != "dense":
+                # chosen and made where they are to be, without the dense weights of calibration
+                set_residency(model, "stored")
             _place(model, self._device_map)
+        set_residency(model, runtime.residency, backend=runtime.backend)
         attach_extras(model)
         return model
 

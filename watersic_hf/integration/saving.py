@@ -1,5 +1,6 @@
 """What is saved beside the weights: the report, and a card that opens with the import it needs."""
 
+import functools
 import os
 import types
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from watersic_hf.calibration import (
 from watersic_hf.checkpoint import model_size
 from watersic_hf.integration.adapters import explain_merging
 from watersic_hf.integration.headers import stored_names
+from watersic_hf.nn import set_residency
 
 TAGS = ["watersic", "quantized"]
 
@@ -115,7 +117,7 @@ def _kind_rows(reports: Sequence[LayerReport]) -> Iterator[str]:
 
 
 def attach_extras(model: nn.Module) -> None:
-    """Tag the model, and let what it saves and uploads carry the report and the card.
+    """Tag the model, give it `set_residency`, and let what it saves carry the report and the card.
 
     transformers has no hook for more files, and writes a card of its own making into every upload;
     both ways to upload (`push_to_hub` and `save_pretrained(push_to_hub=True)`) end in the second of
@@ -124,13 +126,15 @@ def attach_extras(model: nn.Module) -> None:
     """
     explain_merging()
     model.add_model_tags(TAGS)
+    # no bound method: a pickled one would be looked up in the model's class
+    model.set_residency = functools.partial(set_residency, model)
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
 
 def detach_extras(model: nn.Module) -> None:
     """Undo `attach_extras`: the model is no longer quantized."""
-    del model.save_pretrained, model._upload_modified_files
+    del model.save_pretrained, model._upload_modified_files, model.set_residency
     model.model_tags = [tag for tag in model.model_tags if tag not in TAGS]
 
 

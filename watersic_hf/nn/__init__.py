@@ -10,9 +10,10 @@ from watersic_hf.nn.experts import (
     separate_dense,
     separate_experts,
 )
-from watersic_hf.nn.linear import RESIDENCIES, PackedMatrix, WaterSICLinear
+from watersic_hf.nn.linear import PackedMatrix, WaterSICLinear
 from watersic_hf.nn.ops import BACKENDS
 from watersic_hf.nn.replace import module_matches, packed_layers, replace_module, set_residency
+from watersic_hf.nn.residency import RESIDENCIES
 
 __all__ = [
     "BACKENDS",

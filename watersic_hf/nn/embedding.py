@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from watersic_hf.checkpoint import PackedLayer, pack_layer, rescale_layer
 from watersic_hf.nn import ops
-from watersic_hf.nn.linear import PACKED, PackedMatrix
+from watersic_hf.nn.linear import PackedMatrix
+from watersic_hf.nn.packing import PackedCodes
 
 _COL_SCALE_DTYPE = torch.float16
 
@@ -22,7 +23,8 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
 
     Called with integers it gathers rows, called with floats it multiplies by the table: a head that
     is tied to it has no weight of its own.  Every residency but ``dense`` decodes the rows that are
-    asked for, and no others: ``packed`` row by row, ``entropy`` in the chunks that hold them.
+    asked for, and no others: ``packed`` row by row; ``entropy`` and ``stored`` from the payload, in
+    the chunks that hold them.
 
     `col_scale` is the first parameter and has the dtype that the table was loaded in, since that is
     where transformers looks for the dtype and the device of a model.  Its values are exact in
@@ -83,8 +85,8 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
             rows = F.embedding(input, self.dense_weight)
         else:
             scales = (self.row_scale, self.col_scale, self.compute_dtype)
-            if self.words_G is not None:
-                layout = [getattr(self, name) for name in PACKED]
+            if self.residency == "packed":
+                layout = [getattr(self, name) for name in PackedCodes.names()]
                 rows = ops.packed_rows(input, layout, *scales)
             else:
                 rows = ops.payload_rows(input, self.weight, *scales)

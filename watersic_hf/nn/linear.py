@@ -9,15 +9,11 @@ from torch.nn import functional as F
 
 from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs
 from watersic_hf.nn import ops
-from watersic_hf.nn.packing import pack_codes
+from watersic_hf.nn.residency import RESIDENCIES, Held, choose_residency
 
-#: The forms that a weight can have in memory; see `PackedMatrix.set_residency`.
-RESIDENCIES = ("auto", "dense", "packed", "entropy")
-
-#: Buffers of the residency ``packed``: fields of `PackedCodes`, in the order of `packed_linear`.
-PACKED = (
-    "words_G", "tiles_BT", "row_order_R", "column_order_C", "outliers_O", "outlier_start_R",
-)  # fmt: skip
+#: Names of the tensors of the residencies with a layout of their own, and of all of them.
+_LAYOUTS = {residency: kind.names() for residency, kind in ops.LAYOUTS.items()}
+_LAID_OUT = tuple(dict.fromkeys(name for names in _LAYOUTS.values() for name in names))
 
 
 class PackedMatrix(nn.Module):
@@ -74,7 +70,7 @@ class PackedMatrix(nn.Module):
             )
         self.backend = "auto"
         self.register_buffer("dense_weight", None, persistent=False)
-        for name in PACKED:
+        for name in _LAID_OUT:
             self.register_buffer(name, None, persistent=False)
         # read by transformers: nothing here is to be initialised at random
         self._is_hf_initialized = True
@@ -119,10 +115,21 @@ class PackedMatrix(nn.Module):
 
     @property
     def residency(self) -> str:
-        """Form of the weight in memory: ``dense``, ``packed`` or ``entropy``."""
+        """Form of the weight in memory: ``dense``, ``packed``, ``entropy`` or ``stored``."""
         if self.dense_weight is not None:
             return "dense"
-        return "entropy" if self.words_G is None else "packed"
+        if self.words_G is None:
+            return "stored"
+        return "packed" if self.first_BS is None else "entropy"
+
+    @property
+    def held(self) -> Held:
+        """What is chosen by, for ``auto``."""
+        return Held(
+            device=self.row_scale.device, weights=self.in_features * self.out_features,
+            stored_bytes=self.weight.nbytes, dense_bytes_per_weight=self.compute_dtype.itemsize,
+            on_device=self.weight.device == self.row_scale.device,
+        )  # fmt: skip
 
     def set_residency(self, residency: str, *, backend: str = "auto") -> None:
         """Choose the form of the weight in memory.
@@ -130,10 +137,11 @@ class PackedMatrix(nn.Module):
         Args:
             residency: ``dense`` decodes the weight once: the speed of an ordinary layer and its
                 memory.  ``packed`` keeps the codes in columns of fixed width, some 0.8 bits per
-                weight above the payload, and on CUDA multiplies with them as they are.
-                ``entropy`` keeps the payload alone and decodes it in every forward.  ``auto`` is
-                ``dense``.  Beside another form the payload rests in host memory.
-            backend: of ``packed``, one of `ops.BACKENDS`.
+                weight above the payload, and ``entropy`` in a prefix code, about 0.1 bit above it;
+                on CUDA kernels multiply with both as they are.  ``stored`` keeps the payload alone
+                and decodes it in every forward.  ``auto`` chooses by device and free memory
+                (`choose_residency`).  Beside another form the payload rests in host memory.
+            backend: of ``packed`` and ``entropy``, one of `ops.BACKENDS`.
 
         Raises:
             ValueError: another word.
@@ -144,13 +152,14 @@ class PackedMatrix(nn.Module):
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend is {backend!r}, but must be one of {ops.BACKENDS}")
         self.backend = backend
-        residency = "dense" if residency == "auto" else residency
+        if residency == "auto":
+            residency, _ = choose_residency([self.held])
         if residency != self.residency:
             dense_weight = self._decode(self.compute_dtype) if residency == "dense" else None
-            packed = self._pack() if residency == "packed" else dict.fromkeys(PACKED)
+            laid_out = self._lay_out(residency) if residency in _LAYOUTS else {}
             self.dense_weight = dense_weight
-            for name, tensor in packed.items():
-                setattr(self, name, tensor)
+            for name in _LAID_OUT:
+                setattr(self, name, laid_out.get(name))
         self._place_payload()
 
     def check(self, name: str) -> None:
@@ -167,8 +176,10 @@ class PackedMatrix(nn.Module):
         if self.dense_weight is not None:
             return F.linear(x, self.dense_weight.to(x.dtype), bias)
         if self.words_G is not None:
-            layout = [getattr(self, name) for name in PACKED]
-            y = ops.packed_linear(x, layout, self.row_scale, self.col_scale, self.backend)
+            residency = self.residency
+            layout = [getattr(self, name) for name in _LAYOUTS[residency]]
+            scales = self.row_scale, self.col_scale
+            y = ops.coded_linear(x, residency, layout, *scales, self.backend)
         else:
             y = ops.dequant_linear(x, self.weight, self.row_scale, self.col_scale)
         return y if bias is None else y + bias
@@ -196,17 +207,17 @@ class PackedMatrix(nn.Module):
         except ValueError as error:
             raise CheckpointError(f"the stored weight cannot be decoded: {error}") from error
 
-    def _pack(self) -> dict[str, Tensor]:
-        """The buffers of the residency ``packed``."""
+    def _lay_out(self, residency: str) -> dict[str, Tensor]:
+        """The buffers of a residency with a layout of its own."""
         try:
             codes_AN = ops.decode(self.weight.data, self.row_scale.device, self.backend)
         except ValueError as error:
             raise CheckpointError(f"the stored weight cannot be decoded: {error}") from error
-        return pack_codes(codes_AN).tensors()
+        return ops.encode(codes_AN, residency).tensors()
 
     def _place_payload(self) -> None:
         """Have the payload where it is needed: beside the scales, or else in host memory."""
-        device = self.row_scale.device if self.residency == "entropy" else torch.device("cpu")
+        device = self.row_scale.device if self.residency == "stored" else torch.device("cpu")
         if self.weight.device not in (device, torch.device("meta")):
             # in place: an output head may share the parameter
             self.weight.data = self.weight.data.to(device)

@@ -6,7 +6,7 @@ Every operator is registered with torch under ``watersic::``, with a reference t
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
 
-`packed_linear` and `decode` have Triton kernels on CUDA.  Their `backend` is ``triton``,
+`coded_linear` and `decode` have Triton kernels on CUDA.  Their `backend` is ``triton``,
 ``reference`` (the same without kernels, to compare with), or ``auto``: Triton where it can be
 imported, and where it cannot, the reference, with a warning.
 """
@@ -20,12 +20,18 @@ import torch
 from torch import Tensor
 
 from watersic_hf import codec
-from watersic_hf.nn.packing import PackedCodes, unpack_bands, unpack_rows
+from watersic_hf.nn import prefix
+from watersic_hf.nn.packing import PackedCodes, pack_codes, unpack_bands, unpack_rows
+from watersic_hf.nn.prefix_tables import prefix_tables
+from watersic_hf.nn.tiles import TiledCodes
 
 logger = logging.getLogger(__name__)
 
-#: What runs on packed codes; see the module docstring.
+#: What runs on compressed weights; see the module docstring.
 BACKENDS = ("auto", "triton", "reference")
+
+#: The residencies that lay codes out anew, and how.
+LAYOUTS: dict[str, type[TiledCodes]] = {"packed": PackedCodes, "entropy": prefix.PrefixCodes}
 
 #: Bound on the dense weights that the reference holds at a time.
 SCRATCH_BYTES = 32 << 20
@@ -113,17 +119,19 @@ def _backward(ctx, grad_y):
 dequant_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("watersic::packed_linear", mutates_args=())
-def packed_linear(
+@torch.library.custom_op("watersic::coded_linear", mutates_args=())
+def coded_linear(
     x: Tensor,
+    residency: str,
     layout: Sequence[Tensor],
     row_scale_A: Tensor,
     col_scale_N: Tensor,
     backend: str,
 ) -> Tensor:
-    """Return ``x @ W.T`` with the codes of W packed, in the dtype of `x`.
+    """Return ``x @ W.T`` with the codes of W as `residency` has them, in the dtype of `x`.
 
-    `layout` is `packing.PackedCodes.tensors`, in their order.  Differentiable in `x`.
+    `layout` is `TiledCodes.tensors` of the class that `LAYOUTS` has for the residency, in their
+    order.  Differentiable in `x`.
 
     Raises:
         ValueError: x does not end in N entries.
@@ -132,57 +140,62 @@ def packed_linear(
     A, N = len(row_scale_A), len(col_scale_N)
     if x.shape[-1:] != (N,):
         raise ValueError(
-            f"packed_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs "
-            f"(..., {N})"
+            f"coded_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs (..., {N})"
         )
     if x.is_cuda and backend != "reference":
         kernels = _kernels(backend)
         if kernels is not None:
-            y_MA = kernels.packed.packed_linear(x.reshape(-1, N), *layout, row_scale_A, col_scale_N)
+            arguments = (x.reshape(-1, N), *layout, row_scale_A, col_scale_N)
+            if residency == "packed":
+                y_MA = kernels.packed.packed_linear(*arguments)
+            else:
+                tables_TW = prefix_tables(x.device).entries_TW
+                y_MA = kernels.prefix.prefix_linear(*arguments, tables_TW=tables_TW)
             return y_MA.view(*x.shape[:-1], A)
     y = x.new_empty((*x.shape[:-1], A))
-    for rows, weight_rN in _packed_bands(layout, row_scale_A, col_scale_N, x.dtype):
+    for rows, weight_rN in coded_bands(residency, layout, row_scale_A, col_scale_N, x.dtype):
         y[..., rows] = x @ weight_rN.T
     return y
 
 
-@packed_linear.register_fake
-def _(x, layout, row_scale_A, col_scale_N, backend):
+@coded_linear.register_fake
+def _(x, residency, layout, row_scale_A, col_scale_N, backend):
     return x.new_empty((*x.shape[:-1], row_scale_A.shape[0]))
 
 
-@torch.library.custom_op("watersic::packed_linear_backward", mutates_args=())
-def packed_linear_backward(
+@torch.library.custom_op("watersic::coded_linear_backward", mutates_args=())
+def coded_linear_backward(
     grad_y: Tensor,
+    residency: str,
     layout: Sequence[Tensor],
     row_scale_A: Tensor,
     col_scale_N: Tensor,
 ) -> Tensor:
-    """Gradient of `packed_linear` in x: ``grad_y @ W``, summed over bands in float32 or wider."""
+    """Gradient of `coded_linear` in x: ``grad_y @ W``, summed over bands in float32 or wider."""
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
-    for rows, weight_rN in _packed_bands(layout, row_scale_A, col_scale_N, grad_y.dtype):
+    for rows, weight_rN in coded_bands(residency, layout, row_scale_A, col_scale_N, grad_y.dtype):
         grad_x += grad_y[..., rows] @ weight_rN
     return grad_x.to(grad_y.dtype)
 
 
-@packed_linear_backward.register_fake
-def _(grad_y, layout, row_scale_A, col_scale_N):
+@coded_linear_backward.register_fake
+def _(grad_y, residency, layout, row_scale_A, col_scale_N):
     return grad_y.new_empty((*grad_y.shape[:-1], col_scale_N.shape[0]))
 
 
-def _setup_packed_context(ctx, inputs, output):
-    _, layout, row_scale_A, col_scale_N, _ = inputs
+def _setup_coded_context(ctx, inputs, output):
+    _, ctx.residency, layout, row_scale_A, col_scale_N, _ = inputs
     ctx.save_for_backward(*layout, row_scale_A, col_scale_N)
 
 
-def _packed_backward(ctx, grad_y):
+def _coded_backward(ctx, grad_y):
     *layout, row_scale_A, col_scale_N = ctx.saved_tensors
-    grad_x = packed_linear_backward(grad_y, layout, row_scale_A, col_scale_N)
-    return grad_x, [None] * len(layout), None, None, None
+    grad_x = coded_linear_backward(grad_y, ctx.residency, layout, row_scale_A, col_scale_N)
+    return grad_x, None, [None] * len(layout), None, None, None
 
 
-packed_linear.register_autograd(_packed_backward, setup_context=_setup_packed_context)
+coded_linear.register_autograd(_coded_backward, setup_context=_setup_coded_context)
 
 
 @torch.library.custom_op("watersic::payload_rows", mutates_args=())
@@ -222,7 +235,7 @@ def packed_rows(
     col_scale_N: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `payload_rows`, of packed codes: `layout` as in `packed_linear`."""
+    """As `payload_rows`, of packed codes: `layout` is `PackedCodes.tensors`, in their order."""
     packed = PackedCodes.of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
     rows_U = index.flatten()
     codes_UN = unpack_rows(packed, rows_U)
@@ -240,13 +253,14 @@ def _kernels(backend: str) -> ModuleType | None:
     """The Triton kernels; None if they cannot be imported and need not be."""
     try:
         import watersic_kernels.packed
+        import watersic_kernels.prefix
         import watersic_kernels.rans
     except ImportError as error:
         if backend == "triton":
             raise
         logger.warning(
-            "Packed weights are multiplied by the slow reference, since Triton's kernels cannot be "
-            "imported: %s. Install triton, or choose the residency `dense`.",
+            "Compressed weights are multiplied by the slow reference, since Triton's kernels "
+            "cannot be imported: %s. Install triton, or choose the residency `dense`.",
             error,
         )
         return None
@@ -278,12 +292,26 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
     return codes_AN
 
 
-def _packed_bands(
-    layout: Sequence[Tensor], row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
+def encode(codes_AN: Tensor, residency: str) -> TiledCodes:
+    """The layout that a residency has for codes, on their device.
+
+    Raises:
+        ValueError: there is no code.
+    """
+    return pack_codes(codes_AN) if residency == "packed" else prefix.encode_codes(codes_AN)
+
+
+def coded_bands(
+    residency: str,
+    layout: Sequence[Tensor],
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows of the dense weight after another, each with their numbers."""
-    packed = PackedCodes.of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
-    for rows, codes_rN in unpack_bands(packed):
+    bands = unpack_bands if residency == "packed" else prefix.decode_bands
+    coded = LAYOUTS[residency].of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
+    for rows, codes_rN in bands(coded):
         yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
 
 

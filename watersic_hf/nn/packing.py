@@ -1,26 +1,30 @@
 """Codes of fixed width: the form of a weight that a GPU multiplies with fastest.
 
 Shapes: A = out_features (rows), N = in_features (columns), B = bands of rows, T = tiles of a band,
-        R, C = rows and columns of all tiles, G = words, O = outliers.
+        R, C = rows and columns of all tiles, G = words, O = entries for outliers.
 
-Rows and columns are sorted by the size of their codes and cut into tiles of `band` x 32 codes.  A
-tile has one width, 0 to 8 bits, the one that is cheapest with its outliers: a code that does not
-fit is clipped, and the rest of it is an outlier.  `PackedCodes` says where everything lies.
+A tile (`tiles.py`) has one width, 0 to 8 bits, the one that is cheapest with its outliers: a code
+that does not fit is clipped, and the rest of it is an outlier.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-#: Columns in a tile: as many codes of w bits as fill w words.
-TILE = 32
-
-#: Rows in a tile.  The wider band decodes with fewer instructions; it is taken where it fills up
-#: rows by no more than `MAX_FILLING`.
-BANDS = (128, 64)
-MAX_FILLING = 0.04
+from watersic_hf.nn.tiles import (
+    TILE,
+    TiledCodes,
+    add_outliers,
+    as_int32,
+    band_of,
+    filled,
+    in_order,
+    narrow,
+    outlier_entries,
+    sorted_orders,
+)
 
 #: Widest code; what it cannot hold is an outlier.
 MAX_WIDTH = 8
@@ -28,23 +32,10 @@ MAX_WIDTH = 8
 #: Bits that an outlier takes, a little more than its entry: some need several.
 OUTLIER_BITS = 17
 
-#: Largest gap between two entries, and bits from one place of a digit to the next.
-MAX_GAP = 255
-DIGIT_BITS = 5
-
-#: Codes above this count as this for the order of rows and columns.
-LARGE = 64
-
 
 @dataclass(frozen=True, kw_only=True)
-class PackedCodes:
+class PackedCodes(TiledCodes):
     """Integer codes, A x N, in tiles of fixed width."""
-
-    rows: int
-    """A."""
-
-    columns: int
-    """N."""
 
     words_G: Tensor
     """int32.  The words of a tile of width w are a w x band matrix.  The w words of a row, taken as
@@ -62,9 +53,7 @@ class PackedCodes:
     """int16 or int32.  Which column of the weight a column of the tiles is; N where filled up."""
 
     outliers_O: Tensor
-    """int16.  By rows of the tiles, what is to be added to the codes.  In the low 8 bits the gap to
-    the column of the row's entry before, at first to column 0 of the tiles; then 2 bits p and, with
-    sign, 6 bits d: d * 32^p.  A gap or a number that is too large takes several entries."""
+    """int16.  By rows of the tiles, what is to be added to the codes; see `tiles.py`."""
 
     outlier_start_R: Tensor
     """int32, R + 1: where the outliers of every row of the tiles begin."""
@@ -74,22 +63,6 @@ class PackedCodes:
         """Rows in a tile."""
         return len(self.row_order_R) // len(self.tiles_BT)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], *, rows: int, columns: int) -> "PackedCodes":
-        """The codes that `tensors`, those of `tensors()` in their order, are of."""
-        names = [field.name for field in fields(cls) if field.name not in ("rows", "columns")]
-        return cls(rows=rows, columns=columns, **dict(zip(names, tensors, strict=True)))
-
 
 def pack_codes(codes_AN: Tensor) -> PackedCodes:
     """Pack integer codes, without loss, on their device.
@@ -98,14 +71,11 @@ def pack_codes(codes_AN: Tensor) -> PackedCodes:
         ValueError: there is no code.
     """
     rows, columns = codes_AN.shape
-    if codes_AN.numel() == 0:
-        raise ValueError(f"the codes are {rows} x {columns}; to be packed there must be some")
-    band = next((b for b in BANDS if -rows % b <= MAX_FILLING * rows), BANDS[-1])
-    row_order_R, column_order_C = _orders(codes_AN, band)
-    sorted_rows_AN = codes_AN[row_order_R[:rows]]
+    band = band_of(codes_AN)
+    row_order_R, column_order_C = sorted_orders(codes_AN, band)
     bands = [
-        _pack_band(_filled(codes_rN, column_order_C, band))
-        for codes_rN in sorted_rows_AN.split(band)
+        _pack_band(filled(codes_AN[order_r], column_order_C, band))
+        for order_r in row_order_R[:rows].split(band)
     ]
     widths_BT = torch.stack([widths_T for widths_T, *_ in bands])
     first_BT = widths_BT.flatten().cumsum(0).view_as(widths_BT) - widths_BT
@@ -115,8 +85,8 @@ def pack_codes(codes_AN: Tensor) -> PackedCodes:
         columns=columns,
         words_G=torch.cat([words for _, words, *_ in bands]),
         tiles_BT=(first_BT << 4 | widths_BT).int(),
-        row_order_R=_narrow(row_order_R),
-        column_order_C=_narrow(column_order_C),
+        row_order_R=narrow(row_order_R),
+        column_order_C=narrow(column_order_C),
         outliers_O=torch.cat([outliers for *_, outliers, _ in bands]),
         outlier_start_R=torch.cat([count_R.new_zeros(1), count_R.cumsum(0)]).int(),
     )
@@ -125,14 +95,10 @@ def pack_codes(codes_AN: Tensor) -> PackedCodes:
 def unpack_bands(packed: PackedCodes) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the rows of the weight that make up a band, and their codes, rows x N, int32."""
     order_C = packed.column_order_C.long()
-    real_C = order_C < packed.columns
     for index, tiles_T in enumerate(packed.tiles_BT):
         start = index * packed.band
         order_r = packed.row_order_R[start : start + packed.band].long()
-        codes_rC = _unpack_band(packed, tiles_T, start)[order_r < packed.rows]
-        codes_rN = codes_rC.new_empty(len(codes_rC), packed.columns)
-        codes_rN[:, order_C[real_C]] = codes_rC[:, real_C]
-        yield order_r[order_r < packed.rows], codes_rN
+        yield in_order(_unpack_band(packed, tiles_T, start), order_r, order_C, like=packed)
 
 
 def unpack_rows(packed: PackedCodes, index_U: Tensor) -> Tensor:
@@ -157,32 +123,10 @@ def unpack_rows(packed: PackedCodes, index_U: Tensor) -> Tensor:
     row_O = torch.repeat_interleave(count_U)
     entry = start_U[row_O] + torch.arange(len(row_O), device=row_O.device)
     entry -= (count_U.cumsum(0) - count_U)[row_O]
-    codes_UC = _add_outliers(codes_UTj.flatten(1), packed.outliers_O[entry].int(), count_U)
+    codes_UC = add_outliers(codes_UTj.flatten(1), packed.outliers_O[entry], count_U)
     codes_UN = codes_UC.new_empty(len(codes_UC), packed.columns)
     codes_UN[:, order_C[real_C]] = codes_UC[:, real_C]
     return codes_UN
-
-
-def _orders(codes_AN: Tensor, band: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns by the mean size of their codes, filled up to whole tiles."""
-    size_A, size_N = [], 0
-    for codes_rN in codes_AN.split(band):
-        size_rN = codes_rN.abs().clamp(max=LARGE).double()
-        size_A.append(size_rN.mean(1))
-        size_N = size_N + (size_rN / (size_A[-1][:, None] + 1e-3)).sum(0)
-    orders = []
-    for size, multiple in ((torch.cat(size_A), band), (size_N, TILE)):
-        filling = torch.full((-len(size) % multiple,), len(size), device=size.device)
-        orders.append(torch.cat([size.argsort(stable=True), filling]))
-    return orders[0], orders[1]
-
-
-def _filled(codes_rN: Tensor, column_order_C: Tensor, band: int) -> Tensor:
-    """Rows with their columns in the order of the tiles, filled up with zeros, int32."""
-    rows, columns = codes_rN.shape
-    codes_rC = codes_rN.new_zeros(band, len(column_order_C), dtype=torch.int32)
-    codes_rC[:rows, :columns] = codes_rN[:, column_order_C[:columns]].int()
-    return codes_rC
 
 
 def _pack_band(codes_rC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,7 +149,7 @@ def _pack_band(codes_rC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         chosen_T = widths_T == width
         slots = slot_T[chosen_T][:, None] + torch.arange(width, device=slot_T.device)
         words[slots] = _words(stored_rTj[:, chosen_T], width)
-    return widths_T, words.flatten(), *_outliers((codes_rTj - clipped_rTj).flatten(1))
+    return widths_T, words.flatten(), *outlier_entries((codes_rTj - clipped_rTj).flatten(1))
 
 
 def _range(width: int) -> tuple[int, int]:
@@ -224,8 +168,7 @@ def _words(stored_rTj: Tensor, width: int) -> Tensor:
         words_Twr[:, word] |= value_Tr & 0xFFFFFFFF
         if bit + width > 32:
             words_Twr[:, word + 1] |= value_Tr >> 32
-    # the same 32 bits as a signed number
-    return torch.where(words_Twr < 1 << 31, words_Twr, words_Twr - (1 << 32)).int()
+    return as_int32(words_Twr)
 
 
 def _unpack_band(packed: PackedCodes, tiles_T: Tensor, start: int) -> Tensor:
@@ -240,8 +183,8 @@ def _unpack_band(packed: PackedCodes, tiles_T: Tensor, start: int) -> Tensor:
         words_wTr = words[slots].transpose(0, 1)
         codes_rTj[:, chosen_T] = _codes(words_wTr, width).permute(2, 1, 0)
     start_r = packed.outlier_start_R[start : start + band + 1].long()
-    entry_O = packed.outliers_O[start_r[0] : start_r[-1]].int()
-    return _add_outliers(codes_rTj.flatten(1), entry_O, start_r.diff())
+    entry_O = packed.outliers_O[start_r[0] : start_r[-1]]
+    return add_outliers(codes_rTj.flatten(1), entry_O, start_r.diff())
 
 
 def _codes(words_w: Tensor, width: int) -> Tensor:
@@ -255,50 +198,3 @@ def _codes(words_w: Tensor, width: int) -> Tensor:
             value = value | words_w[word + 1] << (32 - bit)
         codes.append((value & ((1 << width) - 1)) + _range(width)[0])
     return torch.stack(codes).int()
-
-
-def _add_outliers(codes_rC: Tensor, entry_O: Tensor, count_r: Tensor) -> Tensor:
-    """Add the outliers of rows, of which each has `count_r`, to their codes, in place."""
-    row_O = torch.repeat_interleave(count_r)
-    column_O = (entry_O & MAX_GAP).cumsum(0)
-    before_r = torch.cat([column_O.new_zeros(1), column_O])[count_r.cumsum(0) - count_r]
-    code_O = (entry_O >> 10) << (entry_O >> 8 & 3) * DIGIT_BITS
-    return codes_rC.index_put_((row_O, column_O - before_r[row_O]), code_O, accumulate=True)
-
-
-def _outliers(rest_rC: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries of `PackedCodes.outliers_O` for all that is not zero, and their number by row."""
-    rest_rC = rest_rC.long()
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    while True:
-        row_O, column_O = rest_rC.nonzero(as_tuple=True)
-        found.append((row_O, column_O, *_leading_digit(rest_rC[row_O, column_O])))
-        if not len(row_O):
-            break
-        rest_rC = rest_rC.index_put((row_O, column_O), -found[-1][3], accumulate=True)
-    row_O, column_O, byte_O, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order_O = (row_O * rest_rC.shape[1] + column_O).argsort(stable=True)
-    row_O, column_O, byte_O = row_O[order_O], column_O[order_O], byte_O[order_O]
-
-    before_O = torch.where(row_O[1:] == row_O[:-1], column_O[:-1], 0)
-    gap_O = column_O - torch.cat([column_O.new_zeros(min(len(row_O), 1)), before_O])
-    # a gap that is too large takes entries without a digit first
-    steps_O = (gap_O - 1).clamp(min=0) // MAX_GAP
-    of_E = torch.repeat_interleave(steps_O + 1)
-    entry_E = torch.full_like(of_E, MAX_GAP)
-    entry_E[(steps_O + 1).cumsum(0) - 1] = byte_O << 8 | (gap_O - MAX_GAP * steps_O)
-    return entry_E.short(), torch.bincount(row_O[of_E], minlength=len(rest_rC))
-
-
-def _leading_digit(value_O: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest digit of numbers to the base of 32 as the byte of an entry, and its value."""
-    place_O = sum(
-        ((value_O >> DIGIT_BITS * place) > 31) | ((value_O >> DIGIT_BITS * place) < -32)
-        for place in range(3)
-    )
-    digit_O = (value_O >> DIGIT_BITS * place_O).clamp(-32, 31)
-    return digit_O << 2 | place_O, digit_O << DIGIT_BITS * place_O
-
-
-def _narrow(order: Tensor) -> Tensor:
-    return order.short() if len(order) < 1 << 15 else order.int()

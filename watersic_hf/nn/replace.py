@@ -1,5 +1,6 @@
 """Find layers by name, and put one module in the place of another."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 
@@ -7,7 +8,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from watersic_hf.nn.linear import RESIDENCIES, PackedMatrix
+from watersic_hf.nn.linear import PackedMatrix
+from watersic_hf.nn.residency import RESIDENCIES, choose_residency
+
+logger = logging.getLogger(__name__)
 
 
 def module_matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -40,7 +44,9 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedMatrix]]:
 def set_residency(model: nn.Module, residency: str, *, backend: str = "auto") -> None:
     """Choose the form in memory of all quantized layers; see `PackedMatrix.set_residency`.
 
-    Layers whose payload is offloaded keep the form they have: ``entropy``.
+    ``auto`` is one choice for all layers on a device, which the log tells, with its reason.  Layers
+    go one after the other, so that besides what remains only one of them is held twice.  Those
+    whose payload is offloaded keep the form they have: ``stored``.
 
     Raises:
         ValueError: `residency` is not one of `RESIDENCIES`.
@@ -49,8 +55,18 @@ def set_residency(model: nn.Module, residency: str, *, backend: str = "auto") ->
     if residency not in RESIDENCIES:
         raise ValueError(f"residency is {residency!r}, but must be one of {RESIDENCIES}")
     layers = [(n, m) for n, m in packed_layers(model) if m.weight.device != torch.device("meta")]
+    chosen: dict[torch.device, str] = {}
+    if residency == "auto":
+        for device in dict.fromkeys(layer.row_scale.device for _, layer in layers):
+            here = [layer.held for _, layer in layers if layer.row_scale.device == device]
+            chosen[device], reason = choose_residency(here)
+            logger.info(
+                "Residency of %d quantized layers on %s: %s, since %s.",
+                len(here), device, chosen[device], reason,
+            )  # fmt: skip
     for name, layer in tqdm(layers, desc="Decoding weights", delay=3, leave=False):
         try:
-            layer.set_residency(residency, backend=backend)
+            wanted = chosen.get(layer.row_scale.device, residency)
+            layer.set_residency(wanted, backend=backend)
         except ValueError as error:
             raise type(error)(f"{name}: {error}") from error

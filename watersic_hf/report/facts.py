@@ -72,7 +72,8 @@ class Facts:
         """Mean error of the layers' outputs, by weights; None where it is not known."""
         if any(layer.error is None for layer in self.layers):
             return None
-        return sum(r.error * r.weights for r in self.layers) / sum(r.weights for r in self.layers)
+        weights = sum(layer.weights for layer in self.layers)
+        return sum(layer.error * layer.weights for layer in self.layers) / weights
 
 
 def read_facts(folder: str | os.PathLike, found: Mapping[str, Any]) -> Facts:

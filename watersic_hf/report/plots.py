@@ -105,7 +105,9 @@ def _power(tick: float) -> str:
 
 def bits_by_block(facts: Facts) -> str:
     """Bits of every kind of layer from block to block; of several in a block, range and median."""
-    blocks = list(dict.fromkeys((r.place.stack, r.place.block) for r in facts.layers))
+    # what is in no stack of blocks stands behind them, so that blocks keep their numbers
+    blocks = dict.fromkeys((r.place.stack, r.place.block) for r in facts.layers)
+    blocks = sorted(blocks, key=lambda block: not block[0])
     number = {block: n for n, block in enumerate(blocks)}
     axes = Axes((-0.5, len(blocks) - 0.5), (0, max(1.0, 1.08 * max(r.bits for r in facts.layers))))
     whole = [tick for tick in round_ticks(*axes.x) if tick == int(tick)]

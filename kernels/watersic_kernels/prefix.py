@@ -1,0 +1,305 @@
+"""Products with weights whose codes are prefix-coded.
+
+Shapes: M = tokens, A = out_features (rows), N = in_features (columns), and those of the layout,
+        which `watersic_hf.nn.prefix.PrefixCodes` defines: B = bands of rows, S = segments of a
+        band, T = tiles of a band, R, C = rows and columns of all tiles, r = rows of a band,
+        G = words, O = entries for outliers; TW = the entries of the symbol tables.
+
+A lane has a stream of its own, of a row of a segment, and all lanes of a band go through the
+columns in lockstep, two codes a look-up.  Whatever the streams hold, a lane reads words of the
+layer only: it cannot get further in a tile than `PADDING` words, and before every tile it is put
+back if there are fewer ahead.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from watersic_kernels.product import (
+    GEMV_TOKENS,
+    TILE,
+    _add_outliers,
+    _decode_outliers,
+    finish,
+    fold,
+    scratch_dtype,
+    through_scratch,
+)
+
+#: Words behind the last stream.
+PADDING = 18
+
+#: Most bits of all streams of a block that are behind each other.
+BLOCK_BITS = tl.constexpr(1 << 30)
+
+
+def prefix_linear(
+    x_MN: Tensor,
+    words_G: Tensor,
+    first_BS: Tensor,
+    shortest_BS: Tensor,
+    bits_BSr: Tensor,
+    tiles_BT: Tensor,
+    row_order_R: Tensor,
+    column_order_C: Tensor,
+    outliers_O: Tensor,
+    outlier_first_B: Tensor,
+    outlier_count_R: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    *,
+    tables_TW: Tensor,
+) -> Tensor:
+    """Return ``x @ W.T``, M x A, in the dtype of x.
+
+    Up to `GEMV_TOKENS` tokens, products and sums are float32, and always in the same order; with
+    more, codes and the folded x are rounded to bfloat16 for a bfloat16 x, and the codes are decoded
+    into scratch memory.  Reference: `watersic_hf.nn.ops.coded_linear`.
+
+    Raises:
+        ValueError: the tables or the words are not such as the kernel reads.
+    """
+    tables, entries = tables_TW.shape
+    if tables_TW.data_ptr() % (4 * entries) or not tables_TW.is_contiguous():
+        raise ValueError(
+            f"prefix_linear: the tables begin at address {tables_TW.data_ptr():#x}, but must be "
+            f"contiguous and begin at a multiple of {4 * entries} bytes"
+        )
+    if len(words_G) < PADDING:
+        raise ValueError(
+            f"prefix_linear: there are {len(words_G)} words, but {PADDING} are padding alone"
+        )
+    M, A = len(x_MN), len(row_scale_A)
+    y_MA = x_MN.new_empty(M, A)
+    if y_MA.numel() == 0:
+        return y_MA
+    bands, segments, band = bits_BSr.shape
+    tiles = tiles_BT.shape[1]
+    streams = (words_G, first_BS, shortest_BS, bits_BSr)
+    outliers = (outliers_O, outlier_first_B, outlier_count_R)
+    share = triton.cdiv(tiles, segments)
+    sizes = (tiles, share, len(words_G), tables - 1)
+    constants: dict[str, int] = {"BAND": band, "WINDOW": entries.bit_length() - 1}
+    if M <= GEMV_TOKENS:
+        tokens = triton.next_power_of_2(M)
+        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
+        # the last split is the outliers'
+        sums_SMR = x_MN.new_empty(segments + 1, tokens, bands * band, dtype=torch.float32)
+        _gemv_kernel[(bands, segments + 1)](
+            folded_CM, *streams, tiles_BT, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O),
+            TOKENS=tokens, **constants, num_warps=1,
+        )  # fmt: skip
+        finish(sums_SMR, row_order_R, row_scale_A, y_MA)
+        return y_MA
+
+    def decode(start: int, count: int) -> Tensor:
+        codes_CR = x_MN.new_empty(tiles * TILE, count * band, dtype=scratch_dtype(x_MN.dtype))
+        _decode_kernel[(count, segments)](
+            *streams, tiles_BT, tables_TW, codes_CR, start, *sizes, **constants, num_warps=1,
+        )  # fmt: skip
+        _decode_outliers_kernel[(count,)](
+            *outliers, codes_CR, start, tiles * TILE, len(outliers_O), BAND=band, num_warps=1
+        )
+        return codes_CR
+
+    through_scratch(
+        decode, bands, x_MN, row_order_R, column_order_C, row_scale_A, col_scale_N, y_MA
+    )
+    return y_MA
+
+
+@triton.jit
+def _gemv_kernel(
+    folded_CM, words_G, first_BS, shortest_BS, bits_BSr, tiles_BT, outliers_O, outlier_first_B,
+    outlier_count_R, tables_TW, sums_SMR, tiles, share, words, last_table, entries,
+    TOKENS: tl.constexpr, BAND: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    s = tl.program_id(1)
+    segments = tl.num_programs(1) - 1
+    r = tl.arange(0, BAND)
+    m = tl.arange(0, TOKENS)
+    sums = tl.zeros((TOKENS, BAND), tl.float32)
+    if s == segments:
+        entry, stop = _outliers_of(outlier_first_B, outlier_count_R, b, BAND)
+        columns = tiles * 32
+        sums = _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, TOKENS, columns, entries)
+    else:
+        block, at, limit = _streams(
+            words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND
+        )
+        w0, w1, w2 = _ahead(block, at)
+        for t in range(s * share, tl.minimum((s + 1) * share, tiles)):
+            at = tl.minimum(at, limit)
+            table, shift = _table(tiles_BT + b * tiles + t, tables_TW, last_table, WINDOW)
+            x = folded_CM + t * (32 * TOKENS)
+            if shift == 0:
+                sums, at, w0, w1, w2 = _add_tile(
+                    sums, x, table, block, at, w0, w1, w2, WINDOW, TOKENS
+                )
+            else:
+                for j in range(0, 32, 2):
+                    a, c, at, w0, w1, w2 = _pair(table, shift, block, at, w0, w1, w2, WINDOW)
+                    sums += tl.load(x + j * TOKENS + m)[:, None] * a
+                    sums += tl.load(x + (j + 1) * TOKENS + m)[:, None] * c
+    rows = tl.num_programs(0) * BAND
+    out = sums_SMR + (s * TOKENS + m)[:, None].to(tl.int64) * rows + b * BAND + r[None, :]
+    tl.store(out, sums)
+
+
+@triton.jit
+def _add_tile(sums, x, table, block, at, w0, w1, w2, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
+    # sums[m, r] += code[r, j] * x[j, m], of codes without low bits, four columns at a time
+    for j in tl.static_range(0, 32, 4):
+        e0, e1, at, w0, w1, w2 = _two(table, block, at, w0, w1, w2, WINDOW)
+        if TOKENS == 1:
+            sums += tl.load(x + j) * _first(e0)
+            sums += tl.load(x + j + 1) * _second(e0)
+            sums += tl.load(x + j + 2) * _first(e1)
+            sums += tl.load(x + j + 3) * _second(e1)
+        else:
+            m = tl.arange(0, TOKENS)[:, None]
+            sums += tl.load(x + j * TOKENS + m) * _first(e0)
+            sums += tl.load(x + (j + 1) * TOKENS + m) * _second(e0)
+            sums += tl.load(x + (j + 2) * TOKENS + m) * _first(e1)
+            sums += tl.load(x + (j + 3) * TOKENS + m) * _second(e1)
+    return sums, at, w0, w1, w2
+
+
+@triton.jit
+def _decode_kernel(
+    words_G, first_BS, shortest_BS, bits_BSr, tiles_BT, tables_TW, codes_CR,
+    start, tiles, share, words, last_table, BAND: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    b = start + tl.program_id(0)
+    s = tl.program_id(1)
+    rows = tl.num_programs(0) * BAND
+    out = codes_CR + tl.program_id(0) * BAND + tl.arange(0, BAND)[None, :]
+    out += (s * share).to(tl.int64) * 32 * rows
+    block, at, limit = _streams(
+        words_G, first_BS, shortest_BS, bits_BSr, b, tl.num_programs(1), s, words, BAND
+    )
+    w0, w1, w2 = _ahead(block, at)
+    for t in range(s * share, tl.minimum((s + 1) * share, tiles)):
+        at = tl.minimum(at, limit)
+        table, shift = _table(tiles_BT + b * tiles + t, tables_TW, last_table, WINDOW)
+        for _ in range(16):
+            a, c, at, w0, w1, w2 = _pair(table, shift, block, at, w0, w1, w2, WINDOW)
+            tl.store(out, a.to(codes_CR.dtype.element_ty))
+            tl.store(out + rows, c.to(codes_CR.dtype.element_ty))
+            out += 2 * rows
+
+
+@triton.jit
+def _decode_outliers_kernel(
+    outliers_O, outlier_first_B, outlier_count_R, codes_CR, start, columns, entries,
+    BAND: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    entry, stop = _outliers_of(outlier_first_B, outlier_count_R, start + b, BAND)
+    rows = tl.num_programs(0) * BAND
+    codes = codes_CR + b * BAND + tl.arange(0, BAND)
+    _decode_outliers(codes, outliers_O, entry, stop, rows, columns, entries)
+
+
+@triton.jit
+def _outliers_of(first_B, count_R, b, BAND: tl.constexpr):
+    count = tl.load(count_R + b * BAND + tl.arange(0, BAND)).to(tl.int32)
+    stop = tl.load(first_B + b) + tl.cumsum(count)
+    return stop - count, stop
+
+
+@triton.jit
+def _streams(words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND: tl.constexpr):
+    # where the words of a block begin, where in them the streams of its rows do, two bits early,
+    # and beyond which bit no tile may begin
+    n = b * segments + s
+    first = tl.minimum(tl.maximum(tl.load(first_BS + n), 0), words - 18)
+    shortest = tl.load(shortest_BS + n)
+    bits = tl.load(bits_BSr + n.to(tl.int64) * BAND + tl.arange(0, BAND)).to(tl.int32)
+    bits = (shortest & 0xFFFF) + (bits << ((shortest >> 16) & 15))
+    limit = tl.minimum(words - 18 - first, BLOCK_BITS // 32) * 32
+    at = tl.minimum(tl.cumsum(bits) - bits, limit)
+    return words_G + first.to(tl.int64), at[None, :], limit
+
+
+@triton.jit
+def _ahead(block, at):
+    word = block + (at >> 5)
+    w0 = tl.load(word).to(tl.uint32, bitcast=True)
+    w1 = tl.load(word + 1).to(tl.uint32, bitcast=True)
+    w2 = tl.load(word + 2).to(tl.uint32, bitcast=True)
+    return w0, w1, w2
+
+
+@triton.jit
+def _table(tile, tables_TW, last_table, WINDOW: tl.constexpr):
+    # a table's address as a number: it is a multiple of the table's size, so that an entry's
+    # address is made with one `or`
+    tile = tl.load(tile).to(tl.int32)
+    table = tables_TW + tl.minimum(tile & 255, last_table) * (1 << WINDOW)
+    return table.to(tl.uint64, bitcast=True), tl.minimum((tile >> 8) & 255, 8)
+
+
+@triton.jit
+def _two(table, block, at, w0, w1, w2, WINDOW: tl.constexpr):
+    # two look-ups of at most WINDOW bits each with the bits of one window
+    bits = _window(w0, w1, at)
+    e0 = _entry(table, bits, WINDOW)
+    e1 = _entry(table, bits >> (e0 & 15), WINDOW)
+    after = at + (e0 & 15).to(tl.int32) + (e1 & 15).to(tl.int32)
+    w0, w1, w2 = _refill(block, at, after, w0, w1, w2)
+    return e0, e1, after, w0, w1, w2
+
+
+@triton.jit
+def _pair(table, shift, block, at, w0, w1, w2, WINDOW: tl.constexpr):
+    # one look-up, and the low bits of both codes
+    bits = _window(w0, w1, at)
+    e = _entry(table, bits, WINDOW)
+    n = e & 15
+    low = bits >> (n + 2)
+    ones = ((1 << shift) - 1).to(tl.uint32)
+    scale = (1 << shift).to(tl.float32)
+    half = ((1 << shift) >> 1).to(tl.float32)
+    a = _first(e) * scale + (low & ones).to(tl.float32) - half
+    c = _second(e) * scale + ((low >> shift.to(tl.uint32)) & ones).to(tl.float32) - half
+    after = at + n.to(tl.int32) + 2 * shift
+    w0, w1, w2 = _refill(block, at, after, w0, w1, w2)
+    return a, c, after, w0, w1, w2
+
+
+@triton.jit
+def _window(w0, w1, at):
+    # 32 bits from bit `at` on, two of them before the next code word; a funnel shift
+    s = (at & 31).to(tl.uint32)
+    return (w0 >> s) | ((w1 << 1) << (s ^ 31))
+
+
+@triton.jit
+def _entry(table, bits, WINDOW: tl.constexpr):
+    MASK: tl.constexpr = ((1 << WINDOW) - 1) << 2
+    address = table | (bits & MASK).to(tl.uint64)
+    return tl.load(address.to(tl.pointer_type(tl.int32), bitcast=True)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _refill(block, at, after, w0, w1, w2):
+    # a lane that has got into the next word takes a new one; it is needed a word later
+    word = after >> 5
+    crossed = word != (at >> 5)
+    w0 = tl.where(crossed, w1, w0)
+    w1 = tl.where(crossed, w2, w1)
+    found = tl.load(block + word + 2, crossed, other=w2.to(tl.int32, bitcast=True))
+    return w0, w1, found.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _first(e):
+    return (e & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(e):
+    return ((e << 16) & 0xFFF00000).to(tl.float32, bitcast=True)

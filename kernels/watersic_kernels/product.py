@@ -1,0 +1,154 @@
+"""What products with tiles of codes share: scales, outliers, and weights decoded to scratch memory.
+
+Shapes: M = tokens, A = out_features (rows), N = in_features (columns), R, C = rows and columns of
+        all tiles, O = entries for outliers, S = splits of the columns.
+
+All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``: column scales meet x once, in
+`fold`, and row scales meet the sums once, in `finish`.  Layouts: `watersic_hf.nn.tiles`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Columns in a tile.
+TILE = 32
+
+#: Most tokens for which the weight is decoded in registers, row by row.
+GEMV_TOKENS = 8
+
+#: Bytes of decoded codes that are held at a time, about.
+SCRATCH_BYTES = 256 << 20
+
+
+def fold(
+    x_MN: Tensor, column_order_C: Tensor, col_scale_N: Tensor, tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """``col_scale * x`` in the order of the tiles, C x tokens, zeros where there is no token."""
+    columns = len(column_order_C)
+    folded_CM = x_MN.new_empty(columns, tokens, dtype=dtype)
+    block_m = min(tokens, 16)
+    block = 1024 // block_m
+    _fold_kernel[(triton.cdiv(columns, block), tokens // block_m)](
+        x_MN, column_order_C, col_scale_N, folded_CM, *x_MN.shape, columns, *x_MN.stride(), tokens,
+        BLOCK_C=block, BLOCK_M=block_m,
+    )  # fmt: skip
+    return folded_CM
+
+
+def finish(sums_SMR: Tensor, row_order_R: Tensor, row_scale_A: Tensor, y_MA: Tensor) -> None:
+    """Write the outputs that these rows of the tiles are of: the sum of all splits, scaled."""
+    block = 256
+    rows = len(row_order_R)
+    _finish_kernel[(len(y_MA), triton.cdiv(rows, block))](
+        sums_SMR, row_order_R, row_scale_A, y_MA, len(row_scale_A), len(sums_SMR),
+        sums_SMR.stride(0), rows, BLOCK_R=block,
+    )  # fmt: skip
+
+
+def through_scratch(
+    decode: Callable[[int, int], Tensor],
+    bands: int,
+    x_MN: Tensor,
+    row_order_R: Tensor,
+    column_order_C: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    y_MA: Tensor,
+) -> None:
+    """The product with codes that ``decode(first_band, bands)`` gives as C x R, some at a time."""
+    block = 16 if len(x_MN) <= 16 else 32
+    tokens = triton.cdiv(len(x_MN), block) * block
+    wide = scratch_dtype(x_MN.dtype)
+    folded_MC = fold(x_MN, column_order_C, col_scale_N, tokens, wide).T
+    band = len(row_order_R) // bands
+    step = max(1, SCRATCH_BYTES // (wide.itemsize * band * len(column_order_C)))
+    for first in range(0, bands, step):
+        count = min(step, bands - first)
+        sums_MR = folded_MC @ decode(first, count)
+        finish(sums_MR[None], row_order_R[first * band :][: count * band], row_scale_A, y_MA)
+
+
+def scratch_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what codes are decoded for an x of `dtype`; float16 would not hold all of them."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+@triton.jit
+def _fold_kernel(
+    x_MN, order_C, scale_N, folded_CM, M, N, C, stride_m, stride_n, tokens,
+    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.load(order_C + c, c < C, other=0).to(tl.int32)
+    real = (c < C) & (n >= 0) & (n < N)
+    scale = tl.load(scale_N + n, real, other=0.0).to(tl.float32)
+    here = real[:, None] & (m < M)[None, :]
+    x = tl.load(x_MN + m[None, :].to(tl.int64) * stride_m + n[:, None] * stride_n, here, other=0.0)
+    out = folded_CM + c[:, None] * tokens + m[None, :]
+    tl.store(out, x.to(tl.float32) * scale[:, None], (c < C)[:, None] & (m < tokens)[None, :])
+
+
+@triton.jit
+def _finish_kernel(
+    sums_SMR, order_R, scale_A, y_MA, A, splits, stride_s, rows, BLOCK_R: tl.constexpr
+):  # fmt: skip
+    m = tl.program_id(0)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    sums = sums_SMR + m.to(tl.int64) * rows + r
+    for _ in range(splits):
+        total += tl.load(sums, r < rows, other=0.0)
+        sums += stride_s
+    a = tl.load(order_R + r, r < rows, other=0).to(tl.int32)
+    real = (r < rows) & (a >= 0) & (a < A)
+    scale = tl.load(scale_A + a, real, other=0.0).to(tl.float32)
+    y = total * scale
+    tl.store(y_MA + m.to(tl.int64) * A + a, y.to(y_MA.dtype.element_ty), real)
+
+
+@triton.jit
+def _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, tokens, columns, entries):
+    # every lane walks along the outliers of its rows; whatever they are, only x is read
+    entry = tl.minimum(tl.maximum(entry, 0), entries)
+    stop = tl.minimum(tl.maximum(stop, 0), entries)
+    c = tl.zeros_like(entry)
+    for _ in range(tl.max(stop - entry)):
+        here = entry < stop
+        gap, code = _outlier(tl.load(outliers_O + entry, here, other=0))
+        c = tl.minimum(c + gap, columns)
+        here &= c < columns
+        x = tl.load(folded_CM + c[None, :] * tokens + m[:, None], here[None, :], other=0.0)
+        sums += x.to(tl.float32) * code[None, :]
+        entry += 1
+    return sums
+
+
+@triton.jit
+def _decode_outliers(codes_CR, outliers_O, entry, stop, stride_c, columns, entries):
+    # as above, into the codes of the lanes' rows
+    entry = tl.minimum(tl.maximum(entry, 0), entries)
+    stop = tl.minimum(tl.maximum(stop, 0), entries)
+    c = tl.zeros_like(entry)
+    for _ in range(tl.max(stop - entry)):
+        here = entry < stop
+        gap, code = _outlier(tl.load(outliers_O + entry, here, other=0))
+        c = tl.minimum(c + gap, columns)
+        here &= c < columns
+        place = codes_CR + c.to(tl.int64) * stride_c
+        code += tl.load(place, here, other=0.0).to(tl.float32)
+        tl.store(place, code.to(codes_CR.dtype.element_ty), here)
+        entry += 1
+
+
+@triton.jit
+def _outlier(entry):
+    entry = entry.to(tl.int32)
+    digit = entry >> 10
+    place = ((entry >> 8) & 3) * 5
+    gap = (entry & 255) << tl.where(digit == 0, place, 0)
+    return gap, (digit << place).to(tl.float32)

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from watersic_hf.nn.prefix import PADDING, encode_codes
+from watersic_hf.nn.prefix_tables import WINDOW, prefix_tables
+from watersic_hf.testing import assert_close
+from watersic_kernels import prefix
+from watersic_kernels.prefix import prefix_linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def layer(rows, columns, *, spread=1.0, outliers=3):
+    """Codes of many scales, some rows and columns empty, and scales."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    scale_A = torch.exp2(spread * torch.randn(rows, 1, generator=generator))
+    scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
+    codes_AN = (2 * scale_A * scale_N * torch.randn(rows, columns, generator=generator)).round()
+    codes_AN[:, 3::11] = 0
+    codes_AN[2::9] = 0
+    where = torch.randint(codes_AN.numel(), (outliers,), generator=generator)
+    codes_AN.view(-1)[where] = torch.tensor([7049.0, -300.0, 5000.0])[:outliers]
+    row_scale_A = (torch.rand(rows, generator=generator) + 0.5).half()
+    col_scale_N = (torch.rand(columns, generator=generator) * 0.01).half()
+    return codes_AN.int(), row_scale_A, col_scale_N
+
+
+def run(x_MN, codes_AN, *scales):
+    tensors = encode_codes(codes_AN).tensors().values()
+    tensors = [tensor.to(DEVICE) for tensor in (x_MN, *tensors, *scales)]
+    tables_TW = prefix_tables(torch.device(DEVICE)).entries_TW
+    return prefix_linear(*tensors, tables_TW=tables_TW).cpu()
+
+
+def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
+    weight_AN = row_scale_A[:, None].double() * codes_AN * col_scale_N.double()
+    return x_MN.double() @ weight_AN.T
+
+
+#: By dtype of the activations: 3e-6 is float32's sum, the rest is one rounding of y, and for many
+#: tokens also of codes and x.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_every_number_of_tokens_and_dtype_gives_the_product(tokens, dtype):
+    codes_AN, *scales = layer(70, 65)
+    x_MN = torch.randn(tokens, 65).to(dtype)
+
+    y_MA = run(x_MN, codes_AN, *scales)
+
+    assert y_MA.dtype == dtype
+    assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (128, 64), (300, 33)])
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_sizes_that_divide_by_nothing(shape, tokens):
+    codes_AN, *scales = layer(*shape)
+    x_MN = torch.randn(tokens, shape[1])
+
+    y_MA = run(x_MN, codes_AN, *scales)
+
+    assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=3e-6)
+
+
+def test_codes_with_low_bits_in_several_segments_and_bands(monkeypatch):
+    monkeypatch.setattr("watersic_hf.nn.prefix.STREAM_COLUMNS", (64, 64))
+    monkeypatch.setattr("watersic_kernels.product.SCRATCH_BYTES", 1)
+    codes_AN, *scales = layer(130, 200, spread=3.0)
+    coded = encode_codes(codes_AN)
+    assert coded.first_BS.shape == (3, 4)
+    assert (coded.tiles_BT >> 8).max() > 4
+    assert (coded.tiles_BT == 0).any() or (coded.tiles_BT & 255).min() < 5
+
+    for tokens in (2, 9):
+        x_MN = torch.randn(tokens, 200)
+        y_MA = run(x_MN, codes_AN, *scales)
+        assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=3e-6)
+
+
+def test_no_tokens_give_no_output():
+    codes_AN, *scales = layer(5, 31)
+
+    assert run(torch.randn(0, 31), codes_AN, *scales).shape == (0, 5)
+
+
+def test_the_kernel_knows_the_layout():
+    assert prefix.PADDING == PADDING
+
+
+def test_tables_at_an_odd_address_are_refused():
+    codes_AN, *scales = layer(5, 31)
+    tensors = encode_codes(codes_AN).tensors().values()
+    moved = torch.empty(5 * (1 << WINDOW) + 1, dtype=torch.int32)[1:].view(5, -1)
+
+    with pytest.raises(ValueError, match="begin at a multiple of 8192 bytes"):
+        prefix_linear(torch.randn(1, 31), *tensors, *scales, tables_TW=moved)
