@@ -97,7 +97,7 @@ def place_of(name: str) -> Place:
 def kinds_of(names: Iterable[str]) -> list[str]:
     """The kind of every layer; with the name of its stack, if there are several stacks."""
     places = [place_of(name) for name in names]
-    several = len({place.stack for place in places}) > 1
+    several = len({place.stack for place in places if place.stack}) > 1
     return [f"{p.stack}.*.{p.kind}" if several and p.stack else p.kind for p in places]
 
 

@@ -106,12 +106,14 @@ def _tiles(facts: Facts) -> str:
     totals, run = facts.totals, facts.run
     asked = facts.settings.get("bits")
     sixteen = 2 * (totals["weights"] + totals["table_weights"]) + totals["dense_bytes"]
-    tables = (
-        f"{totals['table_bits']:.3f} in {totals['tables']} tables" if totals["tables"] else None
-    )
+    tables = f"{totals['table_bits']:.3f} in embeddings" if totals["tables"] else "whole model"
     tiles = [
-        ("stored bits per weight", f"{totals['bits']:.3f}", asked and f"{asked:g} asked"),
-        ("bits per parameter, whole model", f"{totals['model_bits']:.3f}", tables),
+        (
+            "bits per weight",
+            f"{totals['bits']:.3f}",
+            f"stored, {asked:g} asked" if asked else "stored",
+        ),
+        ("bits per parameter", f"{totals['model_bits']:.3f}", tables),
         ("size of the files", _bytes(totals["file_bytes"]), f"{_bytes(sixteen)} in 16 bits"),
         ("quantized weights", _count(totals["weights"]), f"{totals['layers']:,} layers"),
         ("mean output error", _optional(facts.error, ".3g"), "relative, by weights"),
@@ -313,4 +315,6 @@ def _count(value: int) -> str:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

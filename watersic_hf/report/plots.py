@@ -110,7 +110,8 @@ def bits_by_block(facts: Facts) -> str:
     blocks = sorted(blocks, key=lambda block: not block[0])
     number = {block: n for n, block in enumerate(blocks)}
     axes = Axes((-0.5, len(blocks) - 0.5), (0, max(1.0, 1.08 * max(r.bits for r in facts.layers))))
-    whole = [tick for tick in round_ticks(*axes.x) if tick == int(tick)]
+    inside = sum(bool(stack) for stack, _ in blocks)
+    whole = [tick for tick in round_ticks(*axes.x) if tick == int(tick) and tick < inside]
     parts = [axes.draw_y("stored bits per weight"), axes.draw_x("block", whole)]
     for kind, layers in enumerate(_by_kind(facts, facts.layers)):
         spans, points = [], []
@@ -147,15 +148,17 @@ def column_rates(facts: Facts) -> str:
         _sum(r.profile.histogram for r in layers if r.profile is not None)
         for layers in _by_kind(facts, facts.layers)
     ]
-    bins = max(map(len, histograms))
-    if not bins:
+    # an embedding is not looked at column by column
+    shown = [(kind, histogram) for kind, histogram in enumerate(histograms) if histogram]
+    if not shown:
         return ""
-    bottom = max(HEIGHT - BOTTOM, MARGIN + ROW * len(histograms))
-    row = (bottom - MARGIN) / len(histograms)
+    bins = max(len(histogram) for _, histogram in shown)
+    bottom = max(HEIGHT - BOTTOM, MARGIN + ROW * len(shown))
+    row = (bottom - MARGIN) / len(shown)
     axes = Axes((0, max(4, math.ceil(bins / BINS_PER_BIT))), (0, 1), bottom=bottom)
     parts = [axes.draw_x("entropy of a column's codes, bits")]
-    for kind, histogram in enumerate(histograms):
-        base, tallest = MARGIN + row * (kind + 1), max(histogram, default=1)
+    for number, (kind, histogram) in enumerate(shown, 1):
+        base, tallest = MARGIN + row * number, max(histogram)
         edges = [axes.at_x(n / BINS_PER_BIT) for n in range(len(histogram) + 1)]
         path = f"M{edges[0]:.1f} {base:.1f}"
         for left, right, count in zip(edges, edges[1:], histogram, strict=False):
