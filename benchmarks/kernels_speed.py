@@ -1,10 +1,12 @@
-"""Time of one product with packed weights against torch's bfloat16 product, on a CUDA device.
+"""Time of one product with compressed weights against torch's bfloat16 product, on a CUDA device.
 
     python benchmarks/kernels_speed.py [--layers llama-8b ...] [--tokens 1 8 ...] [--json FILE]
 
-A layer is timed only after its output was compared with that of its dense weight.  `copy` is the
-share of the device's own copy bandwidth, measured in the same run, at which the weight was read.
-``--dry-run`` runs a small layer on any machine, without times (on a CPU with TRITON_INTERPRET=1).
+A row is timed only after its output was compared with that of the dense weight; if they differ, the
+row says so and has no times.  `copy` is the share of the device's own copy bandwidth, measured in
+the same run, at which the weight was read.  bitsandbytes (NF4) and torchao (int4) are timed beside
+where they can be imported.  ``--dry-run`` runs a small layer on any machine, without times (on a
+CPU with TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -13,11 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from watersic_hf.nn import ops
-from watersic_hf.nn.packing import PackedCodes, pack_codes
+from watersic_hf.nn.prefix_tables import prefix_tables
+from watersic_hf.nn.tiles import TiledCodes
 from watersic_hf.testing import assert_close
 
 #: Rows and columns of the linear layers of models, those that share an input as one.
@@ -31,10 +34,11 @@ LAYERS = {
     "small": {"small": (192, 320)},
 }  # fmt: skip
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
+COLUMNS = ("layer", "M", "form", "bits held", "us", "bf16 us", "times bf16", "copy")
 
 
-def layer(rows: int, columns: int, bits: float, device: str) -> tuple[PackedCodes, Tensor, Tensor]:
-    """Codes of about so many bits, rows and columns of different scales, packed; and scales."""
+def codes_of(rows: int, columns: int, bits: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of about so many bits, rows and columns of different scales, and their scales."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -47,16 +51,40 @@ def layer(rows: int, columns: int, bits: float, device: str) -> tuple[PackedCode
     )
     row_scale_A = (1 + 0.1 * normal(rows)).half()
     col_scale_N = (0.01 * torch.exp2(-spread_N)).half()
-    return pack_codes(codes_AN.round_().short()), row_scale_A, col_scale_N
+    return codes_AN.round_().short(), row_scale_A, col_scale_N
 
 
-def dense(packed: PackedCodes, row_scale_A: Tensor, col_scale_N: Tensor) -> Tensor:
-    weight_AN = row_scale_A.new_empty(packed.rows, packed.columns, dtype=torch.bfloat16)
-    layout = list(packed.tensors().values())
-    scales = row_scale_A, col_scale_N
-    for rows, weight_rN in ops.coded_bands("packed", layout, *scales, torch.bfloat16):
-        weight_AN[rows] = weight_rN
-    return weight_AN
+def ours(residency: str, coded: TiledCodes, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The kernel's product, past the operator, which takes the reference on a CPU."""
+    from watersic_kernels import packed, prefix
+
+    arguments = (*coded.tensors().values(), *scales)
+    if residency == "packed":
+        return lambda x_MN: packed.packed_linear(x_MN, *arguments)
+    tables_TW = prefix_tables(scales[0].device).entries_TW
+    return lambda x_MN: prefix.prefix_linear(x_MN, *arguments, tables_TW=tables_TW)
+
+
+def bitsandbytes(weight_AN: Tensor) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    A, N = weight_AN.shape
+    layer = Linear4bit(N, A, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = Params4bit(weight_AN.cpu(), requires_grad=False, quant_type="nf4")
+    return layer.to(weight_AN.device)
+
+
+def torchao(weight_AN: Tensor) -> nn.Module:
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    A, N = weight_AN.shape
+    layer = nn.Linear(N, A, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight_AN.clone(), requires_grad=False)
+    quantize_(layer, Int4WeightOnlyConfig(group_size=128))
+    return layer
+
+
+RIVALS = {"bitsandbytes NF4": bitsandbytes, "torchao int4": torchao}
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -73,9 +101,60 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
 
 
+def forms(
+    shape: tuple[int, int], bits: float, device: str, rivals: bool
+) -> tuple[Tensor, dict[str, tuple[Callable[[Tensor], Tensor], int, float]]]:
+    """The dense weight; by form, its product, the bytes of its weight, and what error it may have.
+
+    A rival rounds the weight itself, so that its error says nothing.
+    """
+    codes_AN, *scales = codes_of(*shape, bits, device)
+    found = {}
+    for residency in ops.LAYOUTS:
+        coded = ops.encode(codes_AN, residency)
+        found[residency] = (ours(residency, coded, scales), coded.nbytes, 1e-2)
+    weight_AN = ops.scale_codes(codes_AN, *scales, torch.bfloat16)
+    for name, make in RIVALS.items() if rivals else ():
+        try:
+            # 4 bits, and a scale for so many weights
+            found[name] = (make(weight_AN), weight_AN.numel() * 9 // 16, float("inf"))
+        except Exception as error:
+            print(f"{name}: not timed, {type(error).__name__}: {error}".splitlines()[0])
+    return weight_AN, found
+
+
+def measure(
+    run: Callable[[Tensor], Tensor],
+    nbytes: int,
+    tolerance: float,
+    weight_AN: Tensor,
+    tokens: int,
+    copied: float | None,
+) -> dict:
+    """A row for one form; without times if its output is wrong, or if none are due."""
+    # Triton's interpreter has no bfloat16 products
+    dtype = torch.bfloat16 if weight_AN.is_cuda else torch.float32
+    x_MN = torch.randn(tokens, weight_AN.shape[1], device=weight_AN.device).to(dtype)
+    row = {"bits held": round(8 * nbytes / weight_AN.numel(), 2)}
+    try:
+        assert_close(run(x_MN), x_MN @ weight_AN.to(dtype).T, tolerance=tolerance)
+    except AssertionError as error:
+        return row | {"us": f"WRONG: {error}"}
+    if copied is None:
+        return row | {"us": "right, not timed"}
+    mine, theirs = milliseconds(lambda: run(x_MN)), milliseconds(lambda: F.linear(x_MN, weight_AN))
+    return row | {
+        "us": round(1e3 * mine, 1),
+        "bf16 us": round(1e3 * theirs, 1),
+        "times bf16": round(theirs / mine, 2),
+        "copy": round(nbytes / mine / copied, 2),
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=["llama-8b", "70b"])
+    models = [model for model in LAYERS if model != "small"]
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=models)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--bits", type=float, default=3.0)
     parser.add_argument("--json", help="also write the rows here")
@@ -90,49 +169,23 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     if copied is not None:
         device_name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
         print(f"{device_name}, copy {copied / 1e9:.2f} TB/s")
-    columns = ["layer", "M", "bits held", "packed us", "bf16 us", "times bf16", "copy"]
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|")
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|---" * len(COLUMNS) + "|")
     rows = []
     for model in arguments.layers:
         for name, shape in LAYERS[model].items():
-            packed, *scales = layer(*shape, arguments.bits, device)
-            weight_AN = dense(packed, *scales)
+            weight_AN, found = forms(shape, arguments.bits, device, not arguments.dry_run)
             for tokens in arguments.tokens:
-                row = measure(packed, scales, weight_AN, tokens, copied)
-                row = {"layer": f"{model} {name} {shape[0]} x {shape[1]}", "M": tokens} | row
-                rows.append(row)
-                print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
+                for form, parts in found.items():
+                    row = {"layer": f"{model} {name} {shape[0]} x {shape[1]}", "M": tokens}
+                    row |= {"form": form} | measure(*parts, weight_AN, tokens, copied)
+                    rows.append(row)
+                    print(
+                        "| " + " | ".join(str(row.get(c, "")) for c in COLUMNS) + " |", flush=True
+                    )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
-
-
-def measure(
-    packed: PackedCodes,
-    scales: Sequence[Tensor],
-    weight_AN: Tensor,
-    tokens: int,
-    copied: float | None,
-) -> dict:
-    from watersic_kernels.packed import packed_linear
-
-    # Triton's interpreter has no bfloat16 products
-    dtype = torch.bfloat16 if weight_AN.is_cuda else torch.float32
-    x_MN = torch.randn(tokens, packed.columns, device=weight_AN.device).to(dtype)
-    arguments = (x_MN, *packed.tensors().values(), *scales)
-    assert_close(packed_linear(*arguments), x_MN @ weight_AN.to(dtype).T, tolerance=1e-2)
-    row = {"bits held": round(8 * packed.nbytes / weight_AN.numel(), 2)}
-    if copied is None:
-        return row
-    ours = milliseconds(lambda: packed_linear(*arguments))
-    theirs = milliseconds(lambda: F.linear(x_MN, weight_AN))
-    return row | {
-        "packed us": round(1e3 * ours, 1),
-        "bf16 us": round(1e3 * theirs, 1),
-        "times bf16": round(theirs / ours, 2),
-        "copy": round(packed.nbytes / ours / copied, 2),
-    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -312,8 +313,28 @@ def test_llama_cpp_is_handed_every_layer_and_its_importances(rivals, llama_folde
 
 
 def test_the_kernels_benchmark_checks_a_product_before_it_would_time_it(capsys):
-    rows = load("kernels_speed").main(["--dry-run", "--tokens", "1", "70"])
+    speed = load("kernels_speed")
 
-    assert [row["M"] for row in rows] == [1, 70]
+    rows = speed.main(["--dry-run", "--tokens", "1"])
+
+    assert [row["form"] for row in rows] == ["packed", "entropy"]
     assert all(3 < row["bits held"] < 5 for row in rows)
-    assert "| small small 192 x 320 | 70 |" in capsys.readouterr().out
+    assert all(row["us"] == "right, not timed" for row in rows)
+    assert "| small small 192 x 320 | 1 | entropy |" in capsys.readouterr().out
+    wrong = speed.measure(lambda x: 2 * x[:, :3], 1, 1e-2, torch.eye(3, 4), 1, copied=1.0)
+    assert wrong["us"].startswith("WRONG: ")
+    assert "times bf16" not in wrong
+
+
+def test_one_script_runs_all_that_needs_a_gpu(quantized_folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (FOLDER.parent, FOLDER.parent / "kernels")))
+    )
+
+    rows = load("on_gpu").main([str(quantized_folder), "--out", str(tmp_path), "--dry-run"])
+
+    residencies = [row["residency"] for row in rows if "residency" in row]
+    assert residencies == ["dense", "packed", "entropy"]
+    assert [row["M"] for row in rows if "M" in row] == [1, 1, 70, 70]
+    assert "kernels: done, generation: done" in capfd.readouterr().out
+    assert load("generation").COLUMNS[0] == "residency"

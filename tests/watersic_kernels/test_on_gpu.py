@@ -12,8 +12,10 @@ pytestmark = [
 ]
 
 
-def model(rows=512, columns=768):
-    """Two layers, one after the other, on the GPU with packed weights, and the dense ones."""
+@pytest.fixture(params=["packed", "entropy"])
+def models(request):
+    """Two layers, one after the other, on the GPU with compressed weights, and the dense ones."""
+    rows, columns = 512, 768
     generator = torch.Generator().manual_seed(0)
     layers, dense = [], []
     for A, N in ((rows, columns), (columns, rows)):
@@ -26,13 +28,13 @@ def model(rows=512, columns=768):
         layers.append(WaterSICLinear.from_packed(packed, bias=bias, dtype=torch.bfloat16))
         dense.append(layers[-1].dequantize())
     found = nn.Sequential(*layers).cuda()
-    set_residency(found, "packed", backend="triton")
+    set_residency(found, request.param, backend="triton")
     return found, nn.Sequential(*dense).cuda()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 8, 9, 64, 65, 300])
-def test_a_model_gives_the_output_of_the_dense_one(tokens):
-    packed, dense = model()
+def test_a_model_gives_the_output_of_the_dense_one(tokens, models):
+    packed, dense = models
     x = torch.randn(2, tokens, 768, device="cuda", dtype=torch.bfloat16)
 
     y = packed(x)
@@ -42,8 +44,8 @@ def test_a_model_gives_the_output_of_the_dense_one(tokens):
     assert y.shape == (2, tokens, 768)
 
 
-def test_beside_packed_weights_the_payload_rests_in_host_memory():
-    packed, _ = model()
+def test_beside_compressed_weights_the_payload_rests_in_host_memory(models):
+    packed, _ = models
 
     assert {layer.weight.device.type for layer in packed} == {"cpu"}
     assert {layer.words_G.device.type for layer in packed} == {"cuda"}
@@ -51,8 +53,8 @@ def test_beside_packed_weights_the_payload_rests_in_host_memory():
     assert {layer.weight.device.type for layer in packed} == {"cuda"}
 
 
-def test_a_cuda_graph_replays_the_product():
-    packed, dense = model()
+def test_a_cuda_graph_replays_the_product(models):
+    packed, dense = models
     x = torch.randn(1, 768, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         packed(x)
@@ -66,8 +68,8 @@ def test_a_cuda_graph_replays_the_product():
         assert_close(y, dense(x), tolerance=1e-2)
 
 
-def test_torch_compile_sees_one_graph_and_gradients_flow_to_the_input():
-    packed, dense = model()
+def test_torch_compile_sees_one_graph_and_gradients_flow_to_the_input(models):
+    packed, dense = models
     x = torch.randn(3, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     y = torch.compile(packed, fullgraph=True)(x)
