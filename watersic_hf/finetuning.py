@@ -34,7 +34,7 @@ from watersic_hf.calibration import calibration_windows, decoder_blocks, describ
 from watersic_hf.checkpoint import PackedLayer, read_state, rescale_layer, write_state
 from watersic_hf.core import narrow
 from watersic_hf.integration import require_no_model, save_quantized
-from watersic_hf.nn import WaterSICLinear, packed_layers, replace_module
+from watersic_hf.nn import PackedMatrix, WaterSICLinear, packed_layers, replace_module
 
 logger = logging.getLogger(__name__)
 
@@ -273,9 +273,9 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _TrainableLinear(nn.Module):
-    """Stands in for a `WaterSICLinear` during finetuning, and computes what that will compute."""
+    """Stands in for a `PackedMatrix` during finetuning, and computes what that will compute."""
 
-    def __init__(self, layer: WaterSICLinear) -> None:
+    def __init__(self, layer: PackedMatrix) -> None:
         super().__init__()
         device = layer.row_scale.device
         self.codes = narrow(codec.decode(layer.weight.data)).to(device)
@@ -391,9 +391,7 @@ class _Run:
                 )
                 bar.update()
 
-    def best_layers(
-        self, layers: Mapping[str, WaterSICLinear]
-    ) -> Iterator[tuple[str, PackedLayer]]:
+    def best_layers(self, layers: Mapping[str, PackedMatrix]) -> Iterator[tuple[str, PackedLayer]]:
         """The stored form of every layer with the best scales so far."""
         for name, layer in self.layers.items():
             row_A, col_N = layer.scales(*(self.best[f"{name}.{f}"] for f in layer.factors()))
@@ -501,8 +499,10 @@ def _mean_divergence(model: nn.Module, teacher: nn.Module, windows: Sequence[Ten
     return nats / sum(len(window) for window in windows) * _BITS_PER_NAT
 
 
-def _layers_to_train(model: nn.Module, teacher: nn.Module) -> dict[str, WaterSICLinear]:
-    layers = {n: m for n, m in packed_layers(model) if isinstance(m, WaterSICLinear)}
+def _layers_to_train(model: nn.Module, teacher: nn.Module) -> dict[str, PackedMatrix]:
+    # layers, and the matrices of experts, but no tables
+    kinds = (WaterSICLinear, PackedMatrix)
+    layers = {n: m for n, m in packed_layers(model) if type(m) in kinds}
     if model is teacher:
         raise ValueError(
             "the teacher is the model itself, which has nothing to learn from it. Load the "
@@ -558,7 +558,7 @@ def _frozen(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _trainable(
-    model: nn.Module, layers: Mapping[str, WaterSICLinear]
+    model: nn.Module, layers: Mapping[str, PackedMatrix]
 ) -> Iterator[dict[str, _TrainableLinear]]:
     """Put a trainable layer in the place of every quantized one."""
     dense = {name for name, layer in layers.items() if layer.residency == "dense"}
