@@ -142,7 +142,7 @@ class _Bands:
             error, energy = error + parts[0], energy + parts[1]
         place_A = self.order_A.argsort()
         codes_AN, row_scale_A = torch.cat(codes_AN)[place_A], torch.cat(row_scale_A)[place_A]
-        return codes_AN, row_scale_A, error / energy if energy else 0.0
+        return codes_AN, row_scale_A, max(error, 0.0) / energy if energy else 0.0
 
     def _row_scales(self, scaled_BN: Tensor, live_BN: Tensor) -> Tensor:
         """The least-squares scale of every row, 0 where all codes are; 1 without rescalers."""
