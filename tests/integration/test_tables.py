@@ -212,3 +212,31 @@ def test_adapters_train_on_tables_and_merge_once_dequantized(quantize, llama_fol
     assert not any(True for _ in packed_layers(merged))
     assert merged.model.layers[0].self_attn.q_proj.weight.shape == (64, 64)
     assert logits(merged, tokens).shape == expected.shape
+
+
+def test_a_model_of_vision_and_language_lists_its_parts_and_keeps_its_tokenizer(
+    tokenizer, tmp_path
+):
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    from watersic_hf.integration import quantize_to_folder
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+             "num_attention_heads": 4}  # fmt: skip
+    config = Gemma3Config(
+        text_config=sizes | {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8},
+        vision_config=sizes | {"image_size": 16, "patch_size": 4}, mm_tokens_per_image=4,
+        image_token_index=5, boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+
+    settings = WaterSICConfig(6.0, quantize_embeddings=True)
+    quantize_to_folder(str(tmp_path / "dense"), tmp_path / "packed", settings)
+    found = inspect_checkpoint(tmp_path / "packed")
+
+    assert (found["totals"]["layers"], found["totals"]["tables"]) == (7, 1)
+    reasons = {row["name"]: row["reason"] for row in found["dense"]}
+    assert len(reasons) > 8
+    assert set(reasons.values()) == {"beside the language model, where text does not run"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "packed")("x")["input_ids"]

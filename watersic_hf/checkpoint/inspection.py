@@ -198,12 +198,19 @@ def _dense_rows(
 def _named(module: str, names: Iterable[str]) -> str | None:
     """The name among `names` that means a module of the file.
 
-    The file's name may have one prefix less, or some more; ``*`` in a name stands for numbers.
+    The file's name may have one prefix less, or some more; ``*`` in a name stands for numbers.  Of
+    models of vision and language, files have the parts of a name in another order, or not all.
     """
+    names = list(names)
     for name in names:
         pattern = re.escape(name).replace(r"\*", r"\d+")
         short = pattern.partition(r"\.")[2] or pattern
         if re.fullmatch(rf"(?:.*\.)?{pattern}|{short}", module):
+            return name
+    *inner, last = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module).split(".")
+    for name in names:
+        *parts, end = name.split(".")
+        if end == last and set(inner) <= set(parts):
             return name
     return None
 

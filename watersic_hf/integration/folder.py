@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf.calibration import Journal, LayerReport, read_report
 from watersic_hf.calibration.ranks import place, wait
@@ -237,17 +237,27 @@ def save_quantized(
         finetuning: for the card, on what the scales were finetuned; None = they were not.
         max_shard_size: as in `save_pretrained`.
     """
-    # imports Triton, where it is installed
-    from transformers import AutoProcessor
-
     folder = Path(folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    # a model without a tokenizer is still a model
-    with contextlib.suppress(OSError, ValueError):
-        AutoProcessor.from_pretrained(tokenizer).save_pretrained(folder)
+    _save_processor(tokenizer, folder)
     card = model_card(
         model.config.quantization_config, model.hf_quantizer.reports, repo=folder.name,
         base=Path(base).name, model_class=type(model).__name__, folder=folder,
         finetuning=finetuning,
     )  # fmt: skip
     card.save(folder / "README.md")
+
+
+def _save_processor(name: str, folder: Path) -> None:
+    """Save the processor that is beside a model, or its tokenizer if that is all that loads."""
+    # imports Triton, where it is installed
+    from transformers import AutoProcessor
+
+    try:
+        AutoProcessor.from_pretrained(name).save_pretrained(folder)
+        return
+    except (OSError, ValueError, ImportError) as error:
+        logger.info("No processor is saved, only a tokenizer: %s", error)
+    # a model without a tokenizer is still a model
+    with contextlib.suppress(OSError, ValueError):
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
