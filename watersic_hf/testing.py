@@ -59,3 +59,13 @@ def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float) -> None:
         raise AssertionError(
             f"RMS of the difference is {ratio:.3g} of the expected RMS, not <= {tolerance:g}"
         )
+
+
+def uneven_codes(rows: int, columns: int, *, spread: float = 2.0, seed: int = 0) -> Tensor:
+    """Codes whose columns differ in scale, some of them empty, with a few huge ones; int32."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
+    found_AN = (torch.randn(rows, columns, generator=generator) * scale_N).round().int()
+    found_AN[:, ::7] = 0
+    found_AN[0, -1], found_AN[-1, 0] = 7049, -100_000
+    return found_AN

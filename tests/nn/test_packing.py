@@ -2,16 +2,7 @@ import pytest
 import torch
 
 from watersic_hf.nn.packing import MAX_WIDTH, TILE, pack_codes, unpack_bands, unpack_rows
-
-
-def codes(rows, columns, *, spread=2.0, seed=0):
-    """Codes whose columns differ in scale, some of them empty, with a few huge ones."""
-    generator = torch.Generator().manual_seed(seed)
-    scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
-    found_AN = (torch.randn(rows, columns, generator=generator) * scale_N).round().int()
-    found_AN[:, ::7] = 0
-    found_AN[0, -1], found_AN[-1, 0] = 7049, -100_000
-    return found_AN
+from watersic_hf.testing import uneven_codes
 
 
 def restored(packed):
@@ -25,7 +16,7 @@ def restored(packed):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (127, 32), (3, 300), (300, 65), (256, 128)])
 @pytest.mark.parametrize("spread", [0.0, 2.0])
 def test_all_codes_come_back(shape, spread):
-    expected_AN = codes(*shape, spread=spread)
+    expected_AN = uneven_codes(*shape, spread=spread)
 
     packed = pack_codes(expected_AN)
 
@@ -36,7 +27,7 @@ def test_all_codes_come_back(shape, spread):
 
 @pytest.mark.parametrize("shape", [(1, 1), (127, 32), (300, 65)])
 def test_rows_come_back_by_number_in_any_order_and_more_than_once(shape):
-    expected_AN = codes(*shape)
+    expected_AN = uneven_codes(*shape)
     index_U = torch.randint(shape[0], (50,), generator=torch.Generator().manual_seed(1))
 
     assert torch.equal(unpack_rows(pack_codes(expected_AN), index_U), expected_AN[index_U])

@@ -4,16 +4,7 @@ import torch
 from watersic_hf import codec
 from watersic_hf.nn import prefix, prefix_tables
 from watersic_hf.nn.prefix import decode_bands, encode_codes
-
-
-def codes(rows, columns, *, spread=2.0, seed=0):
-    """Codes whose columns differ in scale, some of them empty, with a few huge ones."""
-    generator = torch.Generator().manual_seed(seed)
-    scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
-    found_AN = (torch.randn(rows, columns, generator=generator) * scale_N).round().int()
-    found_AN[:, ::7] = 0
-    found_AN[0, -1], found_AN[-1, 0] = 7049, -100_000
-    return found_AN
+from watersic_hf.testing import uneven_codes
 
 
 def restored(coded):
@@ -27,7 +18,7 @@ def restored(coded):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (127, 32), (3, 300), (300, 65), (64, 1100)])
 @pytest.mark.parametrize("spread", [0.0, 2.0, 5.0])
 def test_all_codes_come_back(shape, spread):
-    expected_AN = codes(*shape, spread=spread)
+    expected_AN = uneven_codes(*shape, spread=spread)
 
     assert torch.equal(restored(encode_codes(expected_AN)), expected_AN)
 
@@ -41,7 +32,7 @@ def test_codes_that_fit_no_table_come_back(limit):
 
 
 def test_bands_of_any_number_give_the_same_code(monkeypatch):
-    expected_AN = codes(500, 70)
+    expected_AN = uneven_codes(500, 70)
     whole = encode_codes(expected_AN)
     monkeypatch.setattr(prefix, "CHUNK", 1)
 
