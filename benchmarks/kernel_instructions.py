@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from watersic_kernels import packed, prefix, product, rans
+from watersic_kernels import packed, prefix, product, rans, zsic
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
 TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -38,6 +38,7 @@ POINTERS = {
     "first_BS": "*i32", "shortest_BS": "*i32", "bits_BSr": "*u8",
     "outlier_first_B": "*i32", "outlier_count_R": "*u8", "tables_TW": "*i32", "codes_CR": "*bf16",
     "table": "*i32", "shift_K": "*i32", "codes_AN": "*i32", "good_C": "*i32",
+    "codes_BA": "*i32", "arrived": "*i32",
 }  # fmt: skip
 
 
@@ -108,6 +109,11 @@ def variants() -> dict[str, tuple]:
     found["prefix decode outliers"] = (prefix._decode_outliers_kernel, {"BAND": 128}, {}, 1)
     found["fold"] = (product._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1}, {}, 4)
     found["rans decode"] = (rans._decode_kernel, {}, {}, 1)
+    for kind in ("fp32", "fp64"):
+        names = ("target_BA", "chol_BB", "step_1", "shrinkage_B", "sums_B2P")
+        constants = {"ROWS": zsic.ROWS, "PROGRAMS": 256}
+        types = dict.fromkeys(names, f"*{kind}")
+        found[f"zsic block {kind}"] = (zsic._block_kernel, constants, types, 4)
     found["finish"] = (product._finish_kernel, {"BLOCK_R": 256}, {}, 4)
     return found
 
@@ -128,7 +134,9 @@ def measure(name: str, target: str) -> dict[str, float]:
         if kind.startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    compiled = triton.compile(
+        source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True}
+    )
     if target not in NVIDIA:
         text = compiled.asm["amdgcn"]
         spilled = sum(int(n) for n in re.findall(r"\.vgpr_spill_count: (\d+)", text))

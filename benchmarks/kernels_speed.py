@@ -4,9 +4,9 @@
 
 A row is timed only after its output was compared with that of the dense weight; if they differ, the
 row says so and has no times.  `copy` is the share of the device's own copy bandwidth, measured in
-the same run, at which the weight was read.  bitsandbytes (NF4) and torchao (int4) are timed beside
-where they can be imported.  ``--dry-run`` runs a small layer on any machine, without times (on a
-CPU with TRITON_INTERPRET=1).
+the same run, at which the weight was read.  bitsandbytes (NF4), torchao, GemLite and GPTQModel's
+Marlin (4 bits) are timed beside where they can be imported.  ``--dry-run`` runs a small layer on
+any machine, without times (on a CPU with TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -33,6 +33,8 @@ LAYERS = {
             "down": (8192, 28672)},
     "small": {"small": (192, 320)},
 }  # fmt: skip
+#: Weights that share a scale in rivals.
+GROUP = 128
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 COLUMNS = ("layer", "M", "form", "bits held", "us", "bf16 us", "times bf16", "copy")
 
@@ -80,11 +82,42 @@ def torchao(weight_AN: Tensor) -> nn.Module:
     A, N = weight_AN.shape
     layer = nn.Linear(N, A, bias=False, device="meta")
     layer.weight = nn.Parameter(weight_AN.clone(), requires_grad=False)
-    quantize_(layer, Int4WeightOnlyConfig(group_size=128))
+    quantize_(layer, Int4WeightOnlyConfig(group_size=GROUP))
     return layer
 
 
-RIVALS = {"bitsandbytes NF4": bitsandbytes, "torchao int4": torchao}
+def gemlite(weight_AN: Tensor) -> Callable[[Tensor], Tensor]:
+    from gemlite.helper import A16W4_HQQ_INT
+
+    groups = weight_AN.float().view(-1, GROUP)
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    scale = (high - low).clamp(min=1e-8) / 15
+    codes_AN = ((groups - low) / scale).round().to(torch.uint8).view_as(weight_AN)
+    layer = A16W4_HQQ_INT(device=str(weight_AN.device), dtype=weight_AN.dtype)
+    return layer.from_weights(
+        codes_AN, scale.to(weight_AN.dtype), (-low / scale).to(weight_AN.dtype)
+    )
+
+
+def marlin(weight_AN: Tensor) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.marlin import MarlinLinear
+
+    A, N = weight_AN.shape
+    layer = MarlinLinear(
+        bits=4, group_size=GROUP, desc_act=False, sym=True, in_features=N, out_features=A,
+        dtype=weight_AN.dtype,
+    ).to(weight_AN.device)  # fmt: skip
+    # any codes take the time of these
+    layer.qweight.data.random_(-(2**31), 2**31)
+    layer.scales.data.fill_(0.01)
+    layer.post_init()
+    return layer
+
+
+RIVALS = {
+    "bitsandbytes NF4": bitsandbytes, "torchao int4": torchao, "GemLite 4 bits": gemlite,
+    "Marlin 4 bits": marlin,
+}  # fmt: skip
 
 
 def milliseconds(run: Callable[[], object]) -> float:

@@ -3,7 +3,8 @@
     python benchmarks/on_gpu.py MODEL [--out DIR] [--dry-run]
 
 First ``pytest -m gpu``: where it fails, nothing is timed.  Then `kernels_speed.py` on the layers
-that matter most, and `generation.py` on MODEL, a folder that `watersic quantize` wrote.  Each has a
+that matter most, `zsic_speed.py`, and `generation.py` on MODEL, a folder that `watersic quantize`
+wrote.  Each has a
 limit of its own, and what was not done in time is said.  ``--dry-run`` is the same on any machine,
 without the tests and without times.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 #: Seconds that each part may take.
-LIMITS = {"tests": 240, "kernels": 500, "generation": 400}
+LIMITS = {"tests": 240, "kernels": 460, "zsic": 100, "generation": 360}
 
 
 def run(name: str, command: Sequence[str]) -> str:
@@ -48,12 +49,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         options = [] if arguments.dry_run else ["--layers", "llama-8b", "70b"]
         speed = [str(FOLDER / "kernels_speed.py"), "--json", str(out / "kernels.json")]
         ends["kernels"] = run("kernels", [*python, *speed, "--tokens", *tokens, *options, *dry])
+        speed = [str(FOLDER / "zsic_speed.py"), "--json", str(out / "zsic.json")]
+        options = ["--size", "70"] if arguments.dry_run else ["--size", "2048", "4096"]
+        device = ["--device", "cpu" if arguments.dry_run else "cuda"]
+        ends["zsic"] = run("zsic", [*python, *speed, *options, *device])
         speed = [str(FOLDER / "generation.py"), str(Path(arguments.model).resolve())]
         speed += ["--json", str(out / "generation.json")]
         ends["generation"] = run("generation", [*python, *speed, *dry])
 
     rows = []
-    for name in ("kernels", "generation"):
+    for name in ("kernels", "zsic", "generation"):
         if ends.get(name) == "done":
             rows += json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -1,13 +1,18 @@
 """Time the blocked recursion against the plain column loop, on the CPU or a GPU.
 
-Usage: python benchmarks/zsic_speed.py [--size 2048] [--device cpu] [--repeats 1]
+Usage: python benchmarks/zsic_speed.py [--size 2048] [--device cpu] [--repeats 1] [--json FILE]
+
+On a GPU the blocked recursion runs twice: with torch operations, and with the kernel that quantizes
+a block of columns in one launch.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +21,7 @@ from watersic_hf.core import Moments
 from watersic_hf.core.waterfill import step_for_rate
 from watersic_hf.core.whiten import damped_cholesky, whitened_target
 from watersic_hf.core.zsic import zsic, zsic_block
+from watersic_hf.nn import block_step
 from watersic_hf.testing import random_layer
 
 Recursion = Callable[[Tensor, Tensor, float], Tensor]
@@ -44,8 +50,13 @@ def unblocked(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
 
 
 def blocked(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
-    """The recursion of the library."""
+    """The recursion of the library, in torch operations."""
     return zsic(target_AN, chol_NN, step)[0]
+
+
+def launched(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
+    """The recursion of the library, with what it quantizes a block of columns with on a GPU."""
+    return zsic(target_AN, chol_NN, step, block_step=block_step(target_AN.device))[0]
 
 
 def timed(run: Recursion, problem: tuple[Tensor, Tensor, float], repeats: int) -> tuple:
@@ -67,12 +78,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rate", type=float, default=3.0, help="Shannon rate, bits per weight")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", help="also write the rows here")
     options = parser.parse_args(argv)
     print(
         f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, float64\n"
     )
-    print("| size | plain s | unblocked s | blocked s | plain / blocked | equal codes |")
-    print("|---|---|---|---|---|---|")
+    forms = [plain, unblocked, blocked]
+    if torch.device(options.device).type == "cuda":
+        forms.append(launched)
+    names = [form.__name__ for form in forms]
+    print(f"| size | {' s | '.join(names)} s | plain / {names[-1]} | equal codes |")
+    print("|---" * (len(forms) + 3) + "|")
     rows = []
     for size in options.size:
         weight_AN, cov_NN = (t.to(options.device) for t in random_layer(size, size, seed=0))
@@ -80,15 +96,17 @@ def main(argv: list[str] | None = None) -> list[dict]:
         target_AN = whitened_target(weight_AN, Moments(cov=cov_NN, tokens=0), chol_NN, damping)
         step = float(step_for_rate(weight_AN, chol_NN, options.rate))
         problem = (target_AN, chol_NN, step)
-        blocked(*problem)
-        results = [timed(run, problem, options.repeats) for run in (plain, unblocked, blocked)]
-        plain_s, unblocked_s, blocked_s = (wall for wall, _ in results)
+        forms[-1](*problem)
+        results = [timed(run, problem, options.repeats) for run in forms]
+        walls = [wall for wall, _ in results]
         equal = all(bool((codes_AN == results[0][1]).all()) for _, codes_AN in results)
-        rows.append({"size": size, "speedup": plain_s / blocked_s, "equal": equal})
+        row = {"size": size} | {f"{n} s": round(w, 4) for n, w in zip(names, walls, strict=True)}
+        rows.append(row | {"speedup": walls[0] / walls[-1], "equal": equal})
         print(
-            f"| {size} | {plain_s:.3f} | {unblocked_s:.3f} | {blocked_s:.3f} | "
-            f"{plain_s / blocked_s:.1f} | {equal} |"
+            "| " + " | ".join(map(str, row.values())) + f" | {rows[-1]['speedup']:.1f} | {equal} |"
         )
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

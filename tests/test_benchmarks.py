@@ -336,5 +336,5 @@ def test_one_script_runs_all_that_needs_a_gpu(quantized_folder, tmp_path, capfd,
     residencies = [row["residency"] for row in rows if "residency" in row]
     assert residencies == ["dense", "packed", "entropy"]
     assert [row["M"] for row in rows if "M" in row] == [1, 1, 70, 70]
-    assert "kernels: done, generation: done" in capfd.readouterr().out
+    assert "kernels: done, zsic: done, generation: done" in capfd.readouterr().out
     assert load("generation").COLUMNS[0] == "residency"

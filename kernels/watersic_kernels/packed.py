@@ -71,7 +71,7 @@ def packed_linear(
         sums_SMR = x_MN.new_empty(splits, tokens, rows, dtype=torch.float32)
         _gemv_kernel[(bands, splits)](
             folded_CM, *layout, sums_SMR, *sizes, share, EXPONENTS, TOKENS=tokens, **band,
-            num_warps=1,
+            num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
     elif M <= GEMM_TOKENS:

@@ -88,7 +88,7 @@ def prefix_linear(
         sums_SMR = x_MN.new_empty(segments + 1, tokens, bands * band, dtype=torch.float32)
         _gemv_kernel[(bands, segments + 1)](
             folded_CM, *streams, tiles_BT, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O),
-            TOKENS=tokens, **constants, num_warps=1,
+            TOKENS=tokens, **constants, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
         return y_MA

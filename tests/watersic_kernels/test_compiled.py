@@ -12,6 +12,7 @@ COMMITTED = json.loads((Path(__file__).parent / "instructions.json").read_text()
 KERNELS = [
     "gemv 128 rows 8 tokens", "gemv tile 3 bits", "gemm bf16", "decode", "rans decode", "fold",
     "finish", "prefix gemv 128 rows 1 tokens", "prefix tile 128 rows 1 tokens", "prefix decode",
+    "zsic block fp64",
 ]  # fmt: skip
 
 

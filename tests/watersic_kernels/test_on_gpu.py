@@ -4,7 +4,9 @@ from torch import nn
 
 from watersic_hf import WaterSICLinear, set_residency
 from watersic_hf.checkpoint import pack_layer
-from watersic_hf.testing import assert_close
+from watersic_hf.core import Moments, quantize_weight
+from watersic_hf.nn import block_step
+from watersic_hf.testing import assert_close, random_layer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +80,16 @@ def test_torch_compile_sees_one_graph_and_gradients_flow_to_the_input(models):
 
     assert_close(y, dense(x), tolerance=1e-2)
     assert_close(grad, expected, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 100), (5000, 256), (40_000, 96)])
+def test_a_weight_gets_the_codes_that_torch_operations_give(shape):
+    weight_AN, cov_NN = (tensor.cuda() for tensor in random_layer(*shape, seed=0))
+    moments = Moments(cov=cov_NN, tokens=1000)
+
+    found = quantize_weight(weight_AN, moments, rate=3.0, block_step=block_step(weight_AN.device))
+
+    wanted = quantize_weight(weight_AN, moments, rate=3.0)
+    # sums are in another order, so that a value halfway between two codes may go either way
+    assert (found.codes_AN != wanted.codes_AN).double().mean() < 1e-6
+    assert_close(found.shrinkage_N, wanted.shrinkage_N, tolerance=1e-9)

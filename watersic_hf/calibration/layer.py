@@ -22,6 +22,7 @@ from watersic_hf.core import (
     narrow,
     quantize_weight,
 )
+from watersic_hf.nn import block_step
 
 
 class LayerQuantizer:
@@ -160,7 +161,8 @@ class LayerQuantizer:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
         quantized = quantize_weight(
             weight_AN, moments, bits=asked, charge=layer_charge, settings=self.settings,
-            row_importance_A=self._row_importance.get(name), generator=generator, name=name,
+            row_importance_A=self._row_importance.get(name), generator=generator,
+            block_step=block_step(weight_AN.device), name=name,
         )  # fmt: skip
         packed = pack_layer(
             quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name

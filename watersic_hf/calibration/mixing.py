@@ -16,6 +16,7 @@ from watersic_hf.calibration.capture import Side, group_inputs
 from watersic_hf.calibration.ranks import gather
 from watersic_hf.calibration.topology import InputGroup
 from watersic_hf.core import SHAPING_LOSS, LayerSettings, Moments, quantize_weight
+from watersic_hf.nn import block_step
 
 #: Tokens that candidates are judged on, at least one batch.
 SEARCH_TOKENS = 4096
@@ -67,8 +68,9 @@ def search_mixture(
         try:
             for layer, weight_AN in zip(layers, dense, strict=True):
                 rounded = quantize_weight(
-                    weight_AN, moments, rate=bits - SHAPING_LOSS, settings=settings
-                )
+                    weight_AN, moments, rate=bits - SHAPING_LOSS, settings=settings,
+                    block_step=block_step(weight_AN.device),
+                )  # fmt: skip
                 layer.weight.data = rounded.dequantize().to(weight_AN.dtype)
             distance = sum(gather(_distance(working, index, after, batches, wanted)))
             return distance / max(power, 1e-30)

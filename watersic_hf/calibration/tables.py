@@ -24,7 +24,7 @@ from watersic_hf.calibration.capture import head_pass, to_batches
 from watersic_hf.calibration.report import LayerReport
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
 from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize_tall
-from watersic_hf.nn import pack_table
+from watersic_hf.nn import block_step, pack_table
 
 #: What the columns of a table count for where rows are gathered, against the mean over columns of
 #: what they count for where the head multiplies.
@@ -179,6 +179,7 @@ def quantize_table(
     quantized = quantize_tall(
         weight_AN, statistics.moments, bits=bits, charge=layer_charge, settings=settings,
         row_importance_A=statistics.row_importance_A, name=name,
+        block_step=block_step(weight_AN.device),
         generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed),
     )  # fmt: skip
     pack = pack_table if embedding else pack_layer

@@ -13,10 +13,12 @@ from watersic_hf.core.rate import narrow
 from watersic_hf.core.tall import quantize_tall
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import whitened_variances
+from watersic_hf.core.zsic import BlockStep, zsic_block
 
 __all__ = [
     "BINS_PER_BIT",
     "SHAPING_LOSS",
+    "BlockStep",
     "CalibrationError",
     "ColumnProfile",
     "LayerSettings",
@@ -33,4 +35,5 @@ __all__ = [
     "rate_at_level",
     "relative_output_error",
     "whitened_variances",
+    "zsic_block",
 ]

@@ -18,6 +18,7 @@ from watersic_hf.core.rate import Charge, CodedLayer, LayerSearch, code_layer, i
 from watersic_hf.core.rescale import rescale
 from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
 from watersic_hf.core.whiten import damped_cholesky, damping_for, live_columns, whitened_target
+from watersic_hf.core.zsic import BlockStep, zsic_block
 
 #: Share of the rows that the rate search looks at.
 SEARCH_FRACTION = 0.1
@@ -87,6 +88,7 @@ def quantize_weight(
     row_importance_A: Tensor | None = None,
     settings: LayerSettings = DEFAULT_SETTINGS,
     generator: torch.Generator | None = None,
+    block_step: BlockStep = zsic_block,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize a weight to integer codes with one scale per row and per column.
@@ -102,6 +104,7 @@ def quantize_weight(
             over rows as over columns.  Default: all rows count the same.
         settings: everything else.
         generator: draws the rows that the search looks at; default is seed 0.
+        block_step: quantizes a block of columns; see `zsic`.
         name: of the layer, for messages.
 
     Raises:
@@ -122,10 +125,11 @@ def quantize_weight(
     )
     target_AN = whitened_target(live_AN, live_moments, chol, damping)
     if bits is None:
-        run = code_layer(target_AN, chol, live_N, float(step_for_rate(live_AN, chol, rate)))
+        step = float(step_for_rate(live_AN, chol, rate))
+        run = code_layer(target_AN, chol, live_N, step, block_step=block_step)
     else:
         sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
-        run = _search(live_AN, target_AN, chol, live_N, sample, bits, charge, name)
+        run = _search(live_AN, target_AN, chol, live_N, sample, bits, charge, block_step, name)
     del target_AN
     spacing_N = spacings(chol, run.step)
     row_scale_A, gain_N = _fit_scales(run, spacing_N, live_AN, live_moments, live_N, settings)
@@ -154,12 +158,13 @@ def _search(
     sample: Tensor,
     bits: float,
     charge: Charge,
+    block_step: BlockStep,
     name: str,
 ) -> CodedLayer:
     """Return the codes that cost `bits`, starting from the theory of Gaussian columns."""
     start = step_for_budget(live_AN, chol, max(bits - SHAPING_LOSS, COARSEST_RATE))
     coarsest = step_for_budget(live_AN, chol, COARSEST_RATE)
-    search = LayerSearch(target_AN, chol, live_N, charge, sample.to(live_AN.device))
+    search = LayerSearch(target_AN, chol, live_N, charge, sample.to(live_AN.device), block_step)
     return search.run(bits, start=float(start), coarsest=float(coarsest), name=name)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from watersic_hf.core.zsic import LARGEST_CODE, zsic
+from watersic_hf.core.zsic import LARGEST_CODE, BlockStep, zsic, zsic_block
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,16 @@ class CodedLayer:
 
 
 def code_layer(
-    target_AN: Tensor, chol: Tensor, live_N: Tensor, step: float, charge: Charge | None = None
+    target_AN: Tensor,
+    chol: Tensor,
+    live_N: Tensor,
+    step: float,
+    charge: Charge | None = None,
+    *,
+    block_step: BlockStep = zsic_block,
 ) -> CodedLayer:
     """Run the recursion over all rows."""
-    codes_AN, shrinkage_N = zsic(target_AN, chol, step)
+    codes_AN, shrinkage_N = zsic(target_AN, chol, step, block_step=block_step)
     codes_AN = narrow(insert_columns(codes_AN, live_N))
     spent = None if charge is None else charge(codes_AN, len(codes_AN))
     return CodedLayer(step=step, codes_AN=codes_AN, shrinkage_N=shrinkage_N, bits=spent)
@@ -175,12 +181,19 @@ class LayerSearch:
     """The step for a number of bits: first on a sample of the rows, then corrected on all."""
 
     def __init__(
-        self, target_AN: Tensor, chol: Tensor, live_N: Tensor, charge: Charge, sample: Tensor
+        self,
+        target_AN: Tensor,
+        chol: Tensor,
+        live_N: Tensor,
+        charge: Charge,
+        sample: Tensor,
+        block_step: BlockStep,
     ) -> None:
         self.target_AN = target_AN
         self.chol = chol
         self.live_N = live_N
         self.charge = charge
+        self.block_step = block_step
         self.sample_SN = target_AN[sample].float()
         self.sample_chol = chol.float()
         self.runs: dict[float, CodedLayer] = {}
@@ -226,12 +239,14 @@ class LayerSearch:
 
     def bits_of_sample(self, step: float) -> float:
         """Return what the whole layer would cost, judged by the sample and in float32."""
-        codes_SN, _ = zsic(self.sample_SN, self.sample_chol, step)
+        codes_SN, _ = zsic(self.sample_SN, self.sample_chol, step, block_step=self.block_step)
         return self.charge(insert_columns(codes_SN, self.live_N), len(self.target_AN))
 
     def bits_of_all_rows(self, step: float) -> float:
         """Return what the layer costs, and keep the run."""
-        self.runs[step] = code_layer(self.target_AN, self.chol, self.live_N, step, self.charge)
+        self.runs[step] = code_layer(
+            self.target_AN, self.chol, self.live_N, step, self.charge, block_step=self.block_step
+        )
         return self.runs[step].bits
 
 

@@ -25,7 +25,7 @@ from watersic_hf.core.quantize import (
 )
 from watersic_hf.core.rate import FULL_RUNS, Charge, insert_columns, narrow
 from watersic_hf.core.whiten import damped_cholesky, whitened_target
-from watersic_hf.core.zsic import zsic
+from watersic_hf.core.zsic import BlockStep, zsic, zsic_block
 
 #: Rows that the step and the gains of the columns are found on.
 SAMPLE_ROWS = 8192
@@ -44,6 +44,7 @@ def quantize_tall(
     row_importance_A: Tensor | None = None,
     settings: LayerSettings = DEFAULT_SETTINGS,
     generator: torch.Generator | None = None,
+    block_step: BlockStep = zsic_block,
     sample_rows: int = SAMPLE_ROWS,
     name: str = "weight",
 ) -> QuantizedWeight:
@@ -53,8 +54,8 @@ def quantize_tall(
     `sample_rows` rows is left to `quantize_weight`.
 
     Args:
-        weight_AN, moments, bits, charge, row_importance_A, settings, generator, name: as for
-            `quantize_weight`; the moments have no residual.
+        weight_AN, moments, bits, charge, row_importance_A, settings, generator, block_step, name:
+            as for `quantize_weight`; the moments have no residual.
         sample_rows: rows that the step and the gains are found on.
 
     Raises:
@@ -64,7 +65,10 @@ def quantize_tall(
     rows = len(weight_AN)
     if row_importance_A is not None:
         row_importance_A = row_importance_A.to(weight_AN.device, torch.float64)
-    options = {"bits": bits, "settings": settings, "generator": generator, "name": name}
+    options = {
+        "bits": bits, "settings": settings, "generator": generator, "block_step": block_step,
+        "name": name,
+    }  # fmt: skip
     if rows <= 2 * sample_rows:
         return quantize_weight(
             weight_AN, moments, charge=charge, row_importance_A=row_importance_A, **options
@@ -82,7 +86,7 @@ def quantize_tall(
     emphasis_A1 = torch.ones(rows, 1, dtype=torch.float64, device=weight_AN.device)
     if row_importance_A is not None:
         emphasis_A1 = (row_importance_A / row_importance_A[sample].mean()).sqrt()[:, None]
-    bands = _Bands(weight_AN, moments, emphasis_A1, order_A, pilot, settings, name)
+    bands = _Bands(weight_AN, moments, emphasis_A1, order_A, pilot, settings, block_step, name)
     step, spent = pilot.step, bits
     for _ in range(FULL_RUNS):
         # a bit is an octave
@@ -114,6 +118,7 @@ class _Bands:
         order_A: Tensor,
         pilot: QuantizedWeight,
         settings: LayerSettings,
+        block_step: BlockStep,
         name: str,
     ) -> None:
         self.weight_AN, self.moments, self.pilot = weight_AN, moments, pilot
@@ -122,7 +127,7 @@ class _Bands:
         self.chol, self.damping = damped_cholesky(
             self.live_moments.layer_cov, pilot.damping, tokens=moments.tokens, name=name
         )
-        self.rescale = settings.rescale
+        self.rescale, self.block_step = settings.rescale, block_step
         self.gain_N = (pilot.col_scale_N / pilot.spacing_N)[pilot.live_N]
 
     def run(self, step: float) -> tuple[Tensor, Tensor, float]:
@@ -133,7 +138,7 @@ class _Bands:
         for weight_BN, emphasis_B1 in self._bands():
             live_BN = weight_BN[:, live_N].double() * emphasis_B1
             target_BN = whitened_target(live_BN, self.live_moments, self.chol, self.damping)
-            codes_BN, _ = zsic(target_BN, self.chol, step)
+            codes_BN, _ = zsic(target_BN, self.chol, step, block_step=self.block_step)
             row_B = self._row_scales(codes_BN * scale_N, live_BN) / emphasis_B1[:, 0]
             codes_AN.append(narrow(insert_columns(codes_BN, live_N)))
             row_scale_A.append(row_B)

@@ -71,6 +71,7 @@ def zsic(
         codes_AN (int32) and shrinkage_N (dtype of the target).
 
     Raises:
+        RuntimeError: a gain is not finite, as a kernel says that it did not work.
         ValueError: the step is so fine that the codes leave int32.
     """
     largest = float(target_AN.abs().max()) / step if target_AN.numel() else 0.0
@@ -90,6 +91,12 @@ def zsic(
     work_NA = target_AN.T.clone(memory_format=torch.contiguous_format)
 
     _quantize_columns(work_NA, chol, step, codes_NA, shrinkage_N, block_step)
+    bad = N - int(torch.isfinite(shrinkage_N).sum())
+    if bad:
+        raise RuntimeError(
+            f"zsic: the gains of {bad} columns are not finite at step {step:g}, as those of a "
+            f"kernel whose programs do not meet. Quantize without it: WATERSIC_BACKEND=reference."
+        )
     return codes_NA.T, shrinkage_N
 
 

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from watersic_hf.calibration import CalibrationSettings, describe
 from watersic_hf.checkpoint import FORMAT_VERSION
 from watersic_hf.core import LayerSettings
-from watersic_hf.nn import BACKENDS, RESIDENCIES, module_matches
+from watersic_hf.nn import BACKEND_VARIABLE, BACKENDS, RESIDENCIES, module_matches
 
 QUANT_METHOD = "watersic"
 
@@ -23,7 +23,6 @@ BITS_RANGE = (0.75, 8.0)
 TABLE_BITS = 4.0
 
 _RESIDENCY_VARIABLE = "WATERSIC_RESIDENCY"
-_BACKEND_VARIABLE = "WATERSIC_BACKEND"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class WaterSICRuntime:
     ``auto``, which is ``dense`` but on CUDA devices without the room for it.  The environment
     variable ``WATERSIC_RESIDENCY`` sets the default."""
 
-    backend: str = field(default_factory=lambda: os.environ.get(_BACKEND_VARIABLE, "auto"))
+    backend: str = field(default_factory=lambda: os.environ.get(BACKEND_VARIABLE, "auto"))
     """What multiplies with ``packed`` and ``entropy`` weights on CUDA: ``triton``, ``reference``,
     or ``auto``, that is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
 

@@ -22,7 +22,7 @@ from watersic_hf.core import MomentAccumulator, quantize_weight
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import WaterSICHfQuantizer
 from watersic_hf.integration.streaming import empty_model
-from watersic_hf.nn import FusedExperts
+from watersic_hf.nn import FusedExperts, block_step
 
 #: Passes of the tokens through a block in one model: up to each group of layers, and out of it.
 PASSES = 2.5
@@ -248,7 +248,10 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str) -> Rates:
         layer_AN = weight_AN[:size, :size].contiguous()
 
         def work(layer_AN: torch.Tensor = layer_AN, part: Any = part) -> None:
-            done = quantize_weight(layer_AN, part, bits=3.0, charge=layer_charge)
+            recursion = block_step(layer_AN.device)
+            done = quantize_weight(
+                layer_AN, part, bits=3.0, charge=layer_charge, block_step=recursion
+            )
             pack_layer(done.codes_AN, done.row_scale_A, done.col_scale_N, name="sample")
 
         times.append(_seconds(work, device, least=0))

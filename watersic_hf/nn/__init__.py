@@ -11,12 +11,13 @@ from watersic_hf.nn.experts import (
     separate_experts,
 )
 from watersic_hf.nn.linear import PackedMatrix, WaterSICLinear
-from watersic_hf.nn.ops import BACKENDS
+from watersic_hf.nn.ops import BACKEND_VARIABLE, BACKENDS, block_step
 from watersic_hf.nn.replace import module_matches, packed_layers, replace_module, set_residency
 from watersic_hf.nn.residency import RESIDENCIES
 
 __all__ = [
     "BACKENDS",
+    "BACKEND_VARIABLE",
     "RESIDENCIES",
     "FusedExperts",
     "PackedMatrix",
@@ -24,6 +25,7 @@ __all__ = [
     "WaterSICEmbedding",
     "WaterSICLinear",
     "WaterSICTiedHead",
+    "block_step",
     "fuse",
     "fused_experts",
     "module_matches",

@@ -6,13 +6,14 @@ Every operator is registered with torch under ``watersic::``, with a reference t
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
 
-`coded_linear` and `decode` have Triton kernels on CUDA.  Their `backend` is ``triton``,
-``reference`` (the same without kernels, to compare with), or ``auto``: Triton where it can be
-imported, and where it cannot, the reference, with a warning.
+`coded_linear`, `decode` and `block_step` have Triton kernels on CUDA.  Their `backend` is
+``triton``, ``reference`` (the same without kernels, to compare with), or ``auto``: Triton where it
+can be imported, and where it cannot, the reference, with a warning.
 """
 
 import functools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf import codec
+from watersic_hf.core import BlockStep, zsic_block
 from watersic_hf.nn import prefix
 from watersic_hf.nn.packing import PackedCodes, pack_codes, unpack_bands, unpack_rows
 from watersic_hf.nn.prefix_tables import prefix_tables
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: What runs on compressed weights; see the module docstring.
 BACKENDS = ("auto", "triton", "reference")
+#: Environment variable with the backend of those who name none.
+BACKEND_VARIABLE = "WATERSIC_BACKEND"
 
 #: The residencies that lay codes out anew, and how.
 LAYOUTS: dict[str, type[TiledCodes]] = {"packed": PackedCodes, "entropy": prefix.PrefixCodes}
@@ -255,12 +259,14 @@ def _kernels(backend: str) -> ModuleType | None:
         import watersic_kernels.packed
         import watersic_kernels.prefix
         import watersic_kernels.rans
+        import watersic_kernels.zsic
     except ImportError as error:
         if backend == "triton":
             raise
         logger.warning(
-            "Compressed weights are multiplied by the slow reference, since Triton's kernels "
-            "cannot be imported: %s. Install triton, or choose the residency `dense`.",
+            "Triton's kernels cannot be imported: %s. Layers are quantized, and compressed weights "
+            "multiplied, by slow references. Install triton; for products, the residency `dense` "
+            "needs no kernel.",
             error,
         )
         return None
@@ -290,6 +296,17 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
     if len(bad_C):
         raise codec.CodecError(f"payload: chunk {int(bad_C[0])} does not end where and as it must")
     return codes_AN
+
+
+def block_step(device: torch.device) -> BlockStep:
+    """What `watersic_hf.core.zsic` quantizes a block of columns with on a device.
+
+    Raises:
+        ImportError: the backend is ``triton``, and it cannot be imported.
+    """
+    backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
+    return zsic_block if kernels is None else kernels.zsic.quantize_block
 
 
 def encode(codes_AN: Tensor, residency: str) -> TiledCodes:
