@@ -35,6 +35,16 @@ def test_every_benchmark_has_a_test():
         assert run_here in tested or run_alone in tested, script.name
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_is_measured_of_a_model_that_stays_on_the_disk(tmp_path):
+    arguments = ["--blocks", "2", "--hidden-size", "704", "--folder", str(tmp_path)]
+
+    (row,) = load("streaming_memory").main(arguments)
+
+    assert row["layers"] == 14
+    assert row["peak MB"] == pytest.approx(row["interpreter MB"] + row["beyond MB"], abs=1)
+
+
 def test_zsic_speed_finds_equal_codes_in_all_three_forms():
     (row,) = load("zsic_speed").main(["--size", "70"])
 
