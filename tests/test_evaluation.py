@@ -2,11 +2,13 @@ import copy
 import json
 import math
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from watersic_hf import evaluation
 from watersic_hf.evaluation import (
     evaluate,
     evaluate_tasks,
@@ -51,6 +53,16 @@ def test_divergence_is_that_of_the_original_from_the_model_in_bits(make_llama):
         p = original(windows()[0][None]).logits[0, :-1].double().softmax(-1)
         q = model(windows()[0][None]).logits[0, :-1].double().softmax(-1)
     assert found.kl_bits == pytest.approx(float((p * (p / q).log2()).sum(-1).mean()), rel=1e-3)
+
+
+def test_all_is_the_same_however_many_rows_are_compared_at_a_time(make_llama, monkeypatch):
+    model, original = make_llama(), make_llama(num_hidden_layers=1)
+    whole = evaluate(model, windows(), original)
+
+    monkeypatch.setattr(evaluation, "SCRATCH_BYTES", 4 * 320 * 5)
+
+    found = evaluate(model, windows(), original)
+    assert asdict(found) == pytest.approx(asdict(whole), rel=1e-5)
 
 
 def test_evaluation_needs_a_window(make_llama, tokenizer):

@@ -20,6 +20,9 @@ from tqdm.auto import tqdm
 
 from watersic_hf.calibration import pydoc_texts, text_windows
 
+#: Bytes of float32 log-probabilities of one model that are compared at a time.
+SCRATCH_BYTES = 4 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -59,15 +62,18 @@ def evaluate(
     loss = original_loss = divergence = 0.0
     agreed = tokens = 0
     for window in tqdm(windows, desc="Evaluating", delay=3, leave=False):
-        target_T = window[1:].to(model.device)
-        log_p = _log_probabilities(model, window)
-        loss += float(F.nll_loss(log_p, target_T, reduction="sum"))
-        tokens += len(target_T)
-        if original is not None:
-            log_q = _log_probabilities(original, window).to(log_p.device)
-            original_loss += float(F.nll_loss(log_q, target_T, reduction="sum"))
-            divergence += float(F.kl_div(log_p, log_q, reduction="sum", log_target=True))
-            agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        tokens += len(window) - 1
+        logits = [_logits(m, window).to(model.device) for m in (model, original) if m is not None]
+        # few rows at a time, which stay in a CPU's cache: a vocabulary can have 262,144 entries
+        rows = max(1, SCRATCH_BYTES // (4 * logits[0].shape[-1]))
+        parts = zip(*(part.split(rows) for part in logits), strict=True)
+        for target_t, part in zip(window[1:].to(model.device).split(rows), parts, strict=True):
+            log_p, *others = (F.log_softmax(logits_tV.float(), dim=-1) for logits_tV in part)
+            loss += float(F.nll_loss(log_p, target_t, reduction="sum"))
+            for log_q in others:
+                original_loss += float(F.nll_loss(log_q, target_t, reduction="sum"))
+                divergence += float(F.kl_div(log_p, log_q, reduction="sum", log_target=True))
+                agreed += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
     compared = original is not None
     return Evaluation(
         windows=len(windows),
@@ -178,10 +184,9 @@ def evaluation_windows(
     return windows[:limit]
 
 
-def _log_probabilities(model: torch.nn.Module, window_T: Tensor) -> Tensor:
-    """Log-probabilities of tokens 1.. given those before, float32."""
-    logits = model(input_ids=window_T[None].to(model.device), use_cache=False).logits
-    return F.log_softmax(logits[0, :-1].float(), dim=-1)
+def _logits(model: torch.nn.Module, window_T: Tensor) -> Tensor:
+    """Logits of tokens 1.. given those before, T - 1 x V, in the dtype of the model."""
+    return model(input_ids=window_T[None].to(model.device), use_cache=False).logits[0, :-1]
 
 
 def _load_tasks(tasks: Sequence[str | os.PathLike], few_shot: int) -> tuple[Any, list]:
