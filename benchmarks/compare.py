@@ -8,8 +8,9 @@
 `run` quantizes with our machinery and appends a row per method, rate and seed; `judge` appends one
 for every folder that `rivals.py` wrote; `show` prints the table, means over seeds with their
 spread, and draws KL and perplexity against stored bits.  Bits are stored bytes of the quantized
-tensors, for all.  "full at" is the bits at which the full method reaches a row's KL, and how much
-fewer bytes that is; between the rates that were measured, the logarithm of its KL is interpolated.
+tensors, for all.  "full at" is the bits at which the full method reaches a row's KL on a text, and
+how much fewer bytes that is; between the rates that were measured, the logarithm of its KL is
+interpolated.
 """
 
 import argparse
@@ -234,36 +235,45 @@ def _show(arguments: argparse.Namespace) -> list[dict]:
     rows = [
         row for file in arguments.json for row in json.loads(Path(file).read_text(encoding="utf-8"))
     ]
-    texts = [key.removeprefix("KL ") for key in rows[0] if key.startswith("KL ")]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    texts = [key.removeprefix("KL ") for key in keys if key.startswith("KL ")]
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["model"], row["method"], row["settings"], row["asked"]].append(row)
-    columns = ["model", "method", "settings", "bits"]
-    columns += [f"{what} {text}" for text in texts for what in ("KL", "ppl", "top-1")]
-    print("| " + " | ".join([*columns, "full at", "seeds", "cpu s"]) + " |")
-    print("|---" * (len(columns) + 3) + "|")
+    table = []
     for (model, method, settings, _), members in sorted(groups.items(), key=_by_bits):
-        cells = [model, method, settings]
-        cells += [_cell([row[column] for row in members]) for column in columns[3:]]
-        cells.append(_full_at(members, [row for row in rows if row["model"] == model]))
-        cells += [str(len(members)), f"{mean(row['seconds'] for row in members):.0f}"]
-        print("| " + " | ".join(cells) + " |")
+        line = {"model": model, "method": method, "settings": settings}
+        line["bits"] = _cell([row["bits"] for row in members])
+        full = [row for row in rows if row["model"] == model and row["method"] == "full"]
+        for text in texts:
+            for column in (f"KL {text}", f"ppl {text}", f"top-1 {text}"):
+                # some rows may have been judged on fewer texts
+                line[column] = _cell([row[column] for row in members if column in row])
+            line[f"full at, {text}"] = _full_at(members, full, f"KL {text}")
+        line["seeds"] = str(len(members))
+        line["cpu s"] = f"{mean(row['seconds'] for row in members):.0f}"
+        table.append(line)
+    print("| " + " | ".join(table[0]) + " |\n" + "|---" * len(table[0]) + "|")
+    for line in table:
+        print("| " + " | ".join(line.values()) + " |")
     if arguments.plot:
         Path(arguments.plot).write_text(plot(rows, texts[0]), encoding="utf-8")
     return rows
 
 
-def _full_at(members: Sequence[dict], rows: Sequence[dict]) -> str:
-    """The bits at which the full method has the mean KL of `members`, as a cell of the table."""
-    key = _first_kl(members[0])
+def _full_at(members: Sequence[dict], full: Sequence[dict], key: str) -> str:
+    """The bits at which rows of the full method have the mean KL of others, as a cell."""
+    members = [row for row in members if key in row and row["method"] != "full"]
     rates: dict[float, list[dict]] = defaultdict(list)
-    for row in rows:
-        if row["method"] == "full":
-            rates[row["asked"]].append(row)
-    curve = [(mean(r["bits"] for r in rate), mean(r[key] for r in rate)) for rate in rates.values()]
-    bits = matching_bits(curve, mean(row[key] for row in members))
-    if bits is None or members[0]["method"] == "full":
+    for row in full:
+        rates[row["asked"]].append(row)
+    if not members or not rates:
         return ""
+    curve = [(mean(r["bits"] for r in rate), mean(r[key] for r in rate)) for rate in rates.values()]
+    kl = mean(row[key] for row in members)
+    bits = matching_bits(curve, kl)
+    if bits is None:
+        return f"below {min(curve)[0]:.3g}" if kl > min(curve)[1] else ""
     return f"{bits:.2f} ({bits / mean(row['bits'] for row in members) - 1:+.0%})"
 
 
@@ -287,6 +297,8 @@ def _first_kl(row: dict) -> str:
 
 
 def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
     return f"{mean(values):.4g}{spread}"
 

@@ -124,6 +124,7 @@ def test_methods_are_compared_on_the_same_windows_and_drawn(llama_folder, tmp_pa
     assert {key for key in found[0] if key.startswith("KL")} == {"KL other", "KL pydoc"}
     printed = capsys.readouterr().out
     assert "| full |" in printed
+    assert "| full at, pydoc |" in printed
     assert "±" in printed
     # a line for each method, of KL and of perplexity
     assert (tmp_path / "plot.svg").read_text().count("<polyline") == 4
