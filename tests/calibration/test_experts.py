@@ -70,7 +70,7 @@ def test_an_expert_without_tokens_and_one_with_three_are_quantized_and_reported(
             assert bool(weight_AN.isfinite().all())
             # a bit of the 3.6 at least is spent on the scales of so small a matrix
             assert (weight_AN - wanted_AN).norm() < 0.6 * wanted_AN.norm()
-            assert reports[name].error < 0.05
+            assert reports[name].error < 0.1
 
 
 def test_few_tokens_get_fewer_bits(tmp_path, model, windows):

@@ -293,7 +293,7 @@ def test_rows_that_count_more_get_finer_steps_and_smaller_errors():
     weight_AN, cov_NN = random_layer(40, 24, seed=0)
     importance_A = torch.ones(40)
     importance_A[::2] = 16.0
-    moments = Moments(cov=cov_NN, tokens=1000)
+    moments = Moments(cov=cov_NN, tokens=1_000_000)
 
     plain = quantize_weight(weight_AN, moments, rate=2.0)
     weighed = quantize_weight(weight_AN, moments, rate=2.0, row_importance_A=importance_A)

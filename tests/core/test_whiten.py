@@ -7,6 +7,7 @@ from watersic_hf.core.moments import CalibrationError, Moments
 from watersic_hf.core.whiten import (
     damped_cholesky,
     damping_for,
+    damping_shift,
     live_columns,
     whitened_target,
     whitened_variances,
@@ -182,7 +183,19 @@ def test_whitened_variances_need_no_dead_column():
 
 
 def test_the_damping_falls_with_the_tokens_to_the_papers():
-    assert damping_for(1000, 1000) == pytest.approx(0.1)
-    assert damping_for(1000, 100_000) == pytest.approx(1e-3)
-    assert damping_for(1000, 10_000_000) == 1e-4
-    assert damping_for(1000, 0) == 1e-4
+    power_N = torch.ones(1000)
+
+    assert damping_for(power_N, 1000) == pytest.approx(4)
+    assert damping_for(torch.diag(power_N), 100_000) == pytest.approx(0.04)
+    assert damping_for(power_N, 100_000_000) == 1e-4
+    assert damping_for(power_N, 0) == 1e-4
+
+
+def test_a_massive_column_does_not_raise_what_is_added_to_the_others():
+    power_N = torch.ones(1000)
+    plain = damping_shift(power_N, damping_for(power_N, 100_000))
+    power_N[3] = 1e4
+
+    massive = damping_shift(power_N, damping_for(power_N, 100_000))
+
+    assert float(massive) == pytest.approx(float(plain), rel=1e-3)

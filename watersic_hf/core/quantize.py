@@ -32,7 +32,7 @@ class LayerSettings:
 
     damping: float | None = None
     """Added to the diagonal of the input covariance, relative to the diagonal's mean; None is
-    `damping_for` the number of columns and tokens."""
+    `damping_for` the columns and the number of tokens."""
     rescale: bool = True
     """Fit row and column scales to the finished codes."""
     search_rows: int = 256
@@ -119,7 +119,7 @@ def quantize_weight(
     emphasis_A1 = _emphasis(weight_AN, row_importance_A, name)
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
     live_moments = moments.select(live_N).scale_rows(emphasis_A1)
-    damping = settings.damping or damping_for(live_moments.columns, moments.tokens)
+    damping = settings.damping or damping_for(live_moments.layer_cov, moments.tokens)
     chol, damping = damped_cholesky(
         live_moments.layer_cov, damping, tokens=moments.tokens, name=name
     )
@@ -222,7 +222,7 @@ def _zero_weight(
         spacing_N=zeros_N,
         shrinkage_N=zeros_N,
         live_N=live_N,
-        damping=settings.damping or damping_for(moments.columns, moments.tokens),
+        damping=settings.damping or damping_for(moments.layer_cov, moments.tokens),
         bits=None if charge is None else charge(codes_AN, len(codes_AN)),
         error=0.0,
     )

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 DEAD_FRACTION = 1e-3
 #: Damping of moments that were measured on many tokens; the paper's.
 LEAST_DAMPING = 1e-4
-#: Damping for every column there is per token.
-DAMPING_PER_COLUMN = 0.1
+#: Damping for every column there is per token, relative to the median power of a column.
+DAMPING_PER_COLUMN = 4.0
 #: How often a failed factorization is tried again, each time with ten times the damping.
 RETRIES = 3
 
@@ -76,13 +76,18 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
     )
 
 
-def damping_for(columns: int, tokens: int) -> float:
-    """Return the damping for second moments of `columns` inputs that were measured on `tokens`.
+def damping_for(cov: Tensor, tokens: int) -> float:
+    """Return the damping for second moments that were measured on `tokens`.
 
-    The noise in the directions of least power grows with columns over tokens; the paper's 1e-4
-    belongs to its millions of tokens, and is the least there is.
+    The noise of the moments grows with columns over tokens; the paper's 1e-4 belongs to its
+    millions of tokens, and is the least there is.  What is added to the diagonal is measured by the
+    median column: a few massive ones, which can have nearly all of the power, do not raise it.
     """
-    return max(LEAST_DAMPING, DAMPING_PER_COLUMN * columns / tokens) if tokens else LEAST_DAMPING
+    power_N = cov if cov.ndim == 1 else cov.diagonal()
+    if not tokens or not len(power_N):
+        return LEAST_DAMPING
+    added = DAMPING_PER_COLUMN * len(power_N) / tokens * float(power_N.median())
+    return max(LEAST_DAMPING, added / float(power_N.mean()))
 
 
 def damping_shift(cov: Tensor, damping: float) -> Tensor:
@@ -133,7 +138,7 @@ def whitened_variances(
     """
     live_N = live_columns(moments.cov)
     live_moments = moments.select(live_N)
-    damping = damping or damping_for(live_moments.columns, moments.tokens)
+    damping = damping or damping_for(live_moments.layer_cov, moments.tokens)
     chol, _ = damped_cholesky(live_moments.layer_cov, damping, tokens=moments.tokens, name=name)
     variance_N = torch.zeros_like(live_N, dtype=torch.float64)
     variance_N[live_N] = whitened_variance(weight_AN[:, live_N].double(), chol)

@@ -75,8 +75,8 @@ class WaterSICConfig(QuantizationConfigMixin):
             `layer_bits`: channels with massive activations (paper, dead rows).  ``"auto"`` looks
             for them on the calibration windows.  It changes the model, and is for models that
             cannot be quantized well with them.
-        damping: added to the second moment of the inputs, relative to its mean diagonal; None
-            takes 0.1 times inputs over calibration tokens, at least 1e-4.
+        damping: added to the diagonal of the second moment of the inputs, relative to its mean
+            entry; None adds 4 times the median entry times inputs over calibration tokens.
         allocation: ``"sensitivity"`` moves bits to the layers whose errors change the model's
             predictions most, by the Fisher information of a few calibration windows;
             ``"uniform"`` gives all layers the same.
