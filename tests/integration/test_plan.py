@@ -75,6 +75,13 @@ def test_what_is_off_costs_nothing(folder):
     assert sum(plain.memory.values()) < sum(full.memory.values())
 
 
+def test_without_data_there_are_no_hidden_states_and_nothing_runs(folder):
+    found = plan(folder, WaterSICConfig(bits=3.0))
+
+    assert found.tokens == found.disk["hidden states, before and behind a block"] == 0
+    assert [what for what, seconds in found.seconds.items() if seconds] == ["quantizing"]
+
+
 def test_rates_are_measured(monkeypatch):
     import torch
 

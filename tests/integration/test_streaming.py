@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from watersic_hf import CheckpointError, WaterSICConfig
 from watersic_hf.calibration import Journal, average_bits, average_error, read_report
@@ -112,24 +122,80 @@ def test_layers_of_other_classes_and_rows_to_zero_are_those_in_memory(tmp_path):
         assert found[name] == content, name
 
 
-def test_a_run_goes_on_after_the_last_finished_layer(original, whole, unfinished, monkeypatch):
-    quantized = []
-    keep = Journal.put_layer
+def tiny(kind):
+    """A tiny model of some architecture."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
+    }  # fmt: skip
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**sizes))
+    if kind == "bert":
+        # with a linear layer behind the blocks
+        return BertForMaskedLM(BertConfig(**sizes))
+    ends = {
+        f"{part}_{size}": value
+        for part in ("encoder", "decoder")
+        for size, value in (("layers", 2), ("ffn_dim", 48), ("attention_heads", 2))
+    }
+    return BartForConditionalGeneration(BartConfig(vocab_size=320, d_model=32, **ends))
 
-    def count(self, packed, report):
-        quantized.append(report.name)
+
+@pytest.mark.parametrize("kind", ["mixtral", "bert", "bart"])
+def test_without_data_the_bytes_are_those_of_a_model_quantized_while_it_loads(kind, tmp_path):
+    dense = tiny(kind)
+    dense.save_pretrained(tmp_path / "dense")
+    settings = WaterSICConfig(bits=5.0)
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=settings)
+    base = str(tmp_path / "dense")
+    save_quantized(model, tmp_path / "a" / "q", tokenizer=base, base=base)
+
+    quantize_to_folder(base, tmp_path / "b" / "q", settings)
+
+    assert contents(tmp_path / "b" / "q") == contents(tmp_path / "a" / "q")
+
+
+#: Runs that are not like `config`.
+RUNS = {"calibrated": {}, "data-free": {"dataset": None, "quantize_embeddings": True}}
+
+
+@pytest.mark.parametrize(
+    ("run", "before", "after"),
+    [("calibrated", 10, 11), ("data-free", 10, 12), ("data-free", 22, 0)],
+)
+def test_a_run_goes_on_after_the_last_finished_layer(
+    original, tmp_path, run, before, after, monkeypatch
+):
+    settings, folder = config(**RUNS[run]), tmp_path / "b" / "q"
+    model = AutoModelForCausalLM.from_pretrained(original, quantization_config=settings)
+    options = {"tokenizer": str(original), "base": str(original), "max_shard_size": SHARDS}
+    save_quantized(model, tmp_path / "a" / "q", **options)
+    quantized, keep = [], Journal.put_layer
+
+    def stop(self, packed, report):
         keep(self, packed, report)
+        quantized.append(report.name)
+        if len(quantized) == before:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "put_layer", count)
-    quantize_to_folder(str(original), unfinished, config(), max_shard_size=SHARDS)
+    monkeypatch.setattr(Journal, "put_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_to_folder(str(original), folder, settings, max_shard_size=SHARDS)
+    quantize_to_folder(str(original), folder, settings, max_shard_size=SHARDS)
 
-    assert len(quantized) == 21 - 10
-    assert contents(unfinished) == contents(whole)
+    assert len(quantized) == before + after
+    assert contents(folder) == contents(tmp_path / "a" / "q")
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "kills"),
+    [([], 10), (["--dataset=none", "--set=quantize_embeddings=true"], 5)],
+    ids=["calibrated", "data-free"],
+)
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_path, options, kills):
     arguments = ["quantize", str(original), str(tmp_path / "killed" / "q"), "--samples=4",
-                 "--sequence-length=32", "--batch-size=2", "--bits=4"]  # fmt: skip
+                 "--sequence-length=32", "--batch-size=2", "--bits=4", *options]  # fmt: skip
     context = multiprocessing.get_context("forkserver")
     # a process is there in no time
     context.set_forkserver_preload(["watersic_hf.cli", "watersic_hf.integration.folder"])
@@ -146,7 +212,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_pat
     moments = random.Random(0)
     killed = 0
     folder = tmp_path / "killed" / "q"
-    while killed < 10:
+    while killed < kills:
         process = start(folder)
         process.join(moments.uniform(0, seconds / 2))
         if process.exitcode is None:

@@ -31,7 +31,8 @@ from watersic_hf.calibration.tables import (
     TableStatistics,
     quantize_table,
 )
-from watersic_hf.calibration.topology import decoder_blocks
+from watersic_hf.calibration.topology import block_stacks, decoder_blocks
+from watersic_hf.calibration.without_data import quantize_without_data
 
 __all__ = [
     "CalibrationSettings",
@@ -46,6 +47,7 @@ __all__ = [
     "TableStatistics",
     "average_bits",
     "average_error",
+    "block_stacks",
     "calibration_windows",
     "decoder_blocks",
     "describe",
@@ -57,6 +59,7 @@ __all__ = [
     "pydoc_texts",
     "quantize_blocks",
     "quantize_table",
+    "quantize_without_data",
     "read_report",
     "read_run",
     "text_windows",

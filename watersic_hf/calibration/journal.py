@@ -5,8 +5,8 @@ A folder holds, each written whole or not at all::
     run.json              which run this is: model, settings, calibration windows, versions
     progress.json         how many blocks are finished
     sensitivities...      of all layers, once they are known
-    block-00003...        a finished block: all its tensors, and the reports of its layers
-    layer-NAME...         a finished layer of the block at hand
+    block-00003...        a finished block: its name, its tensors, and the reports of its layers
+    layer-NAME...         a finished layer of the block at hand, or of none
     states-STREAM-00004-* hidden states at the input of a block, a tensor per calibration window
 """
 
@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,17 @@ class SavedStates:
             for listing in sorted(self._folder.glob(f"{self._name}-*.json"))
             for number, checksum in read_json(listing).items()
         }
+
+
+class FinishedBlock(NamedTuple):
+    """A block that is quantized, and on the disk."""
+
+    name: str
+    """Of the block in the model."""
+    file: Path
+    """With its tensors, by name within the block."""
+    reports: list[LayerReport]
+    """Of its layers, in the order of their work."""
 
 
 class Journal:
@@ -242,19 +253,40 @@ class Journal:
         facts = {"identity": self._identity, "report": dataclasses.asdict(report)}
         write_state(self._layer_file(report.name), packed.tensors(), facts)
 
-    def block(self, index: int) -> tuple[Path, list[LayerReport]]:
-        """File of a finished block, and the reports of its layers in the order of their work."""
+    def layer_outside(
+        self,
+        name: str,
+        prepare: Callable[[], Callable[[], tuple[PackedLayer, Tensor, LayerReport]]],
+    ) -> tuple[PackedLayer, LayerReport]:
+        """A layer of no block, quantized once, by the first process.
+
+        Args:
+            name: of the layer.
+            prepare: finds its statistics, in all processes together, and returns what quantizes it.
+        """
+        if not self._is_there(self._layer_file(name)):
+            quantize = prepare()
+            if place()[0] == 0:
+                packed, _, report = quantize()
+                self.put_layer(packed, report)
+            wait()
+        return self.layer(name)
+
+    def block(self, index: int) -> FinishedBlock:
+        """A finished block, by its number in the order of the work."""
         file = self._block_file(index)
         advice = f"Delete the folder {self.folder}, and the run begins again."
         _, facts = read_state(file, identity=self._identity, advice=advice)
-        return file, [layer_report(report) for report in facts["reports"]]
+        reports = [layer_report(report) for report in facts["reports"]]
+        return FinishedBlock(facts["name"], file, reports)
 
     def put_block(
-        self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[LayerReport]
+        self, index: int, name: str, tensors: Mapping[str, Tensor], reports: Sequence[LayerReport]
     ) -> None:
         """Keep a block that is finished; `finish_block` makes it count."""
         facts = {
             "identity": self._identity,
+            "name": name,
             "reports": [dataclasses.asdict(report) for report in reports],
         }
         write_state(self._block_file(index), tensors, facts)
@@ -287,7 +319,7 @@ class Journal:
                 if int(file.stem.split("-")[2]) != self.blocks:
                     outdated.append(file)
             if self.blocks:
-                _, reports = self.block(self.blocks - 1)
+                reports = self.block(self.blocks - 1).reports
                 outdated += [self._layer_file(report.name) for report in reports]
             for file in outdated:
                 file.unlink(missing_ok=True)

@@ -162,7 +162,7 @@ class _Way:
         """Quantize the layers of the next block, and go on to the one behind it."""
         self.progress.block(name)
         if self.journal is not None and index < self.journal.blocks:
-            for report in self.journal.block(index)[1]:
+            for report in self.journal.block(index).reports:
                 self.quantizer.count(report)
                 self.progress.layer(report, earlier=True)
             return
@@ -197,7 +197,7 @@ class _Way:
         stored = self.source.stored(turn.name, turn.working.block)
         wait()
         if place()[0] == 0:
-            self.journal.put_block(turn.index, stored, reports)
+            self.journal.put_block(turn.index, turn.name, stored, reports)
         self.journal.finish_block(turn.index)
 
 

@@ -136,8 +136,10 @@ def _quantize_streamed(
         prepare=lambda block_name, block: quantizer.open_layers(block, f"{block_name}."),
         settle=lambda block_name, block: quantizer.close_layers(block, f"{block_name}."),
     )  # fmt: skip
-    with source.flow():
-        windows = quantizer.windows(model)
+    windows: list[torch.Tensor] = []
+    if config.dataset is not None:
+        with source.flow():
+            windows = quantizer.windows(model)
     identity = {
         "model": fingerprint(name),
         "dtype": str(model.dtype),
@@ -198,10 +200,10 @@ def _why_not_streamed(model_config: Any, config: WaterSICConfig) -> str | None:
     """Why a model has to be in memory as a whole to be quantized; None if it has not."""
     if getattr(model_config, "quantization_config", None) is not None:
         return "it is quantized already"
+    if config.dataset is None:
+        return None
     if getattr(model_config, "is_encoder_decoder", False):
         return "it has an encoder and a decoder"
-    if config.dataset is None:
-        return "it is quantized without data"
     if config.head_bits is not None or config.embedding_bits is not None:
         return "its embedding or head is quantized too, behind all blocks"
     return None

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from watersic_hf.calibration import CalibrationSettings, decoder_blocks
+from watersic_hf.calibration import CalibrationSettings, block_stacks
 from watersic_hf.calibration.report import describe_run, resident_bytes
 from watersic_hf.checkpoint import layer_charge, pack_layer
 from watersic_hf.core import MomentAccumulator, quantize_weight
@@ -94,7 +94,7 @@ def plan(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     quantizer = WaterSICHfQuantizer(config, pre_quantized=False)
     quantizer.preprocess_model(empty)
-    stack = decoder_blocks(empty, quantizer.shapes)
+    stack = [block for stack in block_stacks(empty, quantizer.shapes) for block in stack]
     shapes = [
         [shape for n, shape in quantizer.shapes.items() if n.startswith(f"{name}.")]
         for name, _ in stack
@@ -144,7 +144,7 @@ class _Sizes:
 
     @property
     def tokens(self) -> int:
-        return self.config.samples * self.length
+        return self.config.samples * self.length if self.config.dataset is not None else 0
 
     @property
     def weights(self) -> int:
@@ -174,15 +174,16 @@ class _Sizes:
     def memory(self) -> dict[str, int]:
         block = max(sum(p.numel() for p in block.parameters()) for block in self.blocks)
         batch = min(self.config.batch_size, max(1, self.config.samples // self.processes))
+        length = min(self.length, self.tokens)
         # in and out of every layer of a block that is not run as one
         activations = max((sum(a + n for a, n in shapes) for shapes in self.shapes), default=0)
         vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
         layer = max(self._layer_bytes(a, n) for shapes in self.shapes for a, n in shapes)
-        run = batch * self.length * (activations + 4 * self.width) * self.itemsize
+        run = batch * length * (activations + 4 * self.width) * self.itemsize
         # logits, their probabilities and gradients in float32
-        head = 4 * 4 * self.length * vocabulary
+        head = 4 * 4 * length * vocabulary
         routed = {}
-        if self.experts:
+        if self.experts and self.tokens:
             states = self.streams * self.tokens * self.width * self.itemsize
             routed = {"all that reaches the experts of a block": states}
         return {

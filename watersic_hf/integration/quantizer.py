@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, dot_natural_key
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers import auto as registry
 
@@ -39,6 +39,7 @@ from watersic_hf.calibration import (
     outside,
     quantize_blocks,
     quantize_table,
+    quantize_without_data,
     read_report,
     read_run,
     zero_rows,
@@ -117,12 +118,12 @@ class WaterSICHfQuantizer(HfQuantizer):
         self._shapes: dict[str, tuple[int, int]] = {}
         self._fused: dict[str, FusedExperts] = {}
         self._experts: dict[str, FusedExperts] = {}
-        self._parts: dict[str, dict[str, list[PackedMatrix]]] = {}
+        self._fused_weights: dict[str, dict[str, torch.Tensor]] = {}
         self._shells: dict[str, nn.Module] = {}
         self._skip: dict[str, str] = {}
         self._tables: dict[str, Table] = {}
         self._dense_tables: dict[str, str] = {}
-        self._table_reports: list[LayerReport] = []
+        self._table_reports: dict[str, LayerReport] = {}
         self._zero_rows: dict[str, list[int]] = {}
         self._quantizer: LayerQuantizer | None = None
         self._failure: ValueError | None = None
@@ -391,19 +392,17 @@ class WaterSICHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._failure is not None:
             raise self._failure
-        if self._calibrated:
+        if self.pre_quantized:
+            self._check_packed(model)
+        elif self._calibrated:
             self._calibrate(model)
-        elif self.pre_quantized:
-            for name, layer in packed_layers(model):
-                layer.requires_grad_(False)
-                if isinstance(layer, WaterSICEmbedding):
-                    layer.adopt_dtype()
-                if layer.weight.device.type != "meta":
-                    layer.check(name)
+        elif self._run is not None:
+            self._quantize_without_data(model, self._run)
         if self._quantizer is not None:
             dense = self.quantization_config.left_dense.items()
             logger.info("Dense: %s.", "; ".join(f"{name} ({reason})" for name, reason in dense))
-            self.reports = self._quantizer.reports + self._table_reports
+            tables = [self._table_reports[name] for name in self._tables]
+            self.reports = self._quantizer.reports + tables
             self.run = self._quantizer.run_report()
             self.quantization_config.tables = sorted(self._tables)
             self._quantizer = None
@@ -413,9 +412,20 @@ class WaterSICHfQuantizer(HfQuantizer):
                 # chosen and made where they are to be, without the dense weights of calibration
                 set_residency(model, "stored")
             _place(model, self._device_map)
-        set_residency(model, runtime.residency, backend=runtime.backend)
+        # one whose blocks are on the disk is not run
+        residency = runtime.residency if self._run is None else "stored"
+        set_residency(model, residency, backend=runtime.backend)
         attach_extras(model)
         return model
+
+    def _check_packed(self, model: nn.Module) -> None:
+        """Verify what was loaded."""
+        for name, layer in packed_layers(model):
+            layer.requires_grad_(False)
+            if isinstance(layer, WaterSICEmbedding):
+                layer.adopt_dtype()
+            if layer.weight.device.type != "meta":
+                layer.check(name)
 
     def _calibrate(self, model: nn.Module) -> None:
         model.eval()
@@ -450,9 +460,11 @@ class WaterSICHfQuantizer(HfQuantizer):
             journal=None if run is None else run.journal,
         )  # fmt: skip
         for table in tables:
-            statistics = calibration.statistics(model, head=table.head, embedding=table.embedding)
             weight_AN = model.get_submodule(table.name).weight.data
-            self._quantize_table(model, table, weight_AN, statistics)
+            find = functools.partial(
+                calibration.statistics, model, head=table.head, embedding=table.embedding
+            )
+            self._quantize_table(model, table, weight_AN, find)
         self.close_layers(model)
         if run is not None:
             self._fill(model, run)
@@ -460,6 +472,20 @@ class WaterSICHfQuantizer(HfQuantizer):
         dense = self._fused.keys() - self._experts.keys()
         self._keep_dense(model, [*linear_layers(model), *dense])
         self._note_dense(model, {name for name, _ in packed_layers(model)})
+
+    def _quantize_without_data(self, model: nn.Module, run: StreamedRun) -> None:
+        """Do to a model whose blocks are on the disk what is done to others while they load."""
+        source = run.source
+        self.open_layers(model, skip=tuple(f"{name}." for name in source.blocks))
+        quantize_without_data(
+            model, sorted(self._shapes, key=_order_of_loading), self._quantizer,
+            blocks=source.blocks, source=source, journal=run.journal,
+        )  # fmt: skip
+        for table in self._tables.values():
+            weight_AN = model.get_submodule(table.name).weight.data
+            self._quantize_table(model, table, weight_AN, functools.partial(_white, weight_AN))
+        self.close_layers(model)
+        self._fill(model, run)
 
     def quantize_streamed(self, model: nn.Module, run: StreamedRun) -> None:
         """Quantize a model whose blocks are on the disk, as if it was loaded with this quantizer.
@@ -475,12 +501,10 @@ class WaterSICHfQuantizer(HfQuantizer):
     def _fill(self, model: nn.Module, run: StreamedRun) -> None:
         """Have the blocks of a model as their files have them."""
         headers, files = {}, {}
-        for index, name in enumerate(run.source.blocks):
-            if index < run.journal.blocks:
-                file, _ = run.journal.block(index)
-                for tensor, header in read_headers([file]).items():
-                    headers[f"{name}.{tensor}"] = header
-                    files[f"{name}.{tensor}"] = file, tensor
+        for name, file, _ in map(run.journal.block, range(run.journal.blocks)):
+            for tensor, header in read_headers([file]).items():
+                headers[f"{name}.{tensor}"] = header
+                files[f"{name}.{tensor}"] = file, tensor
         linear = linear_layers(model)
         found = {name: linear[name] for name in linear if f"{name}.row_scale" in headers}
         experts = {
@@ -554,19 +578,30 @@ class WaterSICHfQuantizer(HfQuantizer):
                 fuse(module)
 
     def _quantize_table(
-        self, model: nn.Module, table: Table, weight_AN: torch.Tensor, statistics: TableStatistics
+        self,
+        model: nn.Module,
+        table: Table,
+        weight_AN: torch.Tensor,
+        find_statistics: Callable[[], TableStatistics],
     ) -> None:
         """Quantize an embedding or a head, and put what came out in its place."""
         config = self.quantization_config
-        packed, codes_AN, report = quantize_table(
-            table.name, weight_AN, statistics, bits=table.bits, settings=config.settings,
-            seed=config.seed, embedding=table.embedding is not None,
-        )  # fmt: skip
-        self._table_reports.append(report)
+
+        def prepare() -> Callable[[], tuple[PackedLayer, torch.Tensor, LayerReport]]:
+            return functools.partial(
+                quantize_table, table.name, weight_AN, find_statistics(), bits=table.bits,
+                settings=config.settings, seed=config.seed, embedding=table.embedding is not None,
+            )  # fmt: skip
+
         options = {"dtype": weight_AN.dtype, "device": weight_AN.device}
-        if self._calibrated:
-            # while the model loads, what is no parameter is overwritten
-            options["codes_AN"] = codes_AN
+        if self._run is not None:
+            packed, report = self._run.journal.layer_outside(table.name, prepare)
+        else:
+            packed, codes_AN, report = prepare()()
+            if self._calibrated:
+                # while the model loads, what is no parameter is overwritten
+                options["codes_AN"] = codes_AN
+        self._table_reports[table.name] = report
         if table.embedding is not None:
             module = WaterSICEmbedding.from_packed(packed, scale=table.scale, **options)
         else:
@@ -639,9 +674,8 @@ class WaterSICQuantize(ConversionOps):
             if name in hf_quantizer._experts:
                 self._convert_experts(model, name, tensor.removesuffix("_proj"), weight)
             elif name in hf_quantizer._tables:
-                moments = Moments.identity(weight.shape[1], device=weight.device)
-                table, statistics = hf_quantizer._tables[name], TableStatistics(moments=moments)
-                hf_quantizer._quantize_table(model, table, weight, statistics)
+                find = functools.partial(_white, weight)
+                hf_quantizer._quantize_table(model, hf_quantizer._tables[name], weight, find)
             else:
                 module = model.get_submodule(name)
                 packed = self._pack(name, weight.T if is_transposed(module) else weight)
@@ -658,19 +692,21 @@ class WaterSICQuantize(ConversionOps):
     def _convert_experts(
         self, model: nn.Module, name: str, matrix: str, weight: torch.Tensor
     ) -> None:
-        """Pack one fused parameter of a module of experts; the module changes at the second."""
+        """Pack the fused parameters of a module of experts once they are all there."""
         layout = self.hf_quantizer._experts[name]
-        parts = self.hf_quantizer._parts.setdefault(name, {})
-        parts[matrix] = [
-            PackedMatrix.from_packed(
-                self._pack(f"{name}.{PACKED}.{expert}.{matrix}", layout.slice(weight, expert)),
-                dtype=weight.dtype, device=weight.device,
-            )
-            for expert in range(layout.experts)
-        ]  # fmt: skip
-        if len(parts) == len(layout.matrices):
-            separate(model.get_submodule(name), layout, lambda expert, m: parts[m][expert])
-            del self.hf_quantizer._parts[name]
+        fused = self.hf_quantizer._fused_weights.setdefault(name, {})
+        fused[matrix] = weight
+        if len(fused) < len(layout.matrices):
+            return
+        del self.hf_quantizer._fused_weights[name]
+
+        def pack(expert: int, matrix: str) -> PackedMatrix:
+            weight_AN = layout.slice(fused[matrix], expert)
+            packed = self._pack(f"{name}.{PACKED}.{expert}.{matrix}", weight_AN)
+            return PackedMatrix.from_packed(packed, dtype=weight.dtype, device=weight.device)
+
+        # in one order for all models, whose files have the parameters in different ones
+        separate(model.get_submodule(name), layout, pack)
 
     def _pack(self, name: str, weight_AN: torch.Tensor) -> PackedLayer:
         layers = self.hf_quantizer._quantizer
@@ -692,6 +728,19 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(WaterSICHfQuantizer)
         # transformers honours a user's loading attributes for the classes of this tuple only
         registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (WaterSICConfig,)
+
+
+def _white(weight_AN: torch.Tensor) -> TableStatistics:
+    """The statistics of a table that is quantized without data."""
+    moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
+    return TableStatistics(moments=moments)
+
+
+def _order_of_loading(layer: str) -> list:
+    """What to sort layers by to have them as they are loaded, where files name them as the model
+    does; experts, which are loaded together, stay in their order.
+    """
+    return dot_natural_key(f"{layer.partition(f'.{PACKED}.')[0]}.weight")
 
 
 def _tokenizer(tokenizer: Any, model_name: str) -> Any:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from watersic_hf.calibration import Journal, ResidentBlocks, decoder_blocks
+from watersic_hf.calibration import Journal, ResidentBlocks, block_stacks
 from watersic_hf.checkpoint import CheckpointError, reading
 from watersic_hf.integration.dense import linear_layers, towers_without_text
 
@@ -68,11 +68,12 @@ def open_on_disk(
     empty = empty_model(model_class, config)
     towers = tuple(f"{name}." for name in towers_without_text(empty))
     layers = [name for name in linear_layers(empty) if not name.startswith(towers)]
-    stack = decoder_blocks(empty, layers)[0][0].rpartition(".")[0]
+    names = [name for stack in block_stacks(empty, layers) for name, _ in stack]
+    stacks = {name.rpartition(".")[0] for name in names}
     model = model_class.from_pretrained(
-        name, dtype=dtype, device_map=_blocks_on_disk(empty, stack), offload_folder=str(folder)
+        name, dtype=dtype, device_map=_blocks_on_disk(empty, stacks), offload_folder=str(folder)
     )
-    return model, {f"{stack}.{i}": block for i, block in enumerate(model.get_submodule(stack))}
+    return model, {name: model.get_submodule(name) for name in names}
 
 
 def fingerprint(name: str) -> str:
@@ -94,14 +95,14 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def _blocks_on_disk(model: nn.Module, stack: str) -> dict[str, str]:
-    """A device map with the modules of `stack` on the disk, and all else on the CPU."""
+def _blocks_on_disk(model: nn.Module, stacks: Collection[str]) -> dict[str, str]:
+    """A device map with the modules of `stacks` on the disk, and all else on the CPU."""
     found: dict[str, str] = {}
 
     def place(module: nn.Module, name: str) -> None:
-        if name == stack:
+        if name in stacks:
             found[name] = "disk"
-        elif name and not stack.startswith(f"{name}."):
+        elif name and not any(stack.startswith(f"{name}.") for stack in stacks):
             found[name] = "cpu"
         else:
             prefix = f"{name}." if name else ""
