@@ -48,3 +48,17 @@ def test_elsewhere_there_are_plain_lines_and_not_too_many(monkeypatch, seconds, 
     last = shown.splitlines()[-1]
     assert "00:00 left, block 2/2, layer 4/4, 3.000 bits, error 0.01 so far" in last
     assert "peak" in last or sys.platform != "linux"
+
+
+def test_no_time_is_told_before_this_run_has_quantized_a_layer(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr("watersic_hf.calibration.progress.LINE_EVERY", 0.0)
+    with Progress(layers=2, weights=2000, blocks=1) as progress:
+        progress.block("h.0")
+        progress.layer(report("h.0.q", 2.0), earlier=True)
+        progress.layer(report("h.0.o", 2.0))
+
+    first, last = shown.getvalue().splitlines()
+    assert "? left" in first
+    assert "00:00 left" in last

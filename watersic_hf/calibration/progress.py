@@ -109,6 +109,8 @@ class Progress:
             return
         self._last_line = now
         gone = now - self._start
-        left = gone * (self._weights - self._seen) / max(1, self._seen - self._seen_earlier)
         interval = tqdm.format_interval
-        tqdm.write(f"{interval(gone)} gone, {interval(left)} left, {state}", file=sys.stderr)
+        done = self._seen - self._seen_earlier
+        # as long as all was done by an earlier run, nobody knows
+        left = interval(gone * (self._weights - self._seen) / done) if done else "?"
+        tqdm.write(f"{interval(gone)} gone, {left} left, {state}", file=sys.stderr)
