@@ -53,12 +53,12 @@ def test_a_decoder_is_run_on_what_the_encoder_put_out_for_the_same_batch(make):
     tokens = [*windows(6, 16), *windows(4, 9)]
 
     encoder, decoder = runnable_stacks(model, layers_of(model), tokens[0])
-    stream = block_stream(model, [b for _, b in decoder], tokens, batch_size=2)
-    for index, (_, block) in enumerate(decoder):
+    stream = block_stream(model, decoder.modules, tokens, batch_size=2)
+    for index, block in enumerate(decoder.modules):
         stream.advance(index, block)
 
-    assert "encoder" in encoder[0][0]
-    assert "decoder" in decoder[0][0]
+    assert "encoder" in encoder.blocks[0][0]
+    assert "decoder" in decoder.blocks[0][0]
     norm = getattr(model.base_model.decoder, "final_layer_norm", nn.Identity())
     for batch, hidden in enumerate(stream.hidden):
         window = torch.stack(tokens[2 * batch : 2 * batch + 2])

@@ -75,6 +75,16 @@ def test_what_is_off_costs_nothing(folder):
     assert sum(plain.memory.values()) < sum(full.memory.values())
 
 
+def test_a_table_has_bits_of_its_own(folder):
+    dense = plan(folder, WaterSICConfig(bits=3.0))
+    found = plan(folder, WaterSICConfig(bits=3.0, quantize_head=4.0))
+
+    table = 128256 * 8192
+    saved = dense.disk["the quantized model"] - found.disk["the quantized model"]
+    assert saved == pytest.approx(table * (16 - 4) / 8, rel=1e-6)
+    assert sum(found.seconds.values()) > sum(dense.seconds.values())
+
+
 def test_without_data_there_are_no_hidden_states_and_nothing_runs(folder):
     found = plan(folder, WaterSICConfig(bits=3.0))
 

@@ -23,8 +23,12 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from watersic_hf import CheckpointError, WaterSICConfig
@@ -131,9 +135,16 @@ def tiny(kind):
     }  # fmt: skip
     if kind == "mixtral":
         return MixtralForCausalLM(MixtralConfig(**sizes))
+    if kind == "untied":
+        return LlamaForCausalLM(LlamaConfig(**sizes))
     if kind == "bert":
         # with a linear layer behind the blocks
         return BertForMaskedLM(BertConfig(**sizes))
+    if kind == "t5":
+        return T5ForConditionalGeneration(T5Config(
+            vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2,
+            decoder_start_token_id=0,
+        ))  # fmt: skip
     ends = {
         f"{part}_{size}": value
         for part in ("encoder", "decoder")
@@ -156,18 +167,36 @@ def test_without_data_the_bytes_are_those_of_a_model_quantized_while_it_loads(ki
     assert contents(tmp_path / "b" / "q") == contents(tmp_path / "a" / "q")
 
 
-#: Runs that are not like `config`.
-RUNS = {"calibrated": {}, "data-free": {"dataset": None, "quantize_embeddings": True}}
+@pytest.mark.parametrize("kind", ["untied"])
+def test_the_bytes_of_other_models_are_those_in_memory_too(kind, tmp_path):
+    dense = tiny(kind)
+    dense.save_pretrained(tmp_path / "dense")
+    g = torch.Generator().manual_seed(1)
+    windows = [torch.randint(0, 320, (n,), generator=g) for n in (32, 32, 32, 20, 20)]
+    tables = kind == "untied"
+    settings = config(bits=5.0, dataset=windows, quantize_embeddings=tables, quantize_head=tables)
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=settings)
+    base = str(tmp_path / "dense")
+    save_quantized(model, tmp_path / "a" / "q", tokenizer=base, base=base)
+
+    quantize_to_folder(base, tmp_path / "b" / "q", settings)
+
+    assert contents(tmp_path / "b" / "q") == contents(tmp_path / "a" / "q")
 
 
-@pytest.mark.parametrize(
-    ("run", "before", "after"),
-    [("calibrated", 10, 11), ("data-free", 10, 12), ("data-free", 22, 0)],
-)
-def test_a_run_goes_on_after_the_last_finished_layer(
-    original, tmp_path, run, before, after, monkeypatch
-):
-    settings, folder = config(**RUNS[run]), tmp_path / "b" / "q"
+#: Runs by what they are like, and how many layers are quantized before and after a break in them.
+RUNS = {
+    "calibrated": ({}, 10, 11),
+    "tables": ({"quantize_embeddings": True}, 21, 1),
+    "data-free": ({"dataset": None, "quantize_embeddings": True}, 10, 12),
+    "data-free tables": ({"dataset": None, "quantize_embeddings": True}, 22, 0),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_goes_on_after_the_last_finished_layer(original, tmp_path, run, monkeypatch):
+    changes, before, after = RUNS[run]
+    settings, folder = config(**changes), tmp_path / "b" / "q"
     model = AutoModelForCausalLM.from_pretrained(original, quantization_config=settings)
     options = {"tokenizer": str(original), "base": str(original), "max_shard_size": SHARDS}
     save_quantized(model, tmp_path / "a" / "q", **options)
@@ -190,8 +219,12 @@ def test_a_run_goes_on_after_the_last_finished_layer(
 
 @pytest.mark.parametrize(
     ("options", "kills"),
-    [([], 10), (["--dataset=none", "--set=quantize_embeddings=true"], 5)],
-    ids=["calibrated", "data-free"],
+    [
+        ([], 10),
+        (["--set=quantize_embeddings=true"], 5),
+        (["--dataset=none", "--set=quantize_embeddings=true"], 5),
+    ],
+    ids=["calibrated", "tables", "data-free"],
 )
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_path, options, kills):
     arguments = ["quantize", str(original), str(tmp_path / "killed" / "q"), "--samples=4",

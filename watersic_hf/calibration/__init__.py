@@ -27,9 +27,9 @@ from watersic_hf.calibration.report import (
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
 from watersic_hf.calibration.tables import (
-    TableCalibration,
     TableStatistics,
     quantize_table,
+    table_statistics,
 )
 from watersic_hf.calibration.topology import block_stacks, decoder_blocks
 from watersic_hf.calibration.without_data import quantize_without_data
@@ -43,7 +43,6 @@ __all__ = [
     "ResidentBlocks",
     "RunReport",
     "Sensitivity",
-    "TableCalibration",
     "TableStatistics",
     "average_bits",
     "average_error",
@@ -62,6 +61,7 @@ __all__ = [
     "quantize_without_data",
     "read_report",
     "read_run",
+    "table_statistics",
     "text_windows",
     "write_report",
     "zero_rows",

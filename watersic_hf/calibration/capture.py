@@ -6,7 +6,7 @@ Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 import contextlib
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,9 +55,6 @@ class BlockStream:
     """One per batch, as they may depend on its tokens: a decoder's blocks are called with what the
     encoder put out."""
 
-    rest: tuple | None = None
-    """What the last block that ran put out behind the hidden states; None if that was no tuple."""
-
     def copy(self) -> "BlockStream":
         """A stream of its own from the same hidden states on."""
         return BlockStream(copy.copy(self.hidden), self.arguments)
@@ -76,9 +73,7 @@ class BlockStream:
         hidden = self.hidden[batch] if hidden is None else hidden
         inputs = (hidden, *self.arguments[batch][index])
         hidden, args, kwargs = _moved(inputs, next(block.parameters()).device)
-        output = block(hidden, *args, **kwargs)
-        output, self.rest = _split(output)
-        return output
+        return _split(block(hidden, *args, **kwargs))[0]
 
     def advance(self, index: int, block: nn.Module, *, into: States | None = None) -> None:
         """Push all batches through a block; what comes out takes their place, or goes `into`."""
@@ -92,6 +87,64 @@ class BlockStream:
         self.hidden = self.hidden if into is None else into
 
 
+@dataclass(frozen=True)
+class RunnableStack:
+    """A stack of blocks that can be run one by one."""
+
+    blocks: Stack
+
+    rest: tuple | None
+    """What its last block puts out behind the hidden states; None if that is no tuple."""
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The blocks without their names."""
+        return [block for _, block in self.blocks]
+
+    @contextlib.contextmanager
+    def bypassed(self, hidden: Tensor) -> Iterator[None]:
+        """Have a model go on behind these blocks with given hidden states."""
+
+        def put_out(*args: Any, **kwargs: Any) -> Tensor | tuple:
+            return hidden if self.rest is None else (hidden, *self.rest)
+
+        for block in self.modules:
+            block.forward = put_out
+        try:
+            yield
+        finally:
+            for block in self.modules:
+                del block.forward
+
+
+@dataclass(frozen=True)
+class PassedStack:
+    """A stack that need not run again, since what it puts out is known."""
+
+    stack: RunnableStack
+
+    hidden: States
+    """What it puts out, for the batches of this process."""
+
+
+@contextlib.contextmanager
+def behind(passed: Sequence[PassedStack], batch: int, *, row: int | None = None) -> Iterator[None]:
+    """Have a model go on behind the stacks that it has passed.
+
+    Args:
+        passed: the stacks.
+        batch: the number of the batch that the model is called with.
+        row: which of its windows, if it is one alone.
+    """
+    with contextlib.ExitStack() as bypassed:
+        for part in passed:
+            hidden = part.hidden[batch]
+            if row is not None:
+                hidden = hidden[row : row + 1]
+            bypassed.enter_context(part.stack.bypassed(hidden))
+        yield
+
+
 @torch.no_grad()
 def block_stream(
     model: nn.Module,
@@ -101,6 +154,7 @@ def block_stream(
     batch_size: int,
     source: ResidentBlocks = RESIDENT,
     hidden: States | None = None,
+    passed: Sequence[PassedStack] = (),
 ) -> BlockStream:
     """Run the model up to its first block on the windows of this process.
 
@@ -114,17 +168,20 @@ def block_stream(
         batch_size: windows in a batch.
         source: where blocks come from.
         hidden: what the hidden states are appended to; default: a new list.
+        passed: the stacks before it that need not run.
     """
     seen: dict[tuple[int, ...], list[BlockArguments]] = {}
     stream = BlockStream([] if hidden is None else hidden, [])
-    for tokens_BT in share(to_batches(windows, batch_size)):
+    for batch, tokens_BT in enumerate(share(to_batches(windows, batch_size))):
         known = seen.setdefault(tuple(tokens_BT.shape), [])
         by_shape = len(known) > 1 and known[0] is known[1]
-        calls = block_calls(model, blocks[:1] if by_shape else blocks, tokens_BT, source=source)
-        arguments = _shared([call[1:] for call in calls], known[0][: len(calls)] if known else None)
-        if by_shape and not _same(arguments[0], known[0][0]):
-            calls = block_calls(model, blocks, tokens_BT, source=source)
-            arguments = _shared([call[1:] for call in calls], known[0])
+        with behind(passed, batch):
+            wanted = blocks[:1] if by_shape else blocks
+            calls = block_calls(model, wanted, tokens_BT, source=source)
+            arguments = _shared([c[1:] for c in calls], known[0][: len(calls)] if known else None)
+            if by_shape and not _same(arguments[0], known[0][0]):
+                calls = block_calls(model, blocks, tokens_BT, source=source)
+                arguments = _shared([call[1:] for call in calls], known[0])
         stream.hidden.append(calls[0][0])
         # equal arguments are kept once: masks of long windows are large
         if known and all(map(_same, arguments, known[0])):
@@ -387,7 +444,12 @@ def block_calls(
 
 @torch.no_grad()
 def head_pass(
-    model: nn.Module, head: str, tokens_BT: Tensor, *, whole: bool
+    model: nn.Module,
+    head: str,
+    tokens_BT: Tensor,
+    *,
+    whole: bool,
+    source: ResidentBlocks = RESIDENT,
 ) -> tuple[Tensor, Tensor | None]:
     """What the output head of a model is called with on some windows.
 
@@ -396,6 +458,7 @@ def head_pass(
         head: name of its head.
         tokens_BT: the windows.
         whole: whether to run the head and what follows it, too.
+        source: where blocks come from.
 
     Returns:
         The head's input, and the model's logits if the whole model was run.
@@ -413,7 +476,8 @@ def head_pass(
 
     handle = model.get_submodule(head).register_forward_pre_hook(record)
     try:
-        logits = getattr(model(**model_inputs(model, tokens_BT)), "logits", None)
+        with source.flow():
+            logits = getattr(model(**model_inputs(model, tokens_BT)), "logits", None)
     except _StopForwardError:
         pass
     finally:
@@ -451,7 +515,7 @@ def runnable_stacks(
     window: Tensor,
     *,
     source: ResidentBlocks = RESIDENT,
-) -> list[Stack]:
+) -> list[RunnableStack]:
     """The stacks that can be run block by block, in the order in which the model runs them.
 
     Tried out on one window: each block of a stack is called once, and gets the hidden states that
@@ -475,27 +539,44 @@ def runnable_stacks(
         )
     if named:
         logger.warning("Cannot be calibrated, and stays dense: %s.", ", ".join(named))
-    called = [block for block, _ in calls]
-    runnable = [s for s, obstacle in zip(stacks, obstacles, strict=True) if obstacle is None]
-    return sorted(runnable, key=lambda stack: called.index(stack[0][1]))
+    called = [call.block for call in calls]
+    runnable = [
+        RunnableStack(stack, calls[called.index(stack[-1][1])].rest)
+        for stack, obstacle in zip(stacks, obstacles, strict=True)
+        if obstacle is None
+    ]
+    return sorted(runnable, key=lambda stack: called.index(stack.modules[0]))
+
+
+@dataclass
+class _BlockCall:
+    """A call of a block in a model that is run once."""
+
+    block: nn.Module
+
+    chained: bool
+    """Whether it got the hidden states that the block before put out."""
+
+    rest: tuple | None = None
+    """What it put out behind its hidden states; None if that was no tuple."""
 
 
 def _chain(
     model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, source: ResidentBlocks
-) -> list[tuple[nn.Module, bool]]:
-    """All calls of blocks, and whether each got the hidden states that the one before put out."""
-    calls: list[tuple[nn.Module, bool]] = []
+) -> list[_BlockCall]:
+    """All calls of blocks when the model reads a window."""
+    calls: list[_BlockCall] = []
     last: Tensor | None = None
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden, *_ = _call(args, kwargs)
         # states that are not finite are for the block loop to find
         chained = last is not None and _equal(hidden.nan_to_num(), last.nan_to_num())
-        calls.append((module, chained))
+        calls.append(_BlockCall(module, chained))
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal last
-        last, _ = _split(output)
+        last, calls[-1].rest = _split(output)
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
@@ -508,13 +589,13 @@ def _chain(
     return calls
 
 
-def _obstacle(blocks: Sequence[nn.Module], calls: Sequence[tuple[nn.Module, bool]]) -> str | None:
+def _obstacle(blocks: Sequence[nn.Module], calls: Sequence[_BlockCall]) -> str | None:
     """Why a stack cannot be run block by block, or None if it can."""
-    called = [(block, chained) for block, chained in calls if block in blocks]
+    called = [call for call in calls if call.block in blocks]
     if not called:
         return "text does not reach it"
-    if [block for block, _ in called] != list(blocks):
+    if [call.block for call in called] != list(blocks):
         return "its blocks are not called one after the other, once each"
-    if not all(chained for _, chained in called[1:]):
+    if not all(call.chained for call in called[1:]):
         return "its blocks are not called on what the one before put out"
     return None

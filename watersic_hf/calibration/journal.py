@@ -3,7 +3,7 @@
 A folder holds, each written whole or not at all::
 
     run.json              which run this is: model, settings, calibration windows, versions
-    progress.json         how many blocks are finished
+    progress.json         how many blocks are finished, and where stacks of them end
     sensitivities...      of all layers, once they are known
     block-00003...        a finished block: its name, its tensors, and the reports of its layers
     layer-NAME...         a finished layer of the block at hand, or of none
@@ -164,7 +164,7 @@ class Journal:
         if place()[0] == 0 and not run.is_file():
             write_json(run, identity)
         wait()
-        self._progress: dict[str, Any] = {"blocks": 0}
+        self._progress: dict[str, Any] = {"blocks": 0, "ends": []}
         if (self.folder / _PROGRESS).is_file():
             self._progress = read_json(self.folder / _PROGRESS)
             logger.info("%s: going on after %d finished blocks.", self.folder, self.blocks)
@@ -291,12 +291,17 @@ class Journal:
         }
         write_state(self._block_file(index), tensors, facts)
 
-    def finish_block(self, index: int) -> None:
+    def finish_block(self, index: int, *, end: bool = False) -> None:
         """Count a block as finished, and let go of what is not needed any more.
 
-        The block has been kept, and so have the hidden states at the input of the next one.
+        The block has been kept, and so have the hidden states that it puts out.
+
+        Args:
+            index: of the block.
+            end: whether it is the last of its stack, so that what it puts out is needed on.
         """
-        self._progress = {"blocks": index + 1}
+        ends = self._progress["ends"] + [index + 1] * end
+        self._progress = {"blocks": index + 1, "ends": ends}
         if place()[0] == 0:
             write_json(self.folder / _PROGRESS, self._progress)
         self._clear()
@@ -316,7 +321,9 @@ class Journal:
         if place()[0] == 0:
             outdated = [*self.folder.glob("*.tmp*")]
             for file in self.folder.glob("states-*"):
-                if int(file.stem.split("-")[2]) != self.blocks:
+                _, stream, block, *_ = file.stem.split("-")
+                end = int(block) in self._progress["ends"] and stream in ("working", "original")
+                if not end and int(block) != self.blocks:
                     outdated.append(file)
             if self.blocks:
                 reports = self.block(self.blocks - 1).reports

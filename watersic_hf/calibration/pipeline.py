@@ -9,7 +9,7 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from watersic_hf.calibration.attention import attention_importance
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks, twin
 from watersic_hf.calibration.capture import (
     BlockStream,
+    PassedStack,
     Side,
-    States,
+    batch_numbers,
     block_stream,
     group_moments,
     runnable_stacks,
@@ -35,11 +36,11 @@ from watersic_hf.calibration.journal import Journal
 from watersic_hf.calibration.layer import LayerQuantizer
 from watersic_hf.calibration.mixing import search_mixture
 from watersic_hf.calibration.progress import Progress
-from watersic_hf.calibration.ranks import place, wait
+from watersic_hf.calibration.ranks import place, share, wait
 from watersic_hf.calibration.report import LayerReport
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.calibration.settings import CalibrationSettings
-from watersic_hf.calibration.topology import InputGroup, Stack, input_groups, inside
+from watersic_hf.calibration.topology import InputGroup, input_groups, inside
 from watersic_hf.checkpoint import PACKED
 from watersic_hf.core import CalibrationError, Moments
 from watersic_hf.nn import PackedMatrix, SeparateExperts, WaterSICLinear, replace_module
@@ -47,6 +48,18 @@ from watersic_hf.nn import PackedMatrix, SeparateExperts, WaterSICLinear, replac
 logger = logging.getLogger(__name__)
 
 DEFAULT_SETTINGS = CalibrationSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What the blocks of a model put out once they are quantized, stack by stack."""
+
+    batches: list[list[int]]
+    """The windows in every batch of this process, by number."""
+    working: list[PassedStack]
+    """In the quantized model."""
+    original: list[PassedStack] | None
+    """In the original one, if that ran beside it."""
 
 
 @torch.no_grad()
@@ -61,7 +74,7 @@ def quantize_blocks(
     batch_size: int = 8,
     source: ResidentBlocks = RESIDENT,
     journal: Journal | None = None,
-) -> None:
+) -> Ends:
     """Quantize the layers of a model in place, block by block, on calibration windows.
 
     With torch.distributed initialised, every process calls this with the same arguments: each runs
@@ -81,6 +94,9 @@ def quantize_blocks(
         journal: where what is finished is kept, and what is there already is not done again; the
             finished blocks of an earlier run are then not put into the model.
 
+    Returns:
+        What the blocks put out, for what follows them.
+
     Layers outside the blocks, or that no calibration window reaches, stay as they are, with a
     warning that names them.
 
@@ -90,11 +106,6 @@ def quantize_blocks(
     layers = list(layers)
     batch_size = _batch_size(len(windows), batch_size)
     stacks = runnable_stacks(model, layers, windows[0], source=source)
-    if journal is not None and len(stacks) > 1:
-        raise CalibrationError(
-            f"{type(model).__name__} has {len(stacks)} stacks of blocks to quantize, and only a "
-            f"model with one can be resumed. Quantize it without a journal."
-        )
     if settings.sensitivity:
         measure = functools.partial(
             layer_sensitivities, model, windows, layers, tokens=settings.sensitivity_tokens,
@@ -107,32 +118,39 @@ def quantize_blocks(
             allocate=settings.allocation == "sensitivity",
             rows=settings.row_importance,
         )
-
-    def stream_into(stack: Stack, hidden: States | None = None) -> BlockStream:
-        modules = [block for _, block in stack]
-        return block_stream(
-            model, modules, windows, batch_size=batch_size, source=source, hidden=hidden
-        )
-
-    # what reaches a decoder in the original model, while there is one
-    originals = [stream_into(stack) for stack in stacks[1:]] if settings.two_streams else []
+    last = max(i for i, b in enumerate(stacks[-1].blocks) if inside([b], layers))
+    # an encoder has to end, for its decoder
+    stacks[-1] = replace(stacks[-1], blocks=stacks[-1].blocks[: last + 1])
     tokens = sum(len(window) for window in windows)
-    ends = [max(i for i, b in enumerate(s) if inside([b], layers)) + 1 for s in stacks]
+    blocks = sum(len(stack.blocks) for stack in stacks)
     weights = quantizer.weights(layers)
-    with Progress(layers=len(layers), weights=weights, blocks=sum(ends)) as progress:
-        for number, stack in enumerate(stacks):
-            original = None
-            if journal is not None:
-                stream, original = _kept_streams(
-                    journal, functools.partial(stream_into, stack), batch_size, settings
-                )
+    ends = Ends(
+        batches=share(batch_numbers([len(window) for window in windows], batch_size)),
+        working=[],
+        original=[] if settings.two_streams else None,
+    )
+    first = 0
+    with Progress(layers=len(layers), weights=weights, blocks=blocks) as progress:
+        for stack in stacks:
+            stream_into = functools.partial(
+                block_stream, model, stack.modules, windows, batch_size=batch_size, source=source
+            )
+            if journal is None:
+                stream, original = _new_streams(stream_into, ends)
             else:
-                stream = stream_into(stack)
-                if settings.two_streams:
-                    original = originals[number - 1] if number else stream.copy()
-            way = _Way(stream, original, quantizer, settings, batch_size, source, journal, progress)
-            for index, block in enumerate(stack[: ends[number]]):
-                way.take(index, *block, inside([block], layers), tokens=tokens)
+                stream, original = _kept_streams(
+                    stream_into, ends, journal, first, len(stack.blocks), batch_size
+                )
+            way = _Way(
+                stream, original, quantizer, settings, batch_size, source, journal, progress, first
+            )
+            for index, block in enumerate(stack.blocks):
+                end = index + 1 == len(stack.blocks)
+                way.take(index, *block, inside([block], layers), tokens=tokens, end=end)
+            ends.working.append(PassedStack(stack, way.stream.hidden))
+            if original is not None:
+                ends.original.append(PassedStack(stack, way.original.hidden))
+            first += len(stack.blocks)
     done = {report.name for report in quantizer.reports}
     left = [layer for layer in layers if layer not in done]
     if left:
@@ -141,11 +159,12 @@ def quantize_blocks(
             "`modules_to_not_convert` to say so on purpose.",
             ", ".join(left),
         )
+    return ends
 
 
 @dataclass
 class _Way:
-    """The way through one stack of blocks, from the first to the last that is quantized."""
+    """The way through one stack of blocks."""
 
     stream: BlockStream
     original: BlockStream | None
@@ -155,14 +174,23 @@ class _Way:
     source: ResidentBlocks
     journal: Journal | None
     progress: Progress
+    first: int
+    """The number of its first block, counted through all stacks."""
 
     def take(
-        self, index: int, name: str, block: nn.Module, layers: Sequence[str], *, tokens: int
+        self,
+        index: int,
+        name: str,
+        block: nn.Module,
+        layers: Sequence[str],
+        *,
+        tokens: int,
+        end: bool,
     ) -> None:
         """Quantize the layers of the next block, and go on to the one behind it."""
         self.progress.block(name)
-        if self.journal is not None and index < self.journal.blocks:
-            for report in self.journal.block(index).reports:
+        if self.journal is not None and self.first + index < self.journal.blocks:
+            for report in self.journal.block(self.first + index).reports:
                 self.quantizer.count(report)
                 self.progress.layer(report, earlier=True)
             return
@@ -181,7 +209,7 @@ class _Way:
                 self.progress.layer(self.quantizer.reports[-1], earlier=earlier)
             self._advance(turn)
             if self.journal is not None:
-                self._keep(turn, self.quantizer.reports[before:])
+                self._keep(turn, self.quantizer.reports[before:], end=end)
 
     def _advance(self, turn: "_Turn") -> None:
         """Push both streams through a block; with a journal, into files of it."""
@@ -189,16 +217,18 @@ class _Way:
             if side is not None:
                 into = None
                 if self.journal is not None:
-                    into = self.journal.states(role, turn.index + 1, self.batch_size)
+                    following = self.first + turn.index + 1
+                    into = self.journal.states(role, following, self.batch_size)
                 side.stream.advance(turn.index, side.block, into=into)
 
-    def _keep(self, turn: "_Turn", reports: Sequence[LayerReport]) -> None:
+    def _keep(self, turn: "_Turn", reports: Sequence[LayerReport], *, end: bool) -> None:
         """Keep a finished block, when all processes are done with it."""
+        index = self.first + turn.index
         stored = self.source.stored(turn.name, turn.working.block)
         wait()
         if place()[0] == 0:
-            self.journal.put_block(turn.index, turn.name, stored, reports)
-        self.journal.finish_block(turn.index)
+            self.journal.put_block(index, turn.name, stored, reports)
+        self.journal.finish_block(index, end=end)
 
 
 def _batch_size(windows: int, batch_size: int) -> int:
@@ -212,23 +242,57 @@ def _batch_size(windows: int, batch_size: int) -> int:
     return min(batch_size, windows // size)
 
 
+StreamInto = Callable[..., BlockStream]
+"""`block_stream` for a stack, but for its hidden states and the stacks before it."""
+
+
+def _new_streams(stream_into: StreamInto, ends: Ends) -> tuple[BlockStream, BlockStream | None]:
+    """Both streams at the first block of a stack."""
+    stream = stream_into(passed=ends.working)
+    if ends.original is None:
+        return stream, None
+    # the two models differ behind what is quantized
+    return stream, stream_into(passed=ends.original) if ends.original else stream.copy()
+
+
 def _kept_streams(
+    stream_into: StreamInto,
+    ends: Ends,
     journal: Journal,
-    stream_into: Callable[[States], BlockStream],
+    first: int,
+    blocks: int,
     batch_size: int,
-    settings: CalibrationSettings,
 ) -> tuple[BlockStream, BlockStream | None]:
-    """Both streams at the block at hand, their hidden states on the disk."""
-    if journal.blocks == 0:
-        stream = stream_into(journal.states("input", 0, batch_size))
-        return stream, stream.copy() if settings.two_streams else None
-    # only the arguments of the blocks are wanted
-    stream = stream_into(deque(maxlen=0))
-    original = stream.copy() if settings.two_streams else None
-    stream.hidden = journal.states("working", journal.blocks, batch_size)
-    if original is not None:
-        original.hidden = journal.states("original", journal.blocks, batch_size)
-    return stream, original
+    """Both streams at the block at hand of a stack, their hidden states on the disk.
+
+    Args:
+        stream_into: makes streams.
+        ends: of the stacks before.
+        journal: where the hidden states are.
+        first: the number of the stack's first block, counted through all stacks.
+        blocks: of the stack.
+        batch_size: windows in a batch.
+    """
+    here = min(journal.blocks, first + blocks)
+
+    def stream(role: str, passed: list[PassedStack]) -> BlockStream:
+        if here <= first:
+            return stream_into(
+                hidden=journal.states(f"{role}_input", first, batch_size), passed=passed
+            )
+        made = BlockStream([], [])
+        if here < first + blocks:
+            # only the arguments of the blocks are wanted
+            made = stream_into(hidden=deque(maxlen=0), passed=passed)
+        made.hidden = journal.states(role, here, batch_size)
+        return made
+
+    working = stream("working", ends.working)
+    if ends.original is None:
+        return working, None
+    if here == first == 0:
+        return working, working.copy()
+    return working, stream("original", ends.original)
 
 
 def _warn_of_few_tokens(block: nn.Module, tokens: int, layers: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,10 @@ from torch.nn import functional as F
 from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.calibration.capture import (
     BlockStream,
+    PassedStack,
+    RunnableStack,
     States,
+    behind,
     block_stream,
     model_inputs,
     runnable_stacks,
@@ -40,7 +42,7 @@ from watersic_hf.calibration.experts import (
 )
 from watersic_hf.calibration.progress import steps
 from watersic_hf.calibration.ranks import add_up, gather, place
-from watersic_hf.calibration.topology import Stack, inside
+from watersic_hf.calibration.topology import inside
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments, whitened_variances
 from watersic_hf.nn import SeparateExperts
 
@@ -95,28 +97,43 @@ def layer_sensitivities(
     """
     windows = _first_windows(windows, tokens)
     found: dict[str, Sensitivity] = {}
+    passed: list[PassedStack] = []
+    first = 0
     for stack in runnable_stacks(model, layers, windows[0], source=source):
-        found |= _stack_sensitivities(model, stack, windows, layers, damping, seed, source, states)
+        found |= _stack_sensitivities(
+            model, stack, windows, layers, damping, seed, source,
+            functools.partial(_from_block, states, first), passed,
+        )  # fmt: skip
+        first += len(stack.blocks) + 1
     return found
+
+
+def _from_block(
+    states: Callable[[int, int], States], first: int, index: int, windows: int
+) -> States:
+    """The states of a stack's block, where its first one has the number `first`."""
+    return states(first + index, windows)
 
 
 def _stack_sensitivities(
     model: nn.Module,
-    stack: Stack,
+    stack: RunnableStack,
     windows: Sequence[Tensor],
     layers: Sequence[str],
     damping: float | None,
     seed: int,
     source: ResidentBlocks,
     states: Callable[[int, int], States],
+    passed: list[PassedStack],
 ) -> dict[str, Sensitivity]:
-    modules = [block for _, block in stack]
+    """The sensitivities of one stack, which is then among those that are `passed`."""
+    blocks = stack.blocks
     stream = block_stream(
-        model, modules, windows, batch_size=1, source=source, hidden=states(0, len(windows))
+        model, stack.modules, windows, batch_size=1, source=source, hidden=states(0, len(windows)),
+        passed=passed,
     )  # fmt: skip
     inputs: list[States] = []
-    forward = enumerate(stack)
-    for index, (name, block) in steps(forward, "Sensitivity, forward", len(stack)):
+    for index, (name, block) in steps(enumerate(blocks), "Sensitivity, forward", len(blocks)):
         inputs.append(stream.hidden)
         with source.hold(name, block):
             stream.advance(index, block, into=states(index + 1, len(windows)))
@@ -124,14 +141,15 @@ def _stack_sensitivities(
     if not all(gather(all(bool(stream.hidden[b].isfinite().all()) for b in batches))):
         # the block loop stops at the layer where it begins, and names it
         return {}
-    grads = _gradients_of_last_block(model, modules, windows, stream, seed)
+    passed.append(PassedStack(stack, stream.hidden))
+    grads = _gradients_of_last_block(model, passed, windows, seed, source)
     if any(gather(grads is None)):
         logger.info("%s puts out no logits to measure sensitivities by.", type(model).__name__)
         return {}
 
     found: dict[str, Sensitivity] = {}
-    backward = list(enumerate(stack))[::-1]
-    for index, (name, block) in steps(backward, "Sensitivity, backward", len(stack)):
+    backward = list(enumerate(blocks))[::-1]
+    for index, (name, block) in steps(backward, "Sensitivity, backward", len(blocks)):
         stream.hidden = inputs.pop()
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with source.hold(name, block):
@@ -330,60 +348,54 @@ def _block_backward(
 
 def _gradients_of_last_block(
     model: nn.Module,
-    blocks: Sequence[nn.Module],
+    passed: Sequence[PassedStack],
     windows: Sequence[Tensor],
-    stream: BlockStream,
     seed: int,
+    source: ResidentBlocks,
 ) -> list[Tensor] | None:
-    """Gradients, at the output of the last block, of the log-likelihood of drawn tokens, for the
-    windows of this process.
+    """Gradients, at the output of the last stack passed, of the log-likelihood of drawn tokens, for
+    the windows of this process.
 
     None if the model has no logits.
 
-    The blocks are bypassed: `stream` is at what the last of them put out for the windows.  What
-    follows them, the head or a whole decoder, runs as it is.
+    What follows, the head or a whole decoder, runs as it is.
     """
+    *earlier, last = passed
     generator = torch.Generator().manual_seed(seed)
-    leaf: Tensor
-
-    def bypass(*args: Any, **kwargs: Any) -> Tensor | tuple:
-        return leaf if stream.rest is None else (leaf, *stream.rest)
-
     grads = []
     rank, size = place()
     others: list[int] = []
-    for block in blocks:
-        block.forward = bypass
-    try:
-        for number, window in enumerate(windows):
-            if number % size != rank:
-                others.append(len(window))
-                continue
-            leaf = stream.hidden[number // size].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = getattr(model(**model_inputs(model, window[None])), "logits", None)
-                if logits is None:
-                    return None
-                # a row per prediction: of every token, or of a class of the whole window
-                log_p_TV = F.log_softmax(logits.flatten(0, -2).float(), dim=-1)
-                p_TV = log_p_TV.detach().exp().cpu()
-                if not bool(p_TV.isfinite().all()):
-                    raise CalibrationError(
-                        f"{type(model).__name__}: its predictions on the calibration windows are "
-                        f"not finite, though its hidden states are. Repair the output head, or "
-                        f"run the model in a wider dtype (bfloat16 or float32)."
-                    )
-                for length in others:
-                    # what another process draws for its window
-                    rows = length if len(p_TV) == len(window) else len(p_TV)
-                    torch.rand(rows, 1, generator=generator)
-                others.clear()
-                drawn_T1 = _draw(p_TV, generator)
-                likelihood = log_p_TV.gather(1, drawn_T1.to(log_p_TV.device)).sum()
-            grads += torch.autograd.grad(likelihood, leaf)
-    finally:
-        for block in blocks:
-            del block.forward
+    for number, window in enumerate(windows):
+        if number % size != rank:
+            others.append(len(window))
+            continue
+        leaf = last.hidden[number // size].detach().requires_grad_()
+        with (
+            torch.enable_grad(),
+            behind(earlier, number // size),
+            last.stack.bypassed(leaf),
+            source.flow(),
+        ):
+            logits = getattr(model(**model_inputs(model, window[None])), "logits", None)
+            if logits is None:
+                return None
+            # a row per prediction: of every token, or of a class of the whole window
+            log_p_TV = F.log_softmax(logits.flatten(0, -2).float(), dim=-1)
+            p_TV = log_p_TV.detach().exp().cpu()
+            if not bool(p_TV.isfinite().all()):
+                raise CalibrationError(
+                    f"{type(model).__name__}: its predictions on the calibration windows are "
+                    f"not finite, though its hidden states are. Repair the output head, or "
+                    f"run the model in a wider dtype (bfloat16 or float32)."
+                )
+            for length in others:
+                # what another process draws for its window
+                rows = length if len(p_TV) == len(window) else len(p_TV)
+                torch.rand(rows, 1, generator=generator)
+            others.clear()
+            drawn_T1 = _draw(p_TV, generator)
+            likelihood = log_p_TV.gather(1, drawn_T1.to(log_p_TV.device)).sum()
+        grads += torch.autograd.grad(likelihood, leaf)
     return grads
 
 

@@ -3,7 +3,7 @@ r"""Quantize an output head, an input embedding, or the one table that is both.
 Shapes: A = tokens of the vocabulary (rows), N = columns, B = windows in a batch, T = tokens.
 
 A head is a linear layer behind the last norm, and has the moments of its input like any other,
-drifted by all that was quantized before it.  An embedding is read a row at a time: its "input"
+drifted by all that was quantized in the blocks.  An embedding is read a row at a time: its "input"
 picks a row, and all of its columns count the same.  In a table that is both, an error of a row does
 both kinds of damage, so that its moment is the head's plus a share of the identity.
 
@@ -12,15 +12,19 @@ token that is 10,000 times as rare as another has ten times its squared error, 1
 and no row is given up.
 """
 
+import functools
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.capture import head_pass, to_batches
+from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.calibration.capture import behind, head_pass
+from watersic_hf.calibration.pipeline import Ends
+from watersic_hf.calibration.ranks import add_up
 from watersic_hf.calibration.report import LayerReport
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
 from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize_tall
@@ -48,78 +52,95 @@ class TableStatistics:
     """None = all the same."""
 
 
-class TableCalibration:
-    """Takes the statistics of tables once the rest of the model is quantized.
+def table_statistics(
+    model: nn.Module,
+    windows: Sequence[Tensor],
+    ends: Ends,
+    *,
+    head: str | None,
+    embedding: str | None,
+    drift: float,
+    source: ResidentBlocks = RESIDENT,
+) -> TableStatistics:
+    """The statistics of a table that is an output head, an embedding, or both.
+
+    With torch.distributed initialised, every process calls this with the same arguments, and runs
+    its share of the windows.
 
     Args:
-        model: the model before quantization.
+        model: the model, its blocks quantized, its tables not.
         windows: 1-D token ids.
-        head: name of the output head, None if it is not to be quantized.
-        drift: share of the drift of the head's input that the head makes up for; with 0 the
-            original model is not run.
-        batch_size: windows in a batch.
+        ends: what its blocks put out for them.
+        head: name of the head, if the table is one.
+        embedding: name of the embedding, if the table is one.
+        drift: share of the drift of the head's input that the head makes up for.
+        source: where blocks come from that `ends` has no output of.
+
+    Raises:
+        CalibrationError: the windows do not reach the head.
     """
+    weight_AN = model.get_submodule(embedding or head).weight
+    rows, columns = weight_AN.shape
+    tokens_T = torch.cat(list(windows)).cpu()
+    frequency_A = torch.bincount(tokens_T, minlength=rows) / len(tokens_T)
+    if head is None:
+        ones_N = torch.ones(columns, dtype=torch.float64, device=weight_AN.device)
+        moments = Moments(cov=ones_N, tokens=len(tokens_T))
+    else:
+        run = functools.partial(head_pass, model, head, source=source)
+        moments = _head_moments(run, windows, ends, columns, drift, weight_AN.device)
+        frequency_A = frequency_A + _predictions(run, windows, ends, rows)
+    if head is not None and embedding is not None:
+        moments = _also_gathered(moments)
+    return TableStatistics(moments=moments, row_importance_A=row_importance(frequency_A))
 
-    def __init__(
-        self,
-        model: nn.Module,
-        windows: Sequence[Tensor],
-        *,
-        head: str | None,
-        drift: float,
-        batch_size: int,
-    ) -> None:
-        self.head, self.drift = head, drift
-        self.tokens_T = torch.cat(list(windows)).cpu()
-        few = -(-PREDICTED_TOKENS // max(map(len, windows)))
+
+def _head_moments(
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    windows: Sequence[Tensor],
+    ends: Ends,
+    columns: int,
+    drift: float,
+    device: torch.device,
+) -> Moments:
+    """The moments of the head's input."""
+    sums = MomentAccumulator(columns, drift=bool(drift), device=device)
+    for batch, numbers in enumerate(ends.batches):
+        tokens_BT = torch.stack([windows[number] for number in numbers])
+        inputs = []
+        for passed in (ends.original, ends.working) if drift else (ends.working,):
+            with behind(passed, batch):
+                inputs.append(run(tokens_BT, whole=False)[0].to(device))
+        sums.add(*inputs)
+    sums.combine(add_up)
+    return sums.result().with_drift(drift) if drift else sums.result()
+
+
+def _predictions(
+    run: Callable[..., tuple[Tensor, Tensor | None]],
+    windows: Sequence[Tensor],
+    ends: Ends,
+    rows: int,
+) -> Tensor:
+    """The mean of p (1 - p) over predictions, of the original model where it ran: the Fisher
+    information of every logit; zeros if there are no logits.
+    """
+    few = -(-PREDICTED_TOKENS // max(map(len, windows)))
+    total_A = torch.zeros(rows, dtype=torch.float64)
+    tokens = torch.zeros((), dtype=torch.float64)
+    for batch, numbers in enumerate(ends.batches):
         # predictions of many windows at once would fill the memory
-        self.batches = to_batches(windows[:few], 1) + to_batches(windows[few:], batch_size)
-        self._original: list[Tensor] = []
-        self._predicted: Tensor | float = 0.0
-        predicted_tokens = 0
-        for number, tokens_BT in enumerate(self.batches if head is not None else ()):
-            if number >= few and not drift:
-                break
-            hidden, logits = head_pass(model, head, tokens_BT, whole=number < few)
-            if drift:
-                self._original.append(hidden)
+        for row, number in enumerate(numbers):
+            if number >= few:
+                continue
+            with behind(ends.original or ends.working, batch, row=row):
+                _, logits = run(windows[number][None], whole=True)
             if logits is not None:
-                self._predicted += _predictions(logits)
-                predicted_tokens += logits[..., 0].numel()
-        self._predicted /= max(1, predicted_tokens)
-
-    def statistics(
-        self, model: nn.Module, *, head: str | None, embedding: str | None
-    ) -> TableStatistics:
-        """The statistics of a table that is an output head, an embedding, or both.
-
-        Args:
-            model: the model, of which all but the tables is quantized.
-            head: name of the head, if the table is one.
-            embedding: name of the embedding, if the table is one.
-        """
-        weight_AN = model.get_submodule(embedding or head).weight
-        rows, columns = weight_AN.shape
-        if head is None:
-            ones_N = torch.ones(columns, dtype=torch.float64, device=weight_AN.device)
-            moments = Moments(cov=ones_N, tokens=len(self.tokens_T))
-        else:
-            moments = self._head_moments(model, columns, weight_AN.device)
-        if head is not None and embedding is not None:
-            moments = _also_gathered(moments)
-        frequency_A = torch.bincount(self.tokens_T, minlength=rows) / len(self.tokens_T)
-        importance_A = row_importance(frequency_A + self._predicted)
-        return TableStatistics(moments=moments, row_importance_A=importance_A)
-
-    def _head_moments(self, model: nn.Module, columns: int, device: torch.device) -> Moments:
-        sums = MomentAccumulator(columns, drift=bool(self.drift), device=device)
-        for number, tokens_BT in enumerate(self.batches):
-            seen = head_pass(model, self.head, tokens_BT, whole=False)[0].to(device)
-            if self.drift:
-                sums.add(self._original[number].to(device), seen)
-            else:
-                sums.add(seen)
-        return sums.result().with_drift(self.drift) if self.drift else sums.result()
+                total_A += _information(logits)
+                tokens += logits[..., 0].numel()
+    add_up(total_A)
+    add_up(tokens)
+    return total_A / tokens.clamp(min=1)
 
 
 def row_importance(frequency_A: Tensor) -> Tensor:
@@ -128,8 +149,8 @@ def row_importance(frequency_A: Tensor) -> Tensor:
     return (relative_A + LEAST_FREQUENCY) ** FREQUENCY_POWER
 
 
-def _predictions(logits: Tensor) -> Tensor:
-    """The sum of p (1 - p) over all predictions: the Fisher information of every logit."""
+def _information(logits: Tensor) -> Tensor:
+    """The sum of p (1 - p) over some predictions."""
     total_A = torch.zeros(logits.shape[-1], dtype=torch.float64)
     for logits_TA in logits.flatten(0, -2).split(_TOKENS_AT_A_TIME):
         p_TA = logits_TA.float().softmax(-1)

@@ -10,13 +10,14 @@ from watersic_hf.core.profile import (
 )
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.rate import narrow
-from watersic_hf.core.tall import quantize_tall
+from watersic_hf.core.tall import ROWS_PER_BAND, quantize_tall
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import whitened_variances
 from watersic_hf.core.zsic import BlockStep, zsic_block
 
 __all__ = [
     "BINS_PER_BIT",
+    "ROWS_PER_BAND",
     "SHAPING_LOSS",
     "BlockStep",
     "CalibrationError",

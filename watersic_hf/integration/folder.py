@@ -204,8 +204,6 @@ def _why_not_streamed(model_config: Any, config: WaterSICConfig) -> str | None:
         return None
     if getattr(model_config, "is_encoder_decoder", False):
         return "it has an encoder and a decoder"
-    if config.head_bits is not None or config.embedding_bits is not None:
-        return "its embedding or head is quantized too, behind all blocks"
     return None
 
 

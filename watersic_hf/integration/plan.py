@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from watersic_hf.calibration import CalibrationSettings, block_stacks
 from watersic_hf.calibration.report import describe_run, resident_bytes
 from watersic_hf.checkpoint import layer_charge, pack_layer
-from watersic_hf.core import MomentAccumulator, quantize_weight
+from watersic_hf.core import ROWS_PER_BAND, MomentAccumulator, quantize_weight
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import WaterSICHfQuantizer
 from watersic_hf.integration.streaming import empty_model
+from watersic_hf.integration.tables import Table
 from watersic_hf.nn import FusedExperts, block_step
 
 #: Passes of the tokens through a block in one model: up to each group of layers, and out of it.
@@ -102,8 +103,8 @@ def plan(
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     length = min(config.sequence_length, longest or config.sequence_length)
     size = _Sizes(
-        empty, [block for _, block in stack], shapes, [*quantizer.experts.values()], config,
-        dtype.itemsize, length, processes,
+        empty, [block for _, block in stack], shapes, [*quantizer.experts.values()],
+        quantizer.tables, config, dtype.itemsize, length, processes,
     )  # fmt: skip
     memory = size.memory()
     rates = measure_rates(dtype, device)
@@ -129,6 +130,7 @@ class _Sizes:
     blocks: list[nn.Module]
     shapes: list[list[tuple[int, int]]]
     experts: list[FusedExperts]
+    tables: list[Table]
     config: WaterSICConfig
     itemsize: int
     length: int
@@ -171,6 +173,10 @@ class _Sizes:
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         return sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
 
+    def table_weights(self) -> int:
+        """Weights of tables that are quantized."""
+        return sum(math.prod(table.shape) for table in self.tables)
+
     def memory(self) -> dict[str, int]:
         block = max(sum(p.numel() for p in block.parameters()) for block in self.blocks)
         batch = min(self.config.batch_size, max(1, self.config.samples // self.processes))
@@ -182,6 +188,12 @@ class _Sizes:
         run = batch * length * (activations + 4 * self.width) * self.itemsize
         # logits, their probabilities and gradients in float32
         head = 4 * 4 * length * vocabulary
+        # of a table some rows are at work, and all are there as codes and as what they become
+        tables = [
+            self._layer_bytes(min(a, 2 * ROWS_PER_BAND), n) + 2 * a * n
+            for a, n in (table.shape for table in self.tables)
+        ]
+        work = max([layer, run, head, *tables])
         routed = {}
         if self.experts and self.tokens:
             states = self.streams * self.tokens * self.width * self.itemsize
@@ -190,7 +202,7 @@ class _Sizes:
             "Python and libraries": resident_bytes() or 0,
             "embedding, head and norms, mapped from the file": self.rest() * self.itemsize,
             "a block, dense and quantized": 2 * block * self.itemsize,
-            "a layer at work with its moments, or a batch, or the head": max(layer, run, head),
+            "a layer at work with its moments, or a batch, or the head": work,
         } | routed
 
     def _layer_bytes(self, rows: int, columns: int) -> int:
@@ -200,13 +212,17 @@ class _Sizes:
         return 8 * (squares + matrices)
 
     def disk(self) -> dict[str, int]:
-        dense = sum(p.numel() for p in self.model.parameters()) - self.weights
-        model = int(self.weights * self.config.bits / 8) + dense * self.itemsize
+        quantized = self.weights + self.table_weights()
+        dense = sum(p.numel() for p in self.model.parameters()) - quantized
+        bits = self.weights * self.config.bits
+        bits += sum(math.prod(table.shape) * table.bits for table in self.tables)
+        model = int(bits / 8) + dense * self.itemsize
+        rest = (self.rest() - self.table_weights()) * self.itemsize
         state = self.tokens * self.width * self.itemsize
         few = min(self.tokens, self.settings.sensitivity_tokens) * self.width * self.itemsize
         return {
             "the quantized model": model,
-            "its finished blocks, until it is complete": model - self.rest() * self.itemsize,
+            "what of it is finished, until it is complete": model - rest,
             "hidden states, before and behind a block": max(
                 2 * self.streams * state, (len(self.blocks) + 1) * few * self.settings.sensitivity
             ),
@@ -230,7 +246,7 @@ class _Sizes:
             "sensitivities": rates.forward * few * (weights + self.rest()),
             "both models, block by block": rates.forward * passes * weights,
             "moments": rates.moments * squares * self.tokens / self.processes,
-            "quantizing": sum(shared),
+            "quantizing": sum(shared) + sum(rates.layer(*table.shape) for table in self.tables),
         }
 
 

@@ -31,7 +31,6 @@ from watersic_hf.calibration import (
     LayerReport,
     ResidentBlocks,
     RunReport,
-    TableCalibration,
     TableStatistics,
     calibration_windows,
     decoder_blocks,
@@ -42,6 +41,7 @@ from watersic_hf.calibration import (
     quantize_without_data,
     read_report,
     read_run,
+    table_statistics,
     zero_rows,
 )
 from watersic_hf.checkpoint import (
@@ -145,6 +145,11 @@ class WaterSICHfQuantizer(HfQuantizer):
     def experts(self) -> dict[str, FusedExperts]:
         """The modules of experts that are to be quantized, once the model is known."""
         return dict(self._experts)
+
+    @property
+    def tables(self) -> list[Table]:
+        """The tables that are to be quantized, once the model is known."""
+        return [*self._tables.values()]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot work: quantizing into weights that are offloaded to disk."""
@@ -449,21 +454,18 @@ class WaterSICHfQuantizer(HfQuantizer):
                 name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
             }
         self.open_layers(model, skip=blocks)
-        tables = self._tables.values()
-        calibration = TableCalibration(
-            model, windows, head=next((t.head for t in tables if t.head is not None), None),
-            drift=config.drift, batch_size=config.batch_size,
-        )  # fmt: skip
-        quantize_blocks(
+        ends = quantize_blocks(
             model, windows, layers, self._quantizer, settings=config.calibration,
             batch_size=config.batch_size, source=source,
             journal=None if run is None else run.journal,
         )  # fmt: skip
-        for table in tables:
+        # a head first: what reaches it is not that of a quantized embedding
+        for table in sorted(self._tables.values(), key=lambda table: table.head is None):
             weight_AN = model.get_submodule(table.name).weight.data
             find = functools.partial(
-                calibration.statistics, model, head=table.head, embedding=table.embedding
-            )
+                table_statistics, model, windows, ends, head=table.head, embedding=table.embedding,
+                drift=config.drift, source=source,
+            )  # fmt: skip
             self._quantize_table(model, table, weight_AN, find)
         self.close_layers(model)
         if run is not None:

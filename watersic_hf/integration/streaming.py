@@ -6,12 +6,13 @@ from there when their block is held; others are converted once, into a folder.
 """
 
 import ctypes
+import functools
 import hashlib
 import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import cached_file
 
 from watersic_hf.calibration import Journal, ResidentBlocks, block_stacks
@@ -179,25 +181,33 @@ class StreamedBlocks(ResidentBlocks):
 
     @contextmanager
     def flow(self) -> Iterator[None]:
-        """Have every block's weights while the block runs in its model."""
-        handles = []
-        with ExitStack() as held:
+        """Have every block's weights while the block runs in its model, and at no other time.
 
-            def take(block: nn.Module, args: tuple) -> None:
-                held.enter_context(self.hold(names[block], block))
+        Blocks that something else runs for, as what is known of their output, need no weights.
+        """
+        # those that have no forward of their own yet
+        flowing = {n: b for n, b in self.blocks.items() if "forward" not in vars(b)}
+        for name, block in flowing.items():
+            block.forward = functools.partial(self._run, name, block, block.forward)
+        try:
+            yield
+        finally:
+            for block in flowing.values():
+                del block.forward
 
-            def give(block: nn.Module, args: tuple, output: Any) -> None:
-                held.pop_all().close()
+    def _run(
+        self, name: str, block: nn.Module, forward: Callable, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The forward of a block that is held meanwhile, and again for its gradient."""
 
-            names = {block: name for name, block in self.blocks.items()}
-            for block in names:
-                handles.append(block.register_forward_pre_hook(take))
-                handles.append(block.register_forward_hook(give))
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.hold(name, block):
+                return forward(*args, **kwargs)
+
+        if torch.is_grad_enabled():
+            # a graph would hold the weights
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+        return run(*args, **kwargs)
 
     def mapped(self, name: str) -> dict[str, Tensor]:
         """The original tensors of a block, mapped into memory, by name in the model."""
