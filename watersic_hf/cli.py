@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--seed", type=int, default=0)
     quantize.add_argument("--dtype", default="auto", help="of the dense rest (the model's own)")
-    quantize.add_argument("--device-map", help="as in from_pretrained")
+    quantize.add_argument("--device-map", help="device to compute on (a GPU if there is one)")
     quantize.add_argument("--max-shard-size", default="5GB")
     quantize.add_argument(
         "--dry-run",

@@ -167,7 +167,7 @@ def test_without_data_the_bytes_are_those_of_a_model_quantized_while_it_loads(ki
     assert contents(tmp_path / "b" / "q") == contents(tmp_path / "a" / "q")
 
 
-@pytest.mark.parametrize("kind", ["untied"])
+@pytest.mark.parametrize("kind", ["untied", "bart", "t5"])
 def test_the_bytes_of_other_models_are_those_in_memory_too(kind, tmp_path):
     dense = tiny(kind)
     dense.save_pretrained(tmp_path / "dense")
@@ -187,6 +187,9 @@ def test_the_bytes_of_other_models_are_those_in_memory_too(kind, tmp_path):
 #: Runs by what they are like, and how many layers are quantized before and after a break in them.
 RUNS = {
     "calibrated": ({}, 10, 11),
+    "encoder": ({}, 3, 29),
+    "end of the encoder": ({}, 13, 19),
+    "decoder": ({}, 23, 9),
     "tables": ({"quantize_embeddings": True}, 21, 1),
     "data-free": ({"dataset": None, "quantize_embeddings": True}, 10, 12),
     "data-free tables": ({"dataset": None, "quantize_embeddings": True}, 22, 0),
@@ -197,7 +200,11 @@ RUNS = {
 def test_a_run_goes_on_after_the_last_finished_layer(original, tmp_path, run, monkeypatch):
     changes, before, after = RUNS[run]
     settings, folder = config(**changes), tmp_path / "b" / "q"
-    model = AutoModelForCausalLM.from_pretrained(original, quantization_config=settings)
+    model_class = AutoModelForCausalLM
+    if "coder" in run:
+        original, model_class = tmp_path / "dense", BartForConditionalGeneration
+        tiny("bart").save_pretrained(original)
+    model = model_class.from_pretrained(original, quantization_config=settings)
     options = {"tokenizer": str(original), "base": str(original), "max_shard_size": SHARDS}
     save_quantized(model, tmp_path / "a" / "q", **options)
     quantized, keep = [], Journal.put_layer
@@ -261,6 +268,11 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_pat
     assert finishing.exitcode == 0
     assert contents(folder) == contents(tmp_path / "whole" / "q")
     assert not (folder / UNFINISHED).exists()
+
+
+def test_a_model_that_is_quantized_already_is_refused(quantized_folder, tmp_path):
+    with pytest.raises(ValueError, match="quantized already, with watersic, and dense weights"):
+        quantize_to_folder(str(quantized_folder), tmp_path / "q", config())
 
 
 def test_a_full_disk_loses_nothing(original, whole, unfinished):

@@ -15,7 +15,8 @@ behind it as well.
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -99,13 +100,27 @@ def layer_sensitivities(
     found: dict[str, Sensitivity] = {}
     passed: list[PassedStack] = []
     first = 0
-    for stack in runnable_stacks(model, layers, windows[0], source=source):
-        found |= _stack_sensitivities(
-            model, stack, windows, layers, damping, seed, source,
-            functools.partial(_from_block, states, first), passed,
-        )  # fmt: skip
-        first += len(stack.blocks) + 1
+    with _frozen(model):
+        for stack in runnable_stacks(model, layers, windows[0], source=source):
+            found |= _stack_sensitivities(
+                model, stack, windows, layers, damping, seed, source,
+                functools.partial(_from_block, states, first), passed,
+            )  # fmt: skip
+            first += len(stack.blocks) + 1
     return found
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Have no gradients of weights; with them, attention with a learned bias is another kernel."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _from_block(

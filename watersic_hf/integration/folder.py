@@ -57,8 +57,7 @@ def quantize_to_folder(
         folder: where to save; made if it is not there.
         config: what to do.
         dtype: of the layers that stay dense; default: that of the model.
-        device_map: the device to compute on; default: a GPU if there is one.  For a model that
-            cannot be streamed, as in `from_pretrained`.
+        device_map: the device to compute on; default: a GPU if there is one.
         max_shard_size: as in `save_pretrained`.
 
     Returns:
@@ -66,6 +65,7 @@ def quantize_to_folder(
 
     Raises:
         FileExistsError: `folder` holds a model already.
+        ValueError: the model is quantized already.
         CheckpointError: what is unfinished in `folder` belongs to another run.
     """
     work = Path(folder) / UNFINISHED
@@ -76,18 +76,9 @@ def quantize_to_folder(
         shutil.rmtree(work)
         return read_report(folder)
     model_config = AutoConfig.from_pretrained(model)
+    _require_no_method(model, model_config)
     names = getattr(model_config, "architectures", None) or [""]
     model_class = getattr(transformers, names[0], AutoModelForCausalLM)
-    obstacle = _why_not_streamed(model_config, config)
-    if obstacle is not None:
-        logger.warning("The whole model is held in memory, and cannot be resumed: %s.", obstacle)
-        quantized = model_class.from_pretrained(
-            model, quantization_config=config, dtype=dtype, device_map=device_map
-        )
-        save_quantized(
-            quantized, folder, tokenizer=model, base=model, max_shard_size=max_shard_size
-        )
-        return quantized.hf_quantizer.reports
     batch_size = config.batch_size
     if (work / _BATCH_SIZE).is_file():
         batch_size = min(batch_size, read_json(work / _BATCH_SIZE))
@@ -196,15 +187,15 @@ def _out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
-def _why_not_streamed(model_config: Any, config: WaterSICConfig) -> str | None:
-    """Why a model has to be in memory as a whole to be quantized; None if it has not."""
-    if getattr(model_config, "quantization_config", None) is not None:
-        return "it is quantized already"
-    if config.dataset is None:
-        return None
-    if getattr(model_config, "is_encoder_decoder", False):
-        return "it has an encoder and a decoder"
-    return None
+def _require_no_method(name: str, model_config: Any) -> None:
+    """Refuse a model that is quantized already."""
+    found = getattr(model_config, "quantization_config", None)
+    if found is not None:
+        found = found if isinstance(found, dict) else found.to_dict()
+        raise ValueError(
+            f"{name} is quantized already, with {found.get('quant_method')}, and dense weights are "
+            f"needed. Name the model that it was made of, or dequantize it and save that first."
+        )
 
 
 def require_no_model(folder: str | os.PathLike) -> None:
