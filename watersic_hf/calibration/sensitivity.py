@@ -42,7 +42,7 @@ from watersic_hf.calibration.experts import (
     spread,
 )
 from watersic_hf.calibration.progress import steps
-from watersic_hf.calibration.ranks import add_up, gather, place
+from watersic_hf.calibration.ranks import add_up, gather, place, share
 from watersic_hf.calibration.topology import inside
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments, whitened_variances
 from watersic_hf.nn import SeparateExperts
@@ -178,7 +178,10 @@ def _stack_sensitivities(
                 grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
             for layer_sums in sums.values():
                 layer_sums.combine()
-            found |= {within[n]: s.result(damping, within[n]) for n, s in sums.items() if s.tokens}
+            reached = [n for n, s in sums.items() if s.tokens]
+            own = {within[n]: sums[n].result(damping, within[n]) for n in share(reached)}
+            for part in gather(own):
+                found |= part
     return found
 
 
