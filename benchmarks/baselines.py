@@ -126,6 +126,8 @@ class Rounding:
         """Codes at a step, in the columns' own order; cut to a number of levels if it is given."""
 
         def block_step(target_BA, chol_BB, step, codes_BA, shrinkage_B):
+            # GPTQ shrinks nothing
+            shrinkage_B.fill_(1)
             for i in reversed(range(len(target_BA))):
                 z_A = (target_BA[i] / step).round_()
                 if levels is not None:
