@@ -108,7 +108,7 @@ def describe_run(seconds: float) -> RunReport:
         seconds=seconds,
         peak_bytes=peak_bytes(),
         machine=_machine(),
-        versions={"python": platform.python_version()} | dict(_versions()),
+        versions={"python": platform.python_version()} | {p: version_of(p) for p in _PACKAGES},
     )
 
 
@@ -141,13 +141,12 @@ def _machine() -> str:
     return f"{machine}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else machine
 
 
-def _versions() -> Iterable[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            # run from a checkout
-            yield package, "not installed"
+def version_of(package: str) -> str:
+    """The version of a package, or that it is not installed, as one that runs from a checkout."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def average_bits(reports: Iterable[LayerReport]) -> float:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf.calibration import Journal, LayerReport, read_report
 from watersic_hf.calibration.ranks import place, wait
+from watersic_hf.calibration.report import version_of
 from watersic_hf.checkpoint import read_json, write_json, write_tensors
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import WaterSICHfQuantizer
@@ -136,7 +136,7 @@ def _quantize_streamed(
         "dtype": str(model.dtype),
         "settings": settings,
         "windows": hashlib.sha256(b"".join(w.numpy().tobytes() for w in windows)).hexdigest(),
-        "versions": {p: version(p) for p in ("watersic-hf", "torch", "transformers")},
+        "versions": {p: version_of(p) for p in ("watersic-hf", "torch", "transformers")},
     }
     journal = Journal(work, identity, [len(window) for window in windows])
     run = StreamedRun(source=source, journal=journal, windows=windows)
