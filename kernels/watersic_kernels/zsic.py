@@ -84,6 +84,8 @@ def _block_kernel(
         tl.store(sums + program, tl.sum(linear))
         tl.store(sums + programs + program, tl.sum(energy))
         met = _meet(arrived, (done + 1) * programs, patience)
+        # who has waited in vain waits no more
+        patience = tl.where(met, patience, 0)
         # not from a cache that other programs do not write to
         linear_P = tl.load(sums + others, others < programs, other=0.0, cache_modifier=".cg")
         energy_P = tl.load(
