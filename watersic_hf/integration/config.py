@@ -38,7 +38,8 @@ class WaterSICRuntime:
 
     backend: str = field(default_factory=lambda: os.environ.get(BACKEND_VARIABLE, "auto"))
     """What multiplies with ``packed`` and ``entropy`` weights on CUDA: ``triton``, ``reference``,
-    or ``auto``, that is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default."""
+    or ``auto``, that is Triton where it can be imported.  ``WATERSIC_BACKEND`` sets the default,
+    and what quantizes on CUDA."""
 
     def __post_init__(self) -> None:
         if self.residency not in RESIDENCIES:
@@ -76,7 +77,8 @@ class WaterSICConfig(QuantizationConfigMixin):
             for them on the calibration windows.  It changes the model, and is for models that
             cannot be quantized well with them.
         damping: added to the diagonal of the second moment of the inputs, relative to its mean
-            entry; None adds 4 times the median entry times inputs over calibration tokens.
+            entry; None adds 4 times the median entry times inputs over calibration tokens, and at
+            least 1e-4 of the mean.
         allocation: ``"sensitivity"`` moves bits to the layers whose errors change the model's
             predictions most, by the Fisher information of a few calibration windows;
             ``"uniform"`` gives all layers the same.
