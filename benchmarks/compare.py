@@ -21,6 +21,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from watersic_hf import WaterSICConfig
 from watersic_hf.calibration import (
     CalibrationSettings,
+    Draw,
     LayerQuantizer,
     Sensitivity,
     average_bits,
@@ -41,8 +43,9 @@ from watersic_hf.calibration import (
 )
 from watersic_hf.core import LayerSettings
 from watersic_hf.evaluation import evaluate, evaluation_text, evaluation_windows
+from watersic_hf.finetuning import FinetuneSettings, finetune_scales
 
-#: Our method: the default, its parts switched off one by one, and what the paper has.
+#: Our method: the default, its parts switched off one by one, what the paper has, and finetuning.
 OURS = {
     "full": {},
     "uniform allocation": {"allocation": "uniform"},
@@ -62,7 +65,11 @@ OURS = {
         "allocation": "uniform", "row_importance": False, "drift": 1.0, "residual": True,
         "mixing": True,
     },
+    "finetuned": {},
 }  # fmt: skip
+
+#: For the method "finetuned": on as many windows again as the calibration has, others of its text.
+FINETUNING = FinetuneSettings(epochs=2, learning_rate=1e-3, batch_size=2)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
@@ -96,11 +103,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 def _run(arguments: argparse.Namespace) -> list[dict]:
     judge = Judge(arguments)
     for seed in arguments.seeds:
-        windows = calibration_windows(
-            arguments.calibration, tokenizer=judge.tokenizer, samples=arguments.samples,
-            sequence_length=arguments.sequence_length, seed=seed,
-        )  # fmt: skip
-        bench = Bench(arguments.model, arguments.blocks, seed, windows)
+        draw = Draw(samples=arguments.samples, sequence_length=arguments.sequence_length, seed=seed)
+        windows = functools.partial(
+            calibration_windows, arguments.calibration, tokenizer=judge.tokenizer, **asdict(draw)
+        )
+        others = windows(seen=draw) if "finetuned" in arguments.method else []
+        bench = Bench(arguments.model, arguments.blocks, seed, windows(), others)
         for bits in arguments.bits:
             for method in arguments.method:
                 judge.add(bench.quantized(method, bits))
@@ -110,8 +118,15 @@ def _run(arguments: argparse.Namespace) -> list[dict]:
 class Bench:
     """Quantizes one model on one calibration set, by one method after another."""
 
-    def __init__(self, folder: str, blocks: int | None, seed: int, windows: Sequence[Tensor]):
-        self.folder, self.seed, self.windows = folder, seed, windows
+    def __init__(
+        self,
+        folder: str,
+        blocks: int | None,
+        seed: int,
+        windows: list[Tensor],
+        others: list[Tensor],
+    ) -> None:
+        self.folder, self.seed, self.windows, self.others = folder, seed, windows, others
         model = self.load()
         self.layers = [
             name
@@ -156,6 +171,8 @@ class Bench:
             model, self.windows, self.layers, quantizer,
             settings=settings, sensitivities=sensitivities,
         )  # fmt: skip
+        if method == "finetuned":
+            finetune_scales(model, self.load(), self.others, settings=FINETUNING)
         return model, {
             "method": method,
             "settings": "",

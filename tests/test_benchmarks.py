@@ -116,10 +116,11 @@ def test_methods_are_compared_on_the_same_windows_and_drawn(llama_folder, tmp_pa
         ["run", *options, "--method", "full", "plain", "--bits", "3", "5", "--samples", "8",
          "--seeds", "0", "1"]
     )  # fmt: skip
+    compare.main(["run", *options, "--method", "finetuned", "--bits", "3", "--samples", "8"])
     compare.main(["show", str(rows), "--plot", str(tmp_path / "plot.svg")])
 
     found = json.loads(rows.read_text())
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(row["bits"] == pytest.approx(row["asked"], rel=0.01) for row in found)
     assert {key for key in found[0] if key.startswith("KL")} == {"KL other", "KL pydoc"}
     printed = capsys.readouterr().out
@@ -127,7 +128,7 @@ def test_methods_are_compared_on_the_same_windows_and_drawn(llama_folder, tmp_pa
     assert "| full at, pydoc |" in printed
     assert "±" in printed
     # a line for each method, of KL and of perplexity
-    assert (tmp_path / "plot.svg").read_text().count("<polyline") == 4
+    assert (tmp_path / "plot.svg").read_text().count("<polyline") == 6
 
 
 def test_the_bits_that_reach_a_divergence_are_interpolated():

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import CheckpointError, WaterSICLinear, codec, finetuning
+from watersic_hf.calibration import calibration_windows
 from watersic_hf.checkpoint import pack_layer, rescale_layer
 from watersic_hf.finetuning import FinetuneSettings, finetune_scales
 from watersic_hf.testing import assert_close
@@ -176,6 +177,32 @@ def test_the_seed_determines_the_result(make_student, teacher, windows):
 
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+def test_a_text_that_was_calibrated_on_gives_other_windows(
+    quantized_folder, llama_folder, tmp_path, monkeypatch
+):
+    drawn = []
+
+    def look(model, teacher, windows, **options):
+        drawn.append(windows)
+        raise InterruptedError
+
+    monkeypatch.setattr(finetuning, "finetune_scales", look)
+    config = AutoConfig.from_pretrained(quantized_folder).quantization_config
+    with pytest.raises(InterruptedError):
+        finetuning.finetune_to_folder(
+            str(quantized_folder), tmp_path / "o", str(llama_folder),
+            samples=config["samples"], sequence_length=config["sequence_length"],
+        )  # fmt: skip
+    calibrated = calibration_windows(
+        "pydoc", tokenizer=AutoTokenizer.from_pretrained(quantized_folder),
+        samples=config["samples"], sequence_length=config["sequence_length"], seed=config["seed"],
+    )  # fmt: skip
+    known, others = ({tuple(w.tolist()) for w in windows} for windows in (calibrated, drawn[0]))
+
+    assert len(others) == len(known) == 4
+    assert others.isdisjoint(known)
 
 
 @pytest.mark.parametrize(("save_every", "writes"), [(32, 1), (1, 2), (1, 4)])

@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import codec
-from watersic_hf.calibration import calibration_windows, decoder_blocks, describe
+from watersic_hf.calibration import Draw, calibration_windows, decoder_blocks, describe
 from watersic_hf.checkpoint import PackedLayer, read_state, rescale_layer, write_state
 from watersic_hf.core import narrow
-from watersic_hf.integration import require_no_model, save_quantized
+from watersic_hf.integration import WaterSICConfig, require_no_model, save_quantized
 from watersic_hf.nn import PackedMatrix, WaterSICLinear, packed_layers, replace_module
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,8 @@ def finetune_to_folder(
         folder: where to save; made if it is not there.
         teacher: folder or hub name of the original.
         dataset: text to train on, as in `watersic_hf.calibration.calibration_windows`; ``"self"``
-            is what the teacher samples.
+            is what the teacher samples.  If the model was calibrated on it, other windows of it
+            are taken, as far as there are any: calibrated on, a text says little about others.
         tokenizer: folder or hub name; default: that of the quantized model.
         samples: windows, with those held out.
         sequence_length: their tokens.
@@ -228,6 +229,7 @@ def finetune_to_folder(
     windows = calibration_windows(
         dataset, tokenizer=AutoTokenizer.from_pretrained(tokenizer or quantized), model=original,
         samples=samples, sequence_length=min(sequence_length, longest), seed=settings.seed,
+        seen=_calibration_draw(model, dataset, longest),
     )  # fmt: skip
     report = finetune_scales(
         model, original, windows, settings=settings, resume_folder=resume_folder
@@ -238,6 +240,17 @@ def finetune_to_folder(
         finetuning=finetuning if report.kept_epoch else None,
     )  # fmt: skip
     return report
+
+
+def _calibration_draw(model: nn.Module, dataset: Any, longest: int) -> Draw | None:
+    """The windows of a dataset that a model was calibrated on; None if it was another dataset."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, WaterSICConfig):
+        return None
+    if Path(str(config.dataset)).name != Path(str(describe(dataset))).name:
+        return None
+    length = min(config.sequence_length, longest)
+    return Draw(samples=config.samples, sequence_length=length, seed=config.seed)
 
 
 class _ScaledLinear(torch.autograd.Function):

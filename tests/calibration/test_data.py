@@ -7,7 +7,13 @@ import pytest
 import torch
 from tokenizers import processors
 
-from watersic_hf.calibration import calibration_windows, describe, pydoc_texts, text_windows
+from watersic_hf.calibration import (
+    Draw,
+    calibration_windows,
+    describe,
+    pydoc_texts,
+    text_windows,
+)
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
@@ -21,6 +27,12 @@ def windows(tokenizer):
         return calibration_windows(dataset, **settings | changes)
 
     return run
+
+
+def pieces(windows):
+    """All runs of seven tokens of windows."""
+    tokens = [window.tolist() for window in windows]
+    return {tuple(t[i : i + 7]) for t in tokens for i in range(len(t) - 6)}
 
 
 def write(path, rows):
@@ -160,6 +172,56 @@ def test_a_table_without_a_text_column_is_refused(windows, tmp_path):
 
     with pytest.raises(ValueError, match=r"has the columns \['body'\], but needs `text`"):
         windows(str(path))
+
+
+def numbers(count):
+    """A text that does not repeat itself."""
+    return " ".join(str(number) for number in range(count))
+
+
+@pytest.mark.parametrize("length", [8, 32, 56])
+def test_a_second_draw_shares_no_text_with_the_first(windows, length):
+    dataset = [numbers(1500)]
+    first = windows(dataset, samples=5)
+    others = windows(
+        dataset, samples=6, sequence_length=length, seed=1,
+        seen=Draw(samples=5, sequence_length=32, seed=0),
+    )  # fmt: skip
+
+    assert len(others) == 6
+    assert pieces(first).isdisjoint(pieces(others))
+
+
+def test_seen_windows_fill_a_draw_with_a_warning_and_come_first(windows, caplog):
+    dataset = [numbers(300)]
+    every = windows(dataset, samples=999)
+    first = windows(dataset, samples=len(every) - 2)
+    caplog.clear()
+
+    seen = Draw(samples=len(every) - 2, sequence_length=32, seed=0)
+    found = windows(dataset, samples=4, seed=3, seen=seen)
+
+    assert "2 of 4 windows were used before" in caplog.text
+    assert pieces(found[:2]) <= pieces(first)
+    assert pieces(found[2:]).isdisjoint(pieces(first))
+
+
+def test_token_ids_that_were_taken_are_passed_over(windows):
+    ids = [[n, n] for n in range(10)]
+
+    found = windows(ids, samples=3, seen=Draw(samples=4, sequence_length=32, seed=0))
+
+    assert [window[0].item() for window in found] == [4, 5, 6]
+
+
+def test_what_a_model_samples_is_sampled_anew(windows, make_llama):
+    model = make_llama(num_hidden_layers=1)
+    options = {"model": model, "sequence_length": 8}
+    first = windows("self", **options)
+
+    found = windows("self", **options, seen=Draw(samples=3, sequence_length=8, seed=0))
+
+    assert all(not torch.equal(a, b) for a, b in zip(first, found, strict=True))
 
 
 def test_no_held_out_topic_is_calibration_text():

@@ -2,6 +2,7 @@
 
 from watersic_hf.calibration.blocks import ResidentBlocks
 from watersic_hf.calibration.data import (
+    Draw,
     calibration_windows,
     describe,
     pydoc_texts,
@@ -36,6 +37,7 @@ from watersic_hf.calibration.without_data import quantize_without_data
 
 __all__ = [
     "CalibrationSettings",
+    "Draw",
     "Journal",
     "LayerQuantizer",
     "LayerReport",

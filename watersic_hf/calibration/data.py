@@ -11,6 +11,7 @@ import logging
 import random
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ _TEXT_FILES = {
 _SELF_BATCH = 16
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Which windows were taken from a calibration set: the arguments of `calibration_windows`."""
+
+    samples: int
+    sequence_length: int
+    seed: int
+
+
 def calibration_windows(
     dataset: Any,
     *,
@@ -40,6 +50,7 @@ def calibration_windows(
     samples: int,
     sequence_length: int,
     seed: int,
+    seen: Draw | None = None,
 ) -> list[Tensor]:
     """Token windows to calibrate on.
 
@@ -59,22 +70,36 @@ def calibration_windows(
         samples: number of windows.
         sequence_length: tokens in a window.
         seed: chooses the windows, or the sequences that the model samples.
+        seen: an earlier draw from the same set.  Windows that share text with it are taken only
+            where there are too few others, with a warning, and come first.
 
     Raises:
         ValueError: the dataset is of no known form, is empty, or lacks its tokenizer or model.
         ImportError: the dataset needs a package that is not installed.
     """
+    drawn = isinstance(dataset, str) and dataset in ("self", *BENCHMARK_SETS)
+    if drawn and seen is not None and seen.seed == seed:
+        seed += 1
     if isinstance(dataset, str) and dataset == "self":
         return _sampled_by(model, samples, sequence_length, seed)
     if isinstance(dataset, str) and dataset in BENCHMARK_SETS:
         _need(tokenizer, dataset)
         windows = _benchmark_set(dataset, tokenizer, samples, sequence_length, seed)
     elif (ids := _token_ids(dataset)) is not None:
-        windows = [window[:sequence_length] for window in ids[:samples]]
+        order_W = torch.arange(len(ids))
+        seen_W = order_W < (0 if seen is None else seen.samples)
+        windows = [window[:sequence_length] for window in _choose(ids, samples, order_W, seen_W)]
     else:
         _need(tokenizer, describe(dataset))
         text = "\n\n".join(_texts(dataset))
-        windows = _choose(text_windows(text, tokenizer, sequence_length), samples, seed)
+        windows = text_windows(text, tokenizer, sequence_length)
+        order_W = _order(len(windows), seed)
+        seen_W = torch.zeros_like(order_W, dtype=torch.bool)
+        if seen is not None:
+            others = text_windows(text, tokenizer, seen.sequence_length)
+            taken = _order(len(others), seen.seed)[: seen.samples]
+            seen_W = _overlap(windows, others, taken, _begins_with_bos(tokenizer))
+        windows = _choose(windows, samples, order_W, seen_W)
     windows = [window.to(torch.int64) for window in windows if window.numel() > 0]
     if not windows:
         raise ValueError(f"the calibration set {describe(dataset)} is empty")
@@ -141,10 +166,38 @@ def _begins_with_bos(tokenizer: Any) -> bool:
     return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
 
 
-def _choose(windows: list[Tensor], samples: int, seed: int) -> list[Tensor]:
-    """A seeded choice of `samples` windows, in order."""
-    keep = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return [windows[index] for index in keep.sort().values.tolist()]
+def _order(count: int, seed: int) -> Tensor:
+    """The order in which windows of a text are taken."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _choose(
+    windows: Sequence[Tensor], samples: int, order_W: Tensor, seen_W: Tensor
+) -> list[Tensor]:
+    """The first `samples` windows of an order, those unseen before those seen.
+
+    They are returned as they follow each other in the text, those seen in front.
+    """
+    order_W = order_W[seen_W[order_W].int().argsort(stable=True)]
+    kept_W = order_W[:samples].sort().values
+    again = int(seen_W[kept_W].sum())
+    if again:
+        logger.warning(
+            "%d of %d windows were used before, as the text has too few others. Give more text.",
+            again, len(kept_W),
+        )  # fmt: skip
+    kept_W = kept_W[(~seen_W[kept_W]).int().argsort(stable=True)]
+    return [windows[index] for index in kept_W.tolist()]
+
+
+def _overlap(
+    windows: Sequence[Tensor], others: Sequence[Tensor], taken: Tensor, bos: bool
+) -> Tensor:
+    """Which windows of a text share tokens with those `taken` of others, of another length."""
+    length, other = len(windows[0]) - bos, len(others[0]) - bos
+    start_W, start_K = torch.arange(len(windows)) * length, taken * other
+    meets_WK = start_W[:, None] < start_K + other
+    return (meets_WK & (start_K < start_W[:, None] + length)).any(1)
 
 
 def _texts(dataset: Any) -> Iterable[str]:
