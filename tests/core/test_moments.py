@@ -38,7 +38,7 @@ def test_wide_moments_are_summed_by_panels_and_mirrored():
 
     for part in (slice(0, 30), slice(30, 40)):
         sums.add(x_TN[part], drifted_TN[part], weight_T=weight_T[part])
-        moments = sums.result()
+    moments = sums.result()
 
     weighted_TN = drifted_TN * weight_T[:, None]
     assert_close(moments.cov, x_TN.T @ (x_TN * weight_T[:, None]) / 40, tolerance=1e-13)
@@ -66,8 +66,18 @@ def test_without_drift_the_residual_meets_the_original_input():
     sums = MomentAccumulator(6, rows_of_residual=4)
     sums.add(x_TN, residual_TA=residual_TA)
     wanted_AN = residual_TA.double().T @ x_TN.double() / 3000
-    assert_close(sums.result().residual_AN, wanted_AN, tolerance=1e-5)
-    assert sums.result().drifted_cov_NN is None
+    moments = sums.result()
+    assert_close(moments.residual_AN, wanted_AN, tolerance=1e-5)
+    assert moments.drifted_cov_NN is None
+
+
+def test_the_means_take_the_memory_of_the_sums_and_end_them():
+    sums = MomentAccumulator(6)
+    sums.add(streams()[0])
+    sums.result()
+
+    with pytest.raises(CalibrationError, match="no token was added"):
+        sums.result()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -75,6 +75,19 @@ def test_a_diagonal_moment_gives_the_scales_of_its_matrix():
     assert_close(gain_N, full_gain_N, tolerance=1e-10)
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_a_shift_is_added_to_the_diagonal_of_the_moment(diagonal):
+    coded, given = problem(diagonal=diagonal)
+    shift = 0.3 * float(given["cov"].mean() if diagonal else given["cov"].diagonal().mean())
+    shifted = given["cov"] + (shift if diagonal else shift * torch.eye(40))
+
+    found = rescale(*coded, **given, shift=shift)
+    wanted = rescale(*coded, **given | {"cov": shifted})
+
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, tolerance=1e-7)
+
+
 def test_rows_and_columns_without_codes_get_scale_zero():
     (codes_AN, spacing_N, shrinkage_N), given = problem()
     codes_AN, shrinkage_N = codes_AN.clone(), shrinkage_N.clone()

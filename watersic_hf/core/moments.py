@@ -190,6 +190,22 @@ def times(matrix_AN: Tensor, moment: Tensor) -> Tensor:
     return matrix_AN * moment if moment.ndim == 1 else matrix_AN @ moment
 
 
+def factorize_(matrix_NN: Tensor) -> Tensor | None:
+    """Factor a symmetric positive definite matrix in its own memory.
+
+    Args:
+        matrix_NN: overwritten, also when it cannot be factored.
+
+    Returns:
+        The lower Cholesky factor, a view of `matrix_NN`; None if that was not positive definite.
+    """
+    # by columns, as LAPACK works in place
+    chol_NN = matrix_NN.T
+    info = torch.empty((), dtype=torch.int32, device=matrix_NN.device)
+    torch.linalg.cholesky_ex(chol_NN, out=(chol_NN, info))
+    return chol_NN if int(info) == 0 else None
+
+
 class MomentAccumulator:
     """Sum the products of a layer's inputs as they stream by.
 
@@ -286,26 +302,26 @@ class MomentAccumulator:
         self.tokens = int(tokens)
 
     def result(self) -> Moments:
-        """Return the means over all tokens added so far."""
+        """Return the means over all tokens, in the memory of the sums: the end of this object."""
         if self.tokens == 0:
             raise CalibrationError(
                 "MomentAccumulator: no token was added, so there are no moments. Feed at least one "
                 "batch, or use Moments.identity to quantize without data."
             )
-
-        def mean(total: Tensor | None) -> Tensor | None:
-            return None if total is None else total / self.tokens
-
-        for total in (self._cov_NN, self._drifted_cov_NN):
+        sums = {
+            "cov": self._cov_NN,
+            "drifted_cov_NN": self._drifted_cov_NN,
+            "cross_cov_NN": self._cross_cov_NN,
+            "residual_AN": self._residual_AN,
+        }
+        for name in ("cov", "drifted_cov_NN"):
+            total = sums[name]
             for panel in () if total is None else self._panels():
                 total[: panel.start, panel] = total[panel, : panel.start].T
-        return Moments(
-            cov=mean(self._cov_NN),
-            tokens=self.tokens,
-            drifted_cov_NN=mean(self._drifted_cov_NN),
-            cross_cov_NN=mean(self._cross_cov_NN),
-            residual_AN=mean(self._residual_AN),
-        )
+        tokens, self.tokens = self.tokens, 0
+        self._cov_NN = self._drifted_cov_NN = self._cross_cov_NN = self._residual_AN = None
+        means = {n: None if total is None else total.div_(tokens) for n, total in sums.items()}
+        return Moments(tokens=tokens, **means)
 
     @staticmethod
     def _sum(total: Tensor, left_TA: Tensor, right_TN: Tensor) -> None:

@@ -17,7 +17,14 @@ from watersic_hf.core.moments import CalibrationError, Moments, times
 from watersic_hf.core.rate import Charge, CodedLayer, LayerSearch, code_layer, insert_columns
 from watersic_hf.core.rescale import rescale
 from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
-from watersic_hf.core.whiten import damped_cholesky, damping_for, live_columns, whitened_target
+from watersic_hf.core.whiten import (
+    LEAST_DAMPING,
+    damped_cholesky,
+    damping_for,
+    damping_shift,
+    live_columns,
+    whitened_target,
+)
 from watersic_hf.core.zsic import BlockStep, zsic_block
 
 #: Share of the rows that the rate search looks at.
@@ -130,9 +137,14 @@ def quantize_weight(
     else:
         sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
         run = _search(live_AN, target_AN, chol, live_N, sample, bits, charge, block_step, name)
-    del target_AN
     spacing_N = spacings(chol, run.step)
-    row_scale_A, gain_N = _fit_scales(run, spacing_N, live_AN, live_moments, live_N, settings)
+    del target_AN, chol
+    # the paper's damping is for the factorization alone, and its scales are those without it
+    excess = max(0.0, damping - LEAST_DAMPING)
+    shift = float(damping_shift(live_moments.layer_cov, excess))
+    row_scale_A, gain_N = _fit_scales(
+        run, spacing_N, live_AN, live_moments, live_N, shift, settings
+    )
     row_scale_A = row_scale_A / emphasis_A1[:, 0]
     col_scale_N = insert_columns(spacing_N * gain_N, live_N)
     dequantized_AN = run.codes_AN * col_scale_N * row_scale_A[:, None]
@@ -174,17 +186,23 @@ def _fit_scales(
     live_AN: Tensor,
     live_moments: Moments,
     live_N: Tensor,
+    shift: float,
     settings: LayerSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Return t and g: rescaled, or t = 1 and the gains of the recursion."""
+    """Return t and g: rescaled, or t = 1 and the gains of the recursion.
+
+    Rescaled for damped moments, as the codes are: what few tokens say is not to be fitted here.
+    """
     if settings.rescale and bool((run.codes_AN != 0).any()):
+        energy = (times(live_AN, live_moments.cov) * live_AN).sum() + shift * live_AN.square().sum()
         return rescale(
             run.codes_AN[:, live_N],
             spacing_N,
             run.shrinkage_N,
             cov=live_moments.layer_cov,
-            linear_AN=live_moments.linear_term(live_AN),
-            energy=float((times(live_AN, live_moments.cov) * live_AN).sum()),
+            linear_AN=live_moments.linear_term(live_AN).add_(live_AN, alpha=shift),
+            energy=float(energy),
+            shift=shift,
         )
     return live_AN.new_ones(len(live_AN)), run.shrinkage_N
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from watersic_hf.core.moments import times
+from watersic_hf.core.moments import factorize_, times
 
 MAX_ITERATIONS = 1000
 #: Relative change of the objective below which the iteration has converged.
@@ -24,6 +24,8 @@ TOLERANCE = 3e-4
 RISE = 1e-6
 #: Ridge of both least-squares problems, relative to their mean diagonal.
 RIDGE = 1e-8
+#: Parts of the way to the best gains that are tried.
+FRACTIONS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 #: Range of the column gains after a column step.
 GAIN_RANGE = (-0.1, 1.5)
 #: Rows that are expanded at a time.
@@ -38,6 +40,7 @@ def rescale(
     cov: Tensor,
     linear_AN: Tensor,
     energy: float,
+    shift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Return t and g, at least as good as t = 1 and g = `shrinkage_N`, with mean abs(t) = 1.
 
@@ -45,17 +48,17 @@ def rescale(
         codes_AN: Z, any integer dtype.
         spacing_N: :math:`\alpha`, float64.
         shrinkage_N: :math:`\gamma`, where g starts.
-        cov: S, the undamped moment of what the layer sees; (N, N) or, a diagonal, (N,).
+        cov: S, the moment of what the layer sees; (N, N) or, a diagonal, (N,).
         linear_AN: C, from `Moments.linear_term`.
         energy: tr(W S_X W^T).  A residual term makes J inexact by a constant, so J may be negative.
+        shift: is added to the diagonal of S.
     """
-    problem = _Problem(codes_AN, spacing_N, cov, linear_AN, energy)
+    problem = _Problem(codes_AN, spacing_N, cov, linear_AN, energy, shift)
     row_A = torch.ones(codes_AN.shape[0], dtype=torch.float64, device=codes_AN.device)
     gain_N = shrinkage_N.double()
     value = problem.value(row_A, *problem.row_terms(gain_N))
     for _ in range(MAX_ITERATIONS):
-        new_gain_N = problem.column_step(row_A, gain_N, value).clamp(*GAIN_RANGE)
-        linear_A, power_A = problem.row_terms(new_gain_N)
+        new_gain_N, linear_A, power_A = _better_gains(problem, row_A, gain_N, value)
         new_row_A = linear_A / (power_A + _ridge(power_A))
         new_value = problem.value(new_row_A, linear_A, power_A)
         if new_value > _allowed(value):
@@ -70,23 +73,56 @@ def rescale(
     return row_A, gain_N
 
 
+def _better_gains(
+    problem: _Problem, row_A: Tensor, gain_N: Tensor, value: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the best gains for some row scales, and their row terms.
+
+    If rounding or the range of gains makes them worse than `gain_N`, go only part of the way.
+    """
+    solution_N = problem.best_gains(row_A)
+    for fraction in FRACTIONS:
+        trial_N = torch.lerp(gain_N, solution_N, fraction).clamp(*GAIN_RANGE)
+        terms = problem.row_terms(trial_N)
+        if problem.value(row_A, *terms) <= _allowed(value):
+            return trial_N, *terms
+    return gain_N, *problem.row_terms(gain_N)
+
+
 class _Problem:
     """The two least-squares problems, for codes that do not change."""
 
     def __init__(
-        self, codes_AN: Tensor, spacing_N: Tensor, cov: Tensor, linear_AN: Tensor, energy: float
+        self,
+        codes_AN: Tensor,
+        spacing_N: Tensor,
+        cov: Tensor,
+        linear_AN: Tensor,
+        energy: float,
+        shift: float,
     ) -> None:
         self.codes_AN = codes_AN
         self.spacing_N = spacing_N
         self.cov = cov
         self.linear_AN = linear_AN
         self.energy = energy
+        self.shift = shift
 
-    def column_step(self, row_A: Tensor, gain_N: Tensor, value: float) -> Tensor:
-        r"""Solve :math:`(F + \rho I) g = b` with F = S o (A^T T^2 A), b = diag(A^T T C).
+    def best_gains(self, row_A: Tensor) -> Tensor:
+        r"""Solve :math:`(F + \rho I) g = b` with F = S o (A^T T^2 A), b = diag(A^T T C)."""
+        gram, linear_N = self._column_terms(row_A)
+        if gram.ndim == 1:
+            return linear_N / gram
+        # positive semidefinite by Schur's product theorem
+        chol_NN = factorize_(gram)
+        if chol_NN is None:
+            # moments that are so only up to rounding
+            return torch.linalg.solve(self._column_terms(row_A)[0], linear_N)
+        half_N1 = torch.linalg.solve_triangular(chol_NN, linear_N[:, None], upper=False)
+        return torch.linalg.solve_triangular(chol_NN.T, half_N1, upper=True)[:, 0]
 
-        If rounding makes the solution worse than `gain_N`, go only part of the way.
-        """
+    def _column_terms(self, row_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return F with its ridge, and b."""
         gram = torch.zeros_like(self.cov)
         linear_N = torch.zeros_like(self.spacing_N)
         for rows, scaled_BN in self._scaled_rows():
@@ -96,14 +132,12 @@ class _Problem:
                 gram += scaled_BN.square().sum(0)
             else:
                 gram.addmm_(scaled_BN.T, scaled_BN)
+        diagonal = gram if gram.ndim == 1 else gram.diagonal()
+        shift_N = self.shift * diagonal
         gram *= self.cov
-        solution_N = _solve(gram, linear_N)
-        for fraction in (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16):
-            trial_N = torch.lerp(gain_N, solution_N, fraction)
-            trial = self.energy + float((times(trial_N, gram) - 2 * linear_N) @ trial_N)
-            if trial <= _allowed(value):
-                return trial_N
-        return gain_N
+        diagonal += shift_N
+        diagonal += _ridge(diagonal)
+        return gram, linear_N
 
     def row_terms(self, gain_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return <C_r, M_r> and M_r S M_r^T for every row of M = A diag(g)."""
@@ -112,7 +146,8 @@ class _Problem:
         for rows, scaled_BN in self._scaled_rows():
             scaled_BN = scaled_BN * gain_N
             linear_A[rows] = (scaled_BN * self.linear_AN[rows]).sum(1)
-            power_A[rows] = (times(scaled_BN, self.cov) * scaled_BN).sum(1)
+            seen_BN = times(scaled_BN, self.cov).add_(scaled_BN, alpha=self.shift)
+            power_A[rows] = (seen_BN * scaled_BN).sum(1)
         return linear_A, power_A
 
     def value(self, row_A: Tensor, linear_A: Tensor, power_A: Tensor) -> float:
@@ -132,16 +167,3 @@ def _allowed(value: float) -> float:
 def _ridge(diagonal: Tensor) -> Tensor:
     """Return a ridge that is relative, and positive even for a problem that is all zero."""
     return (RIDGE * diagonal.abs().mean()).clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def _solve(gram: Tensor, linear_N: Tensor) -> Tensor:
-    """Solve the ridged column problem; F is positive semidefinite by Schur's product theorem."""
-    if gram.ndim == 1:
-        return linear_N / (gram + _ridge(gram))
-    ridged_NN = gram.clone()
-    ridged_NN.diagonal().add_(_ridge(gram.diagonal()))
-    chol_NN, info = torch.linalg.cholesky_ex(ridged_NN)
-    if int(info) == 0:
-        return torch.cholesky_solve(linear_N[:, None], chol_NN)[:, 0]
-    # moments that are positive semidefinite only up to rounding
-    return torch.linalg.solve(ridged_NN, linear_N)

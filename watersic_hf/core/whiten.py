@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
-from watersic_hf.core.moments import CalibrationError, Moments
+from watersic_hf.core.moments import CalibrationError, Moments, factorize_
 from watersic_hf.core.waterfill import whitened_variance
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
             return (cov + shift).sqrt(), used
         damped_NN = cov.clone()
         damped_NN.diagonal().add_(shift)
-        chol_NN, info = torch.linalg.cholesky_ex(damped_NN)
-        if int(info) == 0:
+        chol_NN = factorize_(damped_NN)
+        if chol_NN is not None:
             return chol_NN, used
         if attempt < RETRIES:
             logger.warning(

@@ -29,7 +29,7 @@ from watersic_hf.nn import FusedExperts, block_step
 PASSES = 2.5
 #: Square matrices of the inputs, and matrices of the weight's shape, in float64, that are alive at
 #: a time while a layer is quantized, besides its moments.
-SQUARES, WEIGHTS = 5, 6
+SQUARES, WEIGHTS = 3, 6
 #: Sizes of the square layers, and tokens, that rates are measured with.
 SIZES, TOKENS = (512, 1024), 512
 
