@@ -71,6 +71,20 @@ def test_without_drift_the_residual_meets_the_original_input():
     assert moments.drifted_cov_NN is None
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_drift_is_that_of_an_input_between_the_two(share):
+    x_TN, drifted_TN, residual_TA = (stream.double() for stream in streams())
+    between_TN = drifted_TN.lerp(x_TN, share)
+    found, wanted = (MomentAccumulator(6, drift=True, rows_of_residual=4) for _ in range(2))
+    found.add(x_TN, drifted_TN, residual_TA=residual_TA)
+    wanted.add(between_TN, drifted_TN, residual_TA=share * residual_TA)
+
+    found, wanted = found.result().with_drift(share), wanted.result()
+
+    for field in ("cov", "drifted_cov_NN", "cross_cov_NN", "residual_AN"):
+        assert_close(getattr(found, field), getattr(wanted, field), tolerance=1e-12)
+
+
 def test_the_means_take_the_memory_of_the_sums_and_end_them():
     sums = MomentAccumulator(6)
     sums.add(streams()[0])

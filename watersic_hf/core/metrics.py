@@ -17,7 +17,8 @@ ROWS_PER_BLOCK = 2048
 def relative_output_error(weight_AN: Tensor, dequantized_AN: Tensor, moments: Moments) -> float:
     r"""Return :math:`E |W x - \hat W \hat x|^2 / E |W x|^2`, a ratio of mean squares.
 
-    :math:`\hat x` is the drifted input in drift mode and x otherwise.  The residual stream is not
+    :math:`\hat x` is the drifted input in drift mode and x otherwise; where only a share of the
+    drift is corrected, x is that far from it (`Moments.with_drift`).  The residual stream is not
     part of it.  A layer whose output is zero has error 0.
     """
     error, energy = output_error(weight_AN, dequantized_AN, moments)

@@ -101,18 +101,22 @@ class Moments:
     def with_drift(self, share: float) -> Moments:
         r"""Return these moments with only a share of the drift correction.
 
-        .. math:: S_C \leftarrow S_H + \text{share} \, (S_C - S_H), \quad
-                  S_R \leftarrow \text{share} \, S_R
-
-        With 1 the layer makes up for all of the drift of its input, as far as these tokens tell;
-        with 0 it keeps its function on the drifted input.  Shares between are a shrinkage: the
-        correction is a regression, and what it fits to noise grows with N over the tokens.
+        They are those of an original input :math:`\hat x + \text{share} \, (x - \hat x)` and of
+        that share of r.  With 1 the layer makes up for all of the drift of its input, as far as
+        these tokens tell; with 0 it keeps its function on the drifted input.  Shares between are a
+        shrinkage: the correction is a regression, and what it fits to noise grows with N over the
+        tokens.
         """
         if self.cross_cov_NN is None or share == 1:
             return self
+        rest = 1 - share
+        cov_NN = rest**2 * self.drifted_cov_NN
+        for cross_NN in (self.cross_cov_NN, self.cross_cov_NN.T):
+            cov_NN.add_(cross_NN, alpha=share * rest)
         residual_AN = self.residual_AN
         return replace(
             self,
+            cov=cov_NN.add_(self.cov, alpha=share**2),
             cross_cov_NN=self.drifted_cov_NN.lerp(self.cross_cov_NN, share),
             residual_AN=None if residual_AN is None else share * residual_AN,
         )
