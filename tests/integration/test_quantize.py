@@ -272,6 +272,12 @@ def test_rows_named_by_hand_are_zero_and_what_they_feed_is_dead(quantize, datase
         assert bool((mlp.down_proj.dequantize().weight[:, rows] == 0).all())
 
 
+@pytest.mark.parametrize("dataset", [None, "pydoc"])
+def test_rows_that_a_layer_does_not_have_are_refused(quantize, dataset):
+    with pytest.raises(ValueError, match=r"up_proj has rows 0 to 159, and \[160\] are to be"):
+        quantize(dataset=dataset, zero_rows={r"layers\.0\.mlp\.up_proj": [160]})
+
+
 def test_massive_channels_are_found_and_written_into_the_configuration(
     make_llama, quantize, tmp_path
 ):

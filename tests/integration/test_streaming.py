@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -108,19 +109,25 @@ def test_the_bytes_are_those_of_a_model_quantized_in_memory(original, whole, tmp
     assert not (whole / UNFINISHED).exists()
 
 
-def test_layers_of_other_classes_and_rows_to_zero_are_those_in_memory(tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"dataset": None}])
+def test_layers_of_other_classes_and_rows_to_zero_are_those_in_memory(tmp_path, changes):
     torch.manual_seed(0)
     settings = {
         "zero_rows": {r"h\.1\.mlp\.c_fc": [3, 5]},
         "modules_to_not_convert": [r"h\.0\.attn"],
+        **changes,
     }
     gpt2 = GPT2Config(vocab_size=320, n_embd=32, n_layer=3, n_head=2, n_positions=64)
-    GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "m")
+    dense = GPT2LMHeadModel(gpt2)
+    nn.init.normal_(dense.transformer.h[1].mlp.c_fc.bias)
+    dense.save_pretrained(tmp_path / "m")
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "m", quantization_config=config(**settings))
     model.save_pretrained(tmp_path / "a" / "q")
 
     quantize_to_folder(str(tmp_path / "m"), tmp_path / "b" / "q", config(**settings))
 
+    bias = model.transformer.h[1].mlp.c_fc.bias
+    assert (bias == 0).nonzero().flatten().tolist() == [3, 5]
     found = contents(tmp_path / "b" / "q")
     for name, content in contents(tmp_path / "a" / "q").items():
         assert found[name] == content, name

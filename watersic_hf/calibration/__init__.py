@@ -11,7 +11,7 @@ from watersic_hf.calibration.data import (
 from watersic_hf.calibration.experts import outside
 from watersic_hf.calibration.journal import Journal
 from watersic_hf.calibration.layer import LayerQuantizer
-from watersic_hf.calibration.massive import massive_rows, zero_rows
+from watersic_hf.calibration.massive import check_rows, massive_rows, zero_rows
 from watersic_hf.calibration.pipeline import quantize_blocks
 from watersic_hf.calibration.report import (
     LayerReport,
@@ -50,6 +50,7 @@ __all__ = [
     "average_error",
     "block_stacks",
     "calibration_windows",
+    "check_rows",
     "decoder_blocks",
     "describe",
     "kinds_of",

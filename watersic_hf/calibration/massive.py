@@ -82,16 +82,25 @@ def zero_rows(model: nn.Module, rows: Mapping[str, Sequence[int]]) -> None:
     """
     for name, numbers in rows.items():
         layer = model.get_submodule(name)
-        bad = [row for row in numbers if not 0 <= row < layer.out_features]
-        if bad:
-            raise ValueError(
-                f"{name} has rows 0 to {layer.out_features - 1}, and {bad} are to be zeroed; check "
-                f"`zero_rows`."
-            )
+        check_rows(name, numbers, layer.out_features)
         logger.info("%s: rows %s are zeroed", name, list(numbers))
         layer.weight[list(numbers)] = 0
         if layer.bias is not None:
             layer.bias[list(numbers)] = 0
+
+
+def check_rows(name: str, numbers: Sequence[int], out_features: int) -> None:
+    """Refuse to zero rows that a layer does not have.
+
+    Raises:
+        ValueError: the message names the layer and the rows.
+    """
+    bad = [row for row in numbers if not 0 <= row < out_features]
+    if bad:
+        raise ValueError(
+            f"{name} has rows 0 to {out_features - 1}, and {bad} are to be zeroed; check "
+            f"`zero_rows`."
+        )
 
 
 def _peaks(side: Side, index: int, group: InputGroup) -> Tensor:

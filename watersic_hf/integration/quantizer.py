@@ -33,6 +33,7 @@ from watersic_hf.calibration import (
     RunReport,
     TableStatistics,
     calibration_windows,
+    check_rows,
     decoder_blocks,
     massive_rows,
     outside,
@@ -270,6 +271,8 @@ class WaterSICHfQuantizer(HfQuantizer):
                 for name in targets
                 if (pattern := module_matches(name, config.zero_rows)) is not None
             }
+            for name, rows in self._zero_rows.items():
+                check_rows(name, rows, shapes[name][0])
         self._quantizer = LayerQuantizer(
             targets, settings=config.settings, seed=config.seed, pinned=pinned
         )
@@ -403,6 +406,8 @@ class WaterSICHfQuantizer(HfQuantizer):
             self._calibrate(model)
         elif self._run is not None:
             self._quantize_without_data(model, self._run)
+        else:
+            self._zero_biases(model)
         if self._quantizer is not None:
             dense = self.quantization_config.left_dense.items()
             logger.info("Dense: %s.", "; ".join(f"{name} ({reason})" for name, reason in dense))
@@ -422,6 +427,13 @@ class WaterSICHfQuantizer(HfQuantizer):
         set_residency(model, residency, backend=runtime.backend)
         attach_extras(model)
         return model
+
+    def _zero_biases(self, model: nn.Module) -> None:
+        """Do to biases, which come when they come, what was done to weights while they loaded."""
+        for name in self._zero_rows.keys() - matrix_shapes(self._experts).keys():
+            bias = model.get_submodule(name).bias
+            if bias is not None:
+                bias.data[self._zero_rows[name]] = 0
 
     def _check_packed(self, model: nn.Module) -> None:
         """Verify what was loaded."""
