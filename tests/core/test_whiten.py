@@ -182,6 +182,17 @@ def test_whitened_variances_need_no_dead_column():
     assert_close(variance_N[live], alone_N, tolerance=1e-12)
 
 
+@pytest.mark.parametrize("damping", [1e-4, 1.0, 30.0])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_damping_does_not_raise_the_variances_of_white_inputs(damping, diagonal):
+    weight_AN, _ = random_layer(6, 8, seed=0)
+    cov = 3 * (torch.ones(8) if diagonal else torch.eye(8)).double()
+
+    variance_N = whitened_variances(weight_AN, Moments(cov=cov, tokens=9), damping, name="layer")
+
+    assert_close(variance_N, 3 * weight_AN.double().square().mean(0), tolerance=1e-12)
+
+
 def test_the_damping_falls_with_the_tokens_to_the_papers():
     power_N = torch.ones(1000)
 

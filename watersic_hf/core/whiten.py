@@ -131,15 +131,31 @@ def whitened_target(weight_AN: Tensor, moments: Moments, chol: Tensor, damping: 
 def whitened_variances(
     weight_AN: Tensor, moments: Moments, damping: float | None, *, name: str
 ) -> Tensor:
-    r"""Return the variance :math:`\sigma_i^2 = s_i \ell_{ii}^2` of every column; 0 for dead ones.
+    r"""Return the variance of every column in whitened units; 0 for dead ones.
+
+    .. math:: s_i \ell_{ii}^2 \kappa, \quad
+              \kappa = \tfrac1N \operatorname{tr} S (S + \delta I)^{-1}
 
     The rate that a layer needs for a distortion depends on nothing else; see
-    `waterfill.rate_at_level`.  A `damping` of None is that of `damping_for`.
+    `waterfill.rate_at_level`.  A step c makes an error of c^2 / 12 per weight in the damped moment,
+    of which the moment itself feels the share kappa: without it the more a layer is damped, the
+    more bits it would seem to need.  A `damping` of None is that of `damping_for`.
     """
     live_N = live_columns(moments.cov)
     live_moments = moments.select(live_N)
-    damping = damping or damping_for(live_moments.layer_cov, moments.tokens)
-    chol, _ = damped_cholesky(live_moments.layer_cov, damping, tokens=moments.tokens, name=name)
+    cov = live_moments.layer_cov
+    damping = damping or damping_for(cov, moments.tokens)
+    chol, damping = damped_cholesky(cov, damping, tokens=moments.tokens, name=name)
+    felt = 1 - damping_shift(cov, damping) * _inverse_diagonal_mean(chol)
     variance_N = torch.zeros_like(live_N, dtype=torch.float64)
-    variance_N[live_N] = whitened_variance(weight_AN[:, live_N].double(), chol)
+    variance_N[live_N] = whitened_variance(weight_AN[:, live_N].double(), chol) * felt
     return variance_N
+
+
+def _inverse_diagonal_mean(chol: Tensor) -> Tensor:
+    """Mean of the diagonal of the inverse of what was factored."""
+    if chol.ndim == 1:
+        return chol.square().reciprocal().mean()
+    eye_NN = torch.eye(len(chol), dtype=chol.dtype, device=chol.device)
+    half_NN = torch.linalg.solve_triangular(chol, eye_NN, upper=False)
+    return half_NN.square().sum() / len(chol)
