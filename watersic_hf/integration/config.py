@@ -80,8 +80,8 @@ class WaterSICConfig(QuantizationConfigMixin):
             entry; None adds 4 times the median entry times inputs over calibration tokens, and at
             least 1e-4 of the mean.
         allocation: ``"sensitivity"`` moves bits to the layers whose errors change the model's
-            predictions most, by the Fisher information of a few calibration windows;
-            ``"uniform"`` gives all layers the same.
+            predictions most, by the Fisher information of a few calibration windows, half of the
+            way to where theory has them; ``"uniform"`` gives all layers the same.
         row_importance: give the rows of each layer steps by the same measure.
         drift: share, from 0 to 1, of the drift of a layer's input that the layer makes up for
             (paper, drift correction); above 0 the original model runs beside the quantized one.
