@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from watersic_hf.calibration.budget import LEAST_BITS, sensitive_targets
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
-from watersic_hf.core import SHAPING_LOSS, CalibrationError
+from watersic_hf.core import SHAPING_LOSS, CalibrationError, Moments, Whitening
 
 
 def layers_of(model):
@@ -24,7 +24,7 @@ def sensitivities(model, tokens):
     return layer_sensitivities(model, tokens, layers, tokens=8192, damping=1e-2, seed=0)
 
 
-def test_the_power_of_every_row_is_the_mean_square_of_the_whole_models_gradient(make_llama):
+def test_the_power_of_every_row_is_the_whole_models_squared_gradient_by_leverage(make_llama):
     model = make_llama().requires_grad_(False)
     tokens = windows()
 
@@ -32,11 +32,11 @@ def test_the_power_of_every_row_is_the_mean_square_of_the_whole_models_gradient(
 
     # the same draws, differentiated through the whole model at once
     name = "model.layers.0.mlp.up_proj"
-    kept, generator, power_A, count = [], torch.Generator().manual_seed(0), 0, 0
+    kept, grads, generator = [], [], torch.Generator().manual_seed(0)
     layer = model.get_submodule(name)
 
     def keep(module, args, y):
-        kept.append(y.requires_grad_())
+        kept.append((args[0][0].double(), y.requires_grad_()))
         return y
 
     handle = layer.register_forward_hook(keep)
@@ -45,37 +45,46 @@ def test_the_power_of_every_row_is_the_mean_square_of_the_whole_models_gradient(
         level_T1 = torch.rand(len(window), 1, generator=generator)
         sums_TV = log_p_TV.detach().exp().cumsum(-1)
         drawn = (sums_TV <= level_T1 * sums_TV[:, -1:]).sum(-1, keepdim=True)
-        (grad,) = torch.autograd.grad(log_p_TV.gather(1, drawn).sum(), kept[-1])
-        power_A, count = power_A + grad.square().sum((0, 1)), count + len(window)
+        grads += torch.autograd.grad(log_p_TV.gather(1, drawn).sum(), kept[-1][1])
     handle.remove()
+    x_TN, grad_TA = torch.cat([x for x, _ in kept]), torch.cat([g[0] for g in grads]).double()
+    cov_NN = x_TN.T @ x_TN / len(x_TN)
+    damped_NN = cov_NN + 1e-2 * cov_NN.diagonal().mean() * torch.eye(len(cov_NN))
+    leverage_T = (x_TN.T * torch.linalg.solve(damped_NN, x_TN.T)).mean(0)
+    power_A = (leverage_T[:, None] * grad_TA.square()).mean(0)
     assert set(found) == set(layers_of(model))
-    torch.testing.assert_close(
-        found[name].row_power_A, (power_A / count).double(), rtol=1e-3, atol=1e-12
-    )
+    torch.testing.assert_close(found[name].row_power_A, power_A, rtol=1e-3, atol=1e-12)
 
 
-def test_it_predicts_the_divergence_that_noise_in_an_output_causes(make_llama):
+def test_it_predicts_the_divergence_that_rounding_a_weight_causes(make_llama):
     torch.manual_seed(2)
     model = make_llama().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(3) if parameter.ndim == 2 else None
-    tokens = windows(32)
+    # one token stands out, and what follows it as well
+    model.model.embed_tokens.weight[7] *= 30
+    tokens = [torch.cat([torch.tensor([7]), window[1:]]) for window in windows(32)]
     found = sensitivities(model, tokens)
-    name, size = "model.layers.1.self_attn.v_proj", 1e-2
+    name, size = "model.layers.1.mlp.up_proj", 3e-3
+    layer = model.get_submodule(name)
+    seen = []
+    handle = layer.register_forward_hook(lambda module, args, y: seen.append(args[0][0].double()))
+    reference = [F.log_softmax(model(input_ids=w[None]).logits[0], -1) for w in tokens]
+    handle.remove()
+    x_TN = torch.cat(seen)
+    whitening = Whitening.of(Moments(cov=x_TN.T @ x_TN / len(x_TN), tokens=9), 1e-2, name=name)
+    weight_AN, measured, trials = layer.weight.clone(), 0.0, 8
 
-    def noisy(module, args, y):
-        return y + size * torch.randn(y.shape)
-
-    measured = 0.0
-    with torch.no_grad():
-        for window in tokens:
-            p = F.log_softmax(model(input_ids=window[None]).logits[0], -1)
-            handle = model.get_submodule(name).register_forward_hook(noisy)
+    for _ in range(trials):
+        noise_AN = size * torch.randn(weight_AN.shape, dtype=torch.float64)
+        noise_AN = torch.linalg.solve_triangular(whitening.chol, noise_AN, upper=False, left=False)
+        layer.weight.copy_(weight_AN + noise_AN)
+        for window, p in zip(tokens, reference, strict=True):
             q = F.log_softmax(model(input_ids=window[None]).logits[0], -1)
-            handle.remove()
-            measured += float(F.kl_div(q, p, reduction="sum", log_target=True)) / 32 / len(window)
+            divergence = F.kl_div(q, p, reduction="sum", log_target=True)
+            measured += float(divergence) / len(x_TN) / trials
 
-    predicted = 0.5 * size**2 * float(found[name].row_power_A.sum())
+    predicted = 0.5 * size**2 * x_TN.shape[1] * float(found[name].row_power_A.sum())
     # one draw of a token for each of 1024 positions
     assert measured == pytest.approx(predicted, rel=0.25)
 

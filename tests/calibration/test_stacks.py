@@ -18,7 +18,7 @@ from watersic_hf import CalibrationError, WaterSICLinear
 from watersic_hf.calibration import LayerQuantizer, layer_sensitivities, quantize_blocks
 from watersic_hf.calibration.capture import block_stream, model_inputs, runnable_stacks
 from watersic_hf.calibration.settings import CalibrationSettings
-from watersic_hf.core import LayerSettings
+from watersic_hf.core import LayerSettings, Moments, Whitening
 
 
 def bart():
@@ -140,18 +140,21 @@ def test_sensitivities_of_an_encoder_are_those_of_the_decoders_predictions():
     )  # fmt: skip
 
     assert set(found) == set(layers_of(model))
-    power_A, generator = 0, torch.Generator().manual_seed(0)
+    inputs, grads, generator = [], [], torch.Generator().manual_seed(0)
     for window in tokens:
         kept = []
         handle = model.get_submodule(name).register_forward_hook(
-            lambda module, args, y, kept=kept: kept.append(y.requires_grad_()) or y
+            lambda module, args, y, kept=kept: kept.extend((args[0][0], y.requires_grad_())) or y
         )
         log_p_TV = model(**model_inputs(model, window[None])).logits[0].log_softmax(-1)
         handle.remove()
         level_T1 = torch.rand(len(window), 1, generator=generator)
         drawn = (log_p_TV.detach().exp().cumsum(-1) <= level_T1).sum(-1, keepdim=True)
-        (grad,) = torch.autograd.grad(log_p_TV.gather(1, drawn).sum(), kept[0])
-        power_A = power_A + grad.square().sum((0, 1)).double() / (3 * len(window))
+        inputs.append(kept[0].double())
+        grads += torch.autograd.grad(log_p_TV.gather(1, drawn).sum(), kept[1])
+    x_TN, power_TA = torch.cat(inputs), torch.cat([g[0] for g in grads]).double().square()
+    moments = Moments(cov=x_TN.T @ x_TN / len(x_TN), tokens=len(x_TN))
+    power_A = Whitening.of(moments, 1e-2, name=name).leverages(x_TN) @ power_TA / len(x_TN)
     torch.testing.assert_close(found[name].row_power_A, power_A, rtol=1e-3, atol=1e-12)
 
 

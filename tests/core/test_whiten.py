@@ -5,12 +5,12 @@ import torch
 
 from watersic_hf.core.moments import CalibrationError, Moments
 from watersic_hf.core.whiten import (
+    Whitening,
     damped_cholesky,
     damping_for,
     damping_shift,
     live_columns,
     whitened_target,
-    whitened_variances,
 )
 from watersic_hf.testing import assert_close, random_layer
 
@@ -168,29 +168,43 @@ def test_mixed_moments_are_the_weighted_mean_of_all_fields():
         assert_close(getattr(mixed, field), getattr(direct, field), tolerance=1e-12)
 
 
-def test_whitened_variances_need_no_dead_column():
+def test_dead_columns_take_no_part_in_a_whitening():
     weight_AN, cov_NN = random_layer(6, 8, seed=1)
     cov_NN[3] = cov_NN[:, 3] = 0
+    x_TN = torch.randn(5, 8)
 
-    variance_N = whitened_variances(weight_AN, Moments(cov=cov_NN, tokens=9), 1e-3, name="layer")
+    whitening = Whitening.of(Moments(cov=cov_NN, tokens=9), 1e-3, name="layer")
 
     live = [0, 1, 2, 4, 5, 6, 7]
-    alone_N = whitened_variances(
-        weight_AN[:, live], Moments(cov=cov_NN[live][:, live], tokens=9), 1e-3, name="layer"
-    )
+    alone = Whitening.of(Moments(cov=cov_NN[live][:, live], tokens=9), 1e-3, name="layer")
+    variance_N = whitening.variances(weight_AN)
     assert float(variance_N[3]) == 0
-    assert_close(variance_N[live], alone_N, tolerance=1e-12)
+    assert_close(variance_N[live], alone.variances(weight_AN[:, live]), tolerance=1e-12)
+    assert_close(whitening.leverages(x_TN), alone.leverages(x_TN[:, live]), tolerance=1e-12)
 
 
-@pytest.mark.parametrize("damping", [1e-4, 1.0, 30.0])
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_damping_does_not_raise_the_variances_of_white_inputs(damping, diagonal):
-    weight_AN, _ = random_layer(6, 8, seed=0)
-    cov = 3 * (torch.ones(8) if diagonal else torch.eye(8)).double()
+def test_a_leverage_is_what_a_token_feels_of_errors_that_are_white_in_the_whitened_domain(diagonal):
+    x_TN = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
+    x_TN[0] *= 100
+    cov = x_TN.square().mean(0) if diagonal else x_TN.T @ x_TN / 40
+    moments = Moments(cov=cov, tokens=40)
+    cov_NN = torch.diag(cov) if diagonal else cov
+    damped_NN = cov_NN + 0.1 * cov_NN.diagonal().mean() * torch.eye(8, dtype=torch.float64)
 
-    variance_N = whitened_variances(weight_AN, Moments(cov=cov, tokens=9), damping, name="layer")
+    leverage_T = Whitening.of(moments, 0.1, name="layer").leverages(x_TN)
 
-    assert_close(variance_N, 3 * weight_AN.double().square().mean(0), tolerance=1e-12)
+    solved_NT = torch.linalg.solve(damped_NN, x_TN.T)
+    assert_close(leverage_T, (x_TN.T * solved_NT).sum(0) / 8, tolerance=1e-10)
+
+
+def test_leverages_are_one_in_the_mean_where_nothing_is_damped():
+    x_TN = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
+    moments = Moments(cov=x_TN.T @ x_TN / 40, tokens=40)
+
+    leverage_T = Whitening.of(moments, 1e-12, name="layer").leverages(x_TN)
+
+    assert float(leverage_T.mean()) == pytest.approx(1)
 
 
 def test_the_damping_falls_with_the_tokens_to_the_papers():

@@ -57,14 +57,14 @@ def sensitive_targets(
 ) -> dict[str, tuple[int, float]]:
     r"""Move bits to the layers where they lower the divergence of the model's output most.
 
-    A layer with steps c adds :math:`c^2 E[g^2] / 24` per weight to the divergence, and a bit
+    A layer with steps c adds :math:`c^2 E[h g^2] / 24` per weight to the divergence, and a bit
     divides that by four wherever it is spent.  So all layers should have the same
-    :math:`c^2 E[g^2]`: the waterfilling of columns, carried on over layers.  The level is the one
+    :math:`c^2 E[h g^2]`: the waterfilling of columns, carried on over layers.  The level is the one
     at which all layers together cost what `targets` sum up to.
 
     Half of the way there (`ALLOCATION_SHARE`) has three quarters of what is to be gained, as the
-    loss is flat around the best split, and risks a quarter where the sensitivities, which take the
-    errors of all tokens to be alike, are wrong.
+    loss is flat around the best split, and risks a quarter where the sensitivities, which are those
+    of the calibration's text, are wrong.
 
     Args:
         targets: for every layer, its number of weights and the bits asked for it.

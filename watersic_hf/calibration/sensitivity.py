@@ -8,13 +8,18 @@ To second order, an error :math:`\delta` in the output of a layer moves the pred
 .. math:: \operatorname{KL} = \tfrac12 E[(g^T \delta)^2] \text{ nats}
 
 with g the gradient of the log-likelihood of a token that the model itself draws: the Fisher
-information (Martens 2014, arXiv 1412.1193).  Kept of it is E[g_r^2] of every row r of every layer,
-from one backward pass that holds one block's graph at a time; for an encoder, that of the decoder
-behind it as well.
+information (Martens 2014, arXiv 1412.1193).  The errors that quantization makes are not alike for
+all tokens: each feels them by its leverage, :math:`h = x^T S^{-1} x / N`, as they were shaped for
+the moment S of all of them.  So kept of every layer is E[h g_r^2] for each row r: a few tokens with
+steep gradients and massive inputs, as the first one of a text, count for what they feel.
+
+It takes one backward pass that holds one block's graph at a time; for an encoder, that of the
+decoder behind it as well.
 """
 
 import functools
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,9 +47,9 @@ from watersic_hf.calibration.experts import (
     spread,
 )
 from watersic_hf.calibration.progress import steps
-from watersic_hf.calibration.ranks import add_up, gather, place, share
+from watersic_hf.calibration.ranks import gather, place, share
 from watersic_hf.calibration.topology import inside
-from watersic_hf.core import CalibrationError, MomentAccumulator, Moments, whitened_variances
+from watersic_hf.core import CalibrationError, Moments, Whitening
 from watersic_hf.nn import SeparateExperts
 
 logger = logging.getLogger(__name__)
@@ -58,10 +63,10 @@ class Sensitivity:
     """What one layer's errors cost, known before anything is quantized."""
 
     row_power_A: Tensor
-    """E[g_r^2] of every row: nats per unit of squared error, times two."""
+    """E[h g_r^2] of every row: nats per unit of squared error in whitened units, times two."""
 
     variance_N: Tensor
-    """Variance of every column of the weight in the whitened domain; see `whitened_variances`."""
+    """Variance of every column of the weight in the whitened domain; see `Whitening`."""
 
 
 def layer_sensitivities(
@@ -196,34 +201,34 @@ def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 class _Sums:
-    """What is summed of one layer over the batches."""
+    """What is known of one layer over the batches."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
-        self.moments = MomentAccumulator(layer.in_features, device=layer.weight.device)
-        self.power_A = torch.zeros(
-            layer.out_features, dtype=torch.float64, device=layer.weight.device
-        )
-        self.tokens = 0
+        self.inputs: list[Tensor] = []
+        self.grads: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.inputs))
 
     def add(self, x: Tensor, grad: Tensor) -> None:
-        self.moments.add(x)
-        self.power_A += grad.float().square().flatten(0, -2).sum(0)
-        self.tokens += grad[..., 0].numel()
+        self.inputs.append(x.flatten(0, -2))
+        self.grads.append(grad.flatten(0, -2))
 
     def combine(self) -> None:
-        """Take in the sums of the other processes."""
-        tokens = torch.tensor(self.tokens)
-        self.moments.combine(add_up)
-        add_up(self.power_A)
-        add_up(tokens)
-        self.tokens = int(tokens)
+        """Take in what the other processes have."""
+        parts = gather((self.inputs, self.grads))
+        self.inputs = [x_TN for inputs, _ in parts for x_TN in inputs]
+        self.grads = [grad_TA for _, grads in parts for grad_TA in grads]
 
     def result(self, damping: float | None, name: str) -> Sensitivity:
-        moments = self.moments.result()
+        x_TN = torch.cat(self.inputs)
+        whitening = Whitening.of(moments_of(x_TN), damping, name=name)
+        power_TA = torch.cat(self.grads).double().square_()
         return Sensitivity(
-            row_power_A=(self.power_A / self.tokens).cpu(),
-            variance_N=whitened_variances(self.layer.weight, moments, damping, name=name).cpu(),
+            row_power_A=(whitening.leverages(x_TN) @ power_TA / len(x_TN)).cpu(),
+            variance_N=whitening.variances(self.layer.weight).cpu(),
         )
 
 
@@ -240,6 +245,7 @@ class _ExpertSums:
         self.tokens = tokens
         self.inputs: dict[int, list[Tensor]] = {e: [] for e in range(experts.layout.experts)}
         self.power_A: dict[tuple[int, str], Tensor] = {}
+        self.power_S: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
         self.combined = False
 
     @property
@@ -250,42 +256,53 @@ class _ExpertSums:
     def add(self, expert: int, matrix: str, x_SN: Tensor, grad_SA: Tensor) -> None:
         if matrix == self.experts.layout.first:
             self.inputs[expert].append(x_SN)
-        power_A = grad_SA.float().square().sum(0).double()
-        self.power_A[expert, matrix] = self.power_A.get((expert, matrix), 0) + power_A
+        power_SA = grad_SA.float().square()
+        key = expert, matrix
+        self.power_A[key] = self.power_A.get(key, 0) + power_SA.sum(0).double()
+        self.power_S[key].append(power_SA.sum(1))
 
     def combine(self) -> None:
         """Take in what the other processes have; once, however often it is called."""
         if self.combined:
             return
         self.combined = True
-        parts = gather((self.inputs, self.power_A))
+        parts = gather((self.inputs, self.power_A, self.power_S))
         if len(parts) > 1:
-            self.inputs = {e: [x for inputs, _ in parts for x in inputs[e]] for e in self.inputs}
-            self.power_A = {}
-            for _, powers in parts:
-                for key, power_A in powers.items():
+            self.inputs = {e: [x for inputs, *_ in parts for x in inputs[e]] for e in self.inputs}
+            self.power_A, self.power_S = {}, defaultdict(list)
+            for _, rows, tokens in parts:
+                for key, power_A in rows.items():
                     self.power_A[key] = self.power_A.get(key, 0) + power_A
+                    self.power_S[key] += tokens[key]
 
     def result(self, expert: int, matrix: str, damping: float | None, name: str) -> Sensitivity:
         layer = self.experts.packed[expert][matrix]
-        moments = self._moments(expert, matrix, layer.in_features)
+        inputs = self.inputs[expert]
+        own_SN = self._entering(expert, matrix, torch.cat(inputs)) if inputs else None
+        whitening = Whitening.of(self._moments(expert, matrix, own_SN), damping, name=name)
+        power_A = self._power(expert, matrix, layer.out_features)
+        if own_SN is not None and bool(self.power_A[expert, matrix].any()):
+            power_S = torch.cat(self.power_S[expert, matrix]).double()
+            power_A *= whitening.leverages(own_SN) @ power_S / power_S.sum()
         return Sensitivity(
-            row_power_A=self._power(expert, matrix, layer.out_features).cpu(),
-            variance_N=whitened_variances(layer.weight, moments, damping, name=name).cpu(),
+            row_power_A=power_A.cpu(), variance_N=whitening.variances(layer.weight).cpu()
         )
 
-    def _moments(self, expert: int, matrix: str, columns: int) -> Moments:
-        layout = self.experts.layout
-        tokens = sum(map(len, self.inputs[expert]))
-        share = share_of_pool(columns, tokens)
+    def _entering(self, expert: int, matrix: str, x_SN: Tensor) -> Tensor:
+        """What enters a matrix of the expert, from what enters the expert."""
+        return x_SN if matrix == self.experts.layout.first else self.experts.inner(expert, x_SN)
 
-        def measured(x_SN: Tensor) -> Moments:
-            return moments_of(x_SN if matrix == layout.first else self.experts.inner(expert, x_SN))
-
-        own = measured(torch.cat(self.inputs[expert])) if tokens else None
+    def _moments(self, expert: int, matrix: str, own_SN: Tensor | None) -> Moments:
+        columns = self.experts.packed[expert][matrix].in_features
+        share = share_of_pool(columns, 0 if own_SN is None else len(own_SN))
+        own = None if own_SN is None else moments_of(own_SN)
         if share == 0:
             return own
-        pool = measured(self._pool) if matrix == layout.last else self._pool_moments
+        pool = (
+            moments_of(self._entering(expert, matrix, self._pool))
+            if matrix == self.experts.layout.last
+            else self._pool_moments
+        )
         return pool if own is None else own.pooled(pool, share)
 
     @functools.cached_property

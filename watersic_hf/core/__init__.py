@@ -12,7 +12,7 @@ from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_w
 from watersic_hf.core.rate import narrow
 from watersic_hf.core.tall import ROWS_PER_BAND, quantize_tall
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
-from watersic_hf.core.whiten import whitened_variances
+from watersic_hf.core.whiten import Whitening
 from watersic_hf.core.zsic import BlockStep, zsic_block
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "MomentAccumulator",
     "Moments",
     "QuantizedWeight",
+    "Whitening",
     "column_deviations",
     "column_profile",
     "gap_to_bound",
@@ -35,6 +36,5 @@ __all__ = [
     "quantize_weight",
     "rate_at_level",
     "relative_output_error",
-    "whitened_variances",
     "zsic_block",
 ]

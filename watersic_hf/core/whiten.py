@@ -7,6 +7,7 @@ Units:  moments are means over tokens; `damping` is relative to the mean of the 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -128,34 +129,58 @@ def whitened_target(weight_AN: Tensor, moments: Moments, chol: Tensor, damping: 
     return target_NA.contiguous().T
 
 
-def whitened_variances(
-    weight_AN: Tensor, moments: Moments, damping: float | None, *, name: str
-) -> Tensor:
-    r"""Return the variance of every column in whitened units; 0 for dead ones.
+@dataclass(frozen=True)
+class Whitening:
+    """The domain of one layer's inputs in which every column has the same lattice step.
 
-    .. math:: s_i \ell_{ii}^2 \kappa, \quad
-              \kappa = \tfrac1N \operatorname{tr} S (S + \delta I)^{-1}
-
-    The rate that a layer needs for a distortion depends on nothing else; see
-    `waterfill.rate_at_level`.  A step c makes an error of c^2 / 12 per weight in the damped moment,
-    of which the moment itself feels the share kappa: without it the more a layer is damped, the
-    more bits it would seem to need.  A `damping` of None is that of `damping_for`.
+    Source: the whitening of WaterSIC (method of arXiv 2603.04956), here to ask what steps would
+    cost before anything is quantized.
     """
-    live_N = live_columns(moments.cov)
-    live_moments = moments.select(live_N)
-    cov = live_moments.layer_cov
-    damping = damping or damping_for(cov, moments.tokens)
-    chol, damping = damped_cholesky(cov, damping, tokens=moments.tokens, name=name)
-    felt = 1 - damping_shift(cov, damping) * _inverse_diagonal_mean(chol)
-    variance_N = torch.zeros_like(live_N, dtype=torch.float64)
-    variance_N[live_N] = whitened_variance(weight_AN[:, live_N].double(), chol) * felt
-    return variance_N
 
+    live_N: Tensor
+    """Which columns carry signal; the others take no part."""
 
-def _inverse_diagonal_mean(chol: Tensor) -> Tensor:
-    """Mean of the diagonal of the inverse of what was factored."""
-    if chol.ndim == 1:
-        return chol.square().reciprocal().mean()
-    eye_NN = torch.eye(len(chol), dtype=chol.dtype, device=chol.device)
-    half_NN = torch.linalg.solve_triangular(chol, eye_NN, upper=False)
-    return half_NN.square().sum() / len(chol)
+    chol: Tensor
+    """Factor of the damped moment of the live columns."""
+
+    @classmethod
+    def of(cls, moments: Moments, damping: float | None, *, name: str) -> Whitening:
+        """The whitening of a layer's inputs.
+
+        Args:
+            moments: of the inputs.
+            damping: as that of `damped_cholesky`; None is that of `damping_for`.
+            name: layer, for messages.
+
+        Raises:
+            CalibrationError: the moments cannot be factored.
+        """
+        live_N = live_columns(moments.cov)
+        cov = moments.select(live_N).layer_cov
+        damping = damping or damping_for(cov, moments.tokens)
+        chol, _ = damped_cholesky(cov, damping, tokens=moments.tokens, name=name)
+        return cls(live_N, chol)
+
+    def variances(self, weight_AN: Tensor) -> Tensor:
+        """Variance of every column of a weight, (N,); 0 for those that are not live.
+
+        The rate that a layer needs for a distortion depends on nothing else; see
+        `waterfill.rate_at_level`.
+        """
+        variance_N = torch.zeros_like(self.live_N, dtype=torch.float64)
+        variance_N[self.live_N] = whitened_variance(weight_AN[:, self.live_N].double(), self.chol)
+        return variance_N
+
+    def leverages(self, x_TN: Tensor) -> Tensor:
+        r"""What every token feels of a step: :math:`x^T (S + \delta I)^{-1} x / N`, (T,).
+
+        A step c makes errors in the weight that are white in this domain.  In the output of a token
+        they are :math:`c^2 / 12` times N times its leverage: its share in the moments, for which
+        the errors were shaped.  The mean over tokens is 1 where nothing is damped.
+        """
+        live_TN = x_TN[:, self.live_N].double()
+        if self.chol.ndim == 1:
+            white_NT = (live_TN / self.chol).T
+        else:
+            white_NT = torch.linalg.solve_triangular(self.chol, live_TN.T, upper=False)
+        return white_NT.square().sum(0) / max(1, len(white_NT))
