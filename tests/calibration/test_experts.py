@@ -3,14 +3,16 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from watersic_hf import WaterSICConfig
 from watersic_hf.calibration.capture import Side, block_stream
 from watersic_hf.calibration.experts import ExpertMoments
+from watersic_hf.calibration.sensitivity import layer_sensitivities
 from watersic_hf.checkpoint import experts_together, inspect_checkpoint
 from watersic_hf.cli import main
-from watersic_hf.core import Moments, pool_share
+from watersic_hf.core import Moments, Whitening, pool_share
 from watersic_hf.nn import fused_experts, packed_layers, separate_dense
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -120,6 +122,43 @@ def test_moments_are_those_of_an_experts_own_tokens_in_both_models(model, window
     h_TN = block.mlp.experts.inner(3, hidden_TH)
     torch.testing.assert_close(unused.cov, mixed(h_TN, h_TN, 0.0), rtol=1e-3, atol=1e-6)
     assert (unused.own_tokens, unused.pool_share) == (0, 1)
+
+
+def test_it_is_predicted_what_rounding_an_experts_weight_does(model, windows):
+    model.requires_grad_(False)
+    experts = model.model.layers[0].mlp.experts
+    separate_dense(experts, fused_experts(experts))
+    calls = []
+    handle = experts.register_forward_pre_hook(lambda module, args: calls.append(args))
+    reference = model(input_ids=windows).logits.log_softmax(-1)
+    handle.remove()
+    hidden_TH, index_TK, _ = calls[0]
+    own, pool = (
+        Moments(cov=h.T @ h / len(h), tokens=len(h))
+        for h in (experts.inner(0, hidden_TH[t]).double() for t in ((index_TK == 0).any(1), ...))
+    )
+    moments = own.pooled(pool, pool_share(48, own.tokens))
+    name = f"{EXPERTS}.packed.0.down"
+    layer = experts.packed[0]["down"]
+
+    found = layer_sensitivities(
+        model, list(windows), [f"{EXPERTS}.packed.{e}.{m}" for e in range(4) for m in
+        ("gate_up", "down")], tokens=8192, damping=1e-2, seed=0,
+    )[name]  # fmt: skip
+
+    size, trials, measured = 1e-3, 8, 0.0
+    chol = Whitening.of(moments, 1e-2, name=name).chol
+    weight_AN = layer.weight.clone()
+    for _ in range(trials):
+        noise_AN = size * torch.randn(weight_AN.shape, dtype=torch.float64)
+        noise_AN = torch.linalg.solve_triangular(chol, noise_AN, upper=False, left=False)
+        layer.weight.copy_(weight_AN + noise_AN)
+        q = model(input_ids=windows).logits.log_softmax(-1)
+        divergence = F.kl_div(q.double(), reference.double(), reduction="sum", log_target=True)
+        measured += float(divergence) / windows.numel() / trials
+    predicted = 0.5 * size**2 * 48 * float(found.row_power_A.sum())
+    # a ninth less if all tokens felt the noise alike
+    assert measured == pytest.approx(predicted, rel=0.1)
 
 
 def test_pooled_moments_count_for_the_tokens_of_a_mean_with_as_little_noise():
