@@ -89,6 +89,23 @@ def test_it_predicts_the_divergence_that_rounding_a_weight_causes(make_llama):
     assert measured == pytest.approx(predicted, rel=0.25)
 
 
+def test_layers_that_share_their_inputs_are_whitened_together(make_llama, monkeypatch):
+    model = make_llama()
+    named, of = [], Whitening.of
+
+    def whitening(moments, damping, *, name):
+        named.append(name.removeprefix("model.layers.0."))
+        return of(moments, damping, name=name)
+
+    monkeypatch.setattr(Whitening, "of", whitening)
+
+    found = sensitivities(model, windows(2))
+
+    first = [name for name in named if not name.startswith("model")]
+    assert first == ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert set(found) == set(layers_of(model))
+
+
 def test_blocks_may_return_tuples():
     from transformers import BloomConfig, BloomForCausalLM
 

@@ -18,11 +18,12 @@ decoder behind it as well.
 """
 
 import functools
+import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -174,18 +175,23 @@ def _stack_sensitivities(
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with source.hold(name, block):
             experts = experts_in(block, list(within))
-            sums = {n: _Sums(block.get_submodule(n)) for n in outside(within, experts)}
+            dense = {n: _Layer(n, block.get_submodule(n)) for n in outside(within, experts)}
+            routed: dict[str, _Matrix] = {}
             for part, module in experts.items():
-                shared = _ExpertSums(module, sum(map(len, windows)))
+                sums = _ExpertSums(module, sum(map(len, windows)))
                 for matrix, place_in in module.layout.names().items():
-                    sums[f"{part}.{matrix}"] = _MatrixSums(shared, *place_in)
+                    inner = f"{part}.{matrix}"
+                    routed[inner] = _Matrix(inner, sums, *place_in)
             for batch in batches:
-                grads[batch] = _block_backward(stream, index, block, batch, grads[batch], sums)
-            for layer_sums in sums.values():
-                layer_sums.combine()
-            reached = [n for n, s in sums.items() if s.tokens]
-            own = {within[n]: sums[n].result(damping, within[n]) for n in share(reached)}
-            for part in gather(own):
+                grads[batch] = _block_backward(
+                    stream, index, block, batch, grads[batch], dense | routed
+                )
+            units = [*_by_input(list(dense.values())), *routed.values()]
+            for unit in units:
+                unit.combine()
+            reached = [unit for unit in units if unit.tokens]
+            own = [unit.results(damping, within) for unit in share(reached)]
+            for part in itertools.chain(*gather(own)):
                 found |= part
     return found
 
@@ -200,36 +206,67 @@ def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return chosen
 
 
-class _Sums:
-    """What is known of one layer over the batches."""
+@dataclass
+class _Layer:
+    """What goes into a layer, and the gradients of what comes out, a tensor for each call."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-        self.inputs: list[Tensor] = []
-        self.grads: list[Tensor] = []
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.inputs))
+    name: str
+    module: nn.Linear
+    inputs: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor, grad: Tensor) -> None:
         self.inputs.append(x.flatten(0, -2))
         self.grads.append(grad.flatten(0, -2))
 
+    def power_A(self, weight_T: Tensor) -> Tensor:
+        """Mean squared gradients of the rows, with weights for the tokens."""
+        power_TA = torch.cat(self.grads).double().square_()
+        return weight_T @ power_TA / len(power_TA)
+
+    def where(self) -> tuple[tuple, ...]:
+        """Where its inputs are in memory."""
+        return tuple((x.data_ptr(), x.shape, x.stride()) for x in self.inputs)
+
+
+@dataclass
+class _SameInput:
+    """Layers that are applied to the same tensors, as q, k and v are."""
+
+    layers: list[_Layer]
+    inputs: list[Tensor]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.inputs))
+
     def combine(self) -> None:
         """Take in what the other processes have."""
-        parts = gather((self.inputs, self.grads))
-        self.inputs = [x_TN for inputs, _ in parts for x_TN in inputs]
-        self.grads = [grad_TA for _, grads in parts for grad_TA in grads]
+        self.inputs = list(itertools.chain(*gather(self.inputs)))
+        for layer in self.layers:
+            layer.grads = list(itertools.chain(*gather(layer.grads)))
 
-    def result(self, damping: float | None, name: str) -> Sensitivity:
+    def results(self, damping: float | None, names: Mapping[str, str]) -> dict[str, Sensitivity]:
+        """The sensitivities of the layers, by what `names` has for their names."""
         x_TN = torch.cat(self.inputs)
-        whitening = Whitening.of(moments_of(x_TN), damping, name=name)
-        power_TA = torch.cat(self.grads).double().square_()
-        return Sensitivity(
-            row_power_A=(whitening.leverages(x_TN) @ power_TA / len(x_TN)).cpu(),
-            variance_N=whitening.variances(self.layer.weight).cpu(),
-        )
+        whitening = Whitening.of(moments_of(x_TN), damping, name=names[self.layers[0].name])
+        leverage_T = whitening.leverages(x_TN)
+        return {
+            names[layer.name]: Sensitivity(
+                row_power_A=layer.power_A(leverage_T).cpu(),
+                variance_N=whitening.variances(layer.module.weight).cpu(),
+            )
+            for layer in self.layers
+        }
+
+
+def _by_input(layers: Sequence[_Layer]) -> list[_SameInput]:
+    """The layers, together where they share their inputs in every process."""
+    groups: dict[tuple, _SameInput] = {}
+    places = gather([layer.where() for layer in layers])
+    for layer, *where in zip(layers, *places, strict=True):
+        groups.setdefault(tuple(where), _SameInput([], layer.inputs)).layers.append(layer)
+    return list(groups.values())
 
 
 class _ExpertSums:
@@ -327,25 +364,28 @@ class _ExpertSums:
 
 
 @dataclass
-class _MatrixSums:
-    """One matrix of an expert, as `_Sums` is of a layer."""
+class _Matrix:
+    """One matrix of an expert."""
 
-    shared: _ExpertSums
+    name: str
+    sums: _ExpertSums
     expert: int
     matrix: str
 
     @property
     def tokens(self) -> int:
-        return self.shared.slots
+        return self.sums.slots
 
     def add(self, x: Tensor, grad: Tensor) -> None:
-        self.shared.add(self.expert, self.matrix, x, grad)
+        self.sums.add(self.expert, self.matrix, x, grad)
 
     def combine(self) -> None:
-        self.shared.combine()
+        self.sums.combine()
 
-    def result(self, damping: float | None, name: str) -> Sensitivity:
-        return self.shared.result(self.expert, self.matrix, damping, name)
+    def results(self, damping: float | None, names: Mapping[str, str]) -> dict[str, Sensitivity]:
+        """As those of `_SameInput`."""
+        name = names[self.name]
+        return {name: self.sums.result(self.expert, self.matrix, damping, name)}
 
 
 def _block_backward(
@@ -354,9 +394,9 @@ def _block_backward(
     block: nn.Module,
     batch: int,
     grad: Tensor,
-    sums: dict[str, _Sums | _MatrixSums],
+    layers: Mapping[str, _Layer | _Matrix],
 ) -> Tensor:
-    """Add one batch to the sums of a block's layers; returns the gradient at the block's input."""
+    """Add one batch to what is known of a block's layers; returns the gradient at its input."""
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str) -> Callable:
@@ -366,7 +406,7 @@ def _block_backward(
 
         return keep
 
-    handles = [block.get_submodule(n).register_forward_hook(record(n)) for n in sums]
+    handles = [block.get_submodule(n).register_forward_hook(record(n)) for n in layers]
     hidden = stream.hidden[batch].detach().requires_grad_()
     try:
         with torch.enable_grad():
@@ -377,7 +417,7 @@ def _block_backward(
     outputs = [output for _, _, output in seen]
     grad, *grads = torch.autograd.grad(result, [hidden, *outputs], grad.to(result.device))
     for (name, x, _), grad_y in zip(seen, grads, strict=True):
-        sums[name].add(x, grad_y)
+        layers[name].add(x, grad_y)
     return grad
 
 
