@@ -50,15 +50,15 @@ def test_elsewhere_there_are_plain_lines_and_not_too_many(monkeypatch, seconds, 
     assert "peak" in last or sys.platform != "linux"
 
 
-def test_no_time_is_told_before_this_run_has_quantized_a_layer(monkeypatch):
+def test_no_time_is_told_before_this_run_has_quantized_a_block(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
     monkeypatch.setattr("watersic_hf.calibration.progress.LINE_EVERY", 0.0)
-    with Progress(layers=2, weights=2000, blocks=1) as progress:
-        progress.block("h.0")
-        progress.layer(report("h.0.q", 2.0), earlier=True)
-        progress.layer(report("h.0.o", 2.0))
+    with Progress(layers=5, weights=5000, blocks=3) as progress:
+        for block, layers in (("h.0", "q"), ("h.1", "qo"), ("h.2", "qo")):
+            progress.block(block)
+            for layer in layers:
+                progress.layer(report(f"{block}.{layer}", 2.0), earlier=block == "h.0")
 
-    first, last = shown.getvalue().splitlines()
-    assert "? left" in first
-    assert "00:00 left" in last
+    left = [line.split(" gone, ")[1].split(" left")[0] for line in shown.getvalue().splitlines()]
+    assert left == ["?", "?", "?", "00:00", "00:00"]

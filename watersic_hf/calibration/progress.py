@@ -50,6 +50,7 @@ class Progress:
         self._blocks = blocks
         self._block = self._layer = 0
         self._seen = self._seen_earlier = 0
+        self._whole_blocks = False
         self._spent = self._lost = 0.0
         self._start = self._last_line = time.monotonic()
 
@@ -79,6 +80,7 @@ class Progress:
     def block(self, name: str) -> None:
         """A block is begun."""
         self._block += 1
+        self._whole_blocks = self._seen > self._seen_earlier
         self._below.set_description_str(f"{self._where()}, {name}")
 
     def layer(self, report: LayerReport, *, earlier: bool = False) -> None:
@@ -110,7 +112,8 @@ class Progress:
         self._last_line = now
         gone = now - self._start
         interval = tqdm.format_interval
-        done = self._seen - self._seen_earlier
-        # as long as all was done by an earlier run, nobody knows
-        left = interval(gone * (self._weights - self._seen) / done) if done else "?"
+        done, ahead = self._seen - self._seen_earlier, self._weights - self._seen
+        # nobody knows before this run has a whole block; much of the first is done for all layers
+        known = done and (self._whole_blocks or not ahead)
+        left = interval(gone * ahead / done) if known else "?"
         tqdm.write(f"{interval(gone)} gone, {left} left, {state}", file=sys.stderr)
