@@ -236,6 +236,20 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "a/b/c", __file__])
+def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("inspect", name)
+
+    assert f"there is no folder {name}" in capsys.readouterr().err
+
+
+def test_a_text_to_evaluate_on_that_is_not_there_is_named(quantized, capsys):
+    assert run("eval", quantized, "--text", "nowhere.txt") == 1
+
+    assert "the text file nowhere.txt does not exist" in capsys.readouterr().err
+
+
 def test_debug_shows_the_error_as_it_is(tmp_path):
     from watersic_hf import CheckpointError
 
@@ -297,3 +311,13 @@ def test_the_module_runs_as_a_program():
 
     assert done.returncode == 0
     assert "quantize" in done.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error(quantized):
+    command = [sys.executable, "-m", "watersic_hf.cli", "inspect", str(quantized)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as inspect:
+        inspect.stdout.close()
+        complaint = inspect.stderr.read()
+
+    assert inspect.returncode == 0
+    assert b"rror" not in complaint

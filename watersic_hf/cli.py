@@ -27,9 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("watersic: interrupted", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # nobody reads on, as after `| head`; without this, Python's end would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if arguments.debug:
             raise
@@ -50,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize = commands.add_parser("quantize", parents=[common], help="quantize a model")
     quantize.set_defaults(run=_quantize)
-    quantize.add_argument("model", help="folder or hub name of a model")
+    quantize.add_argument("model", type=_model, help="folder or hub name of a model")
     quantize.add_argument("out", help="folder to save to")
     quantize.add_argument("--bits", type=float, default=3.0, help="stored bits per weight (3.0)")
     quantize.add_argument(
@@ -58,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         default="pydoc",
         help="calibration set: self, pydoc, wikitext2, c4, a file, a hub name, or none (pydoc)",
     )
-    quantize.add_argument("--tokenizer", help="folder or hub name (the model's own)")
+    quantize.add_argument("--tokenizer", type=_model, help="folder or hub name (the model's own)")
     quantize.add_argument("--samples", type=int, default=128, help="calibration windows (128)")
     quantize.add_argument("--sequence-length", type=int, default=2048, help="their tokens (2048)")
     quantize.add_argument("--batch-size", type=int, default=8, help="windows at a time (8)")
@@ -97,15 +101,21 @@ def _parser() -> argparse.ArgumentParser:
         "finetune", parents=[common], help="train the scales of a quantized model; same bits"
     )
     finetune.set_defaults(run=_finetune)
-    finetune.add_argument("quantized", help="folder or hub name of a quantized model")
+    finetune.add_argument("quantized", type=_model, help="folder or hub name of a quantized model")
     finetune.add_argument("out", help="folder to save to")
     finetune.add_argument(
-        "--teacher", required=True, metavar="ORIGINAL", help="the model that was quantized"
+        "--teacher",
+        type=_model,
+        required=True,
+        metavar="ORIGINAL",
+        help="the model that was quantized",
     )
     finetune.add_argument(
         "--dataset", default="pydoc", help="text to train on, as for quantize (pydoc)"
     )
-    finetune.add_argument("--tokenizer", help="folder or hub name (the quantized model's)")
+    finetune.add_argument(
+        "--tokenizer", type=_model, help="folder or hub name (the quantized model's)"
+    )
     finetune.add_argument(
         "--samples", type=int, default=64, help="windows; the last eighth is held out (64)"
     )
@@ -124,8 +134,10 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", parents=[common], help="perplexity, KL, tasks, speed")
     evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument("model", help="folder or hub name")
-    evaluate.add_argument("--against", metavar="ORIGINAL", help="model to compare with")
+    evaluate.add_argument("model", type=_model, help="folder or hub name")
+    evaluate.add_argument(
+        "--against", type=_model, metavar="ORIGINAL", help="model to compare with"
+    )
     evaluate.add_argument(
         "--text", help="text file; default: topics of Python's documentation held out for this"
     )
@@ -153,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, parents=[common], help=text)
         command.set_defaults(run=run)
-        command.add_argument("folder")
+        command.add_argument("folder", type=_model)
         if name == "inspect":
             command.add_argument(
                 "--html", metavar="FILE", help="also draw it, as a page for browsers"
@@ -161,15 +173,25 @@ def _parser() -> argparse.ArgumentParser:
 
     diff = commands.add_parser("diff", parents=[common], help="two models of one kind side by side")
     diff.set_defaults(run=_diff)
-    diff.add_argument("a", help="folder of a model")
-    diff.add_argument("b", help="folder of another; one of the two may be dense")
+    diff.add_argument("a", type=_model, help="folder of a model")
+    diff.add_argument("b", type=_model, help="folder of another; one of the two may be dense")
 
     demo = commands.add_parser("demo", parents=[common], help="the main job on a real model")
     demo.set_defaults(run=_demo)
-    demo.add_argument("--model", help="folder or hub name (SmolLM2-135M-Instruct from a package)")
+    demo.add_argument(
+        "--model", type=_model, help="folder or hub name (SmolLM2-135M-Instruct from a package)"
+    )
     demo.add_argument("--bits", type=float, default=3.0)
     demo.add_argument("--out", help="keep the quantized model in this folder")
     return parser
+
+
+def _model(name: str) -> str:
+    """A folder, or a name on the hub, which tells of its own what is wrong with it."""
+    path = Path(name)
+    if not path.is_dir() and (path.is_absolute() or path.exists() or len(path.parts) > 2):
+        raise argparse.ArgumentTypeError(f"there is no folder {name}")
+    return name
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -582,10 +604,4 @@ def _print_table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
 
 
 if __name__ == "__main__":
-    # a closed pipe, as after `| head`, is no error
-    try:
-        status = main()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    sys.exit(main())

@@ -161,8 +161,14 @@ def generation_speed(model: torch.nn.Module, prompt_T: Tensor, *, new_tokens: in
 
 
 def evaluation_text(file: str | os.PathLike | None = None) -> str:
-    """The text of a file, or the topics of Python's documentation that no calibration uses."""
+    """The text of a file, or the topics of Python's documentation that no calibration uses.
+
+    Raises:
+        ValueError: there is no such file.
+    """
     if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"the text file {file} does not exist")
         return Path(file).read_text(encoding="utf-8")
     return "\n\n".join(pydoc_texts(held_out=True))
 
