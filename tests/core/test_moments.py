@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.core import CalibrationError, MomentAccumulator, Moments, not_finite
 from watersic_hf.testing import assert_close
 
 
@@ -163,3 +163,12 @@ def test_identity_moments_are_a_diagonal_without_tokens():
     moments = Moments.identity(5)
     assert moments.cov.tolist() == [1.0] * 5
     assert moments.tokens == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_not_finite_is_counted(dtype):
+    values = torch.randn(300, 70).to(dtype)
+    assert not_finite(values) == not_finite(values[:0]) == 0
+    for bad in ("nan", "inf", "-inf"):
+        values[299, 69] = values[0, 0] = float(bad)
+        assert not_finite(values) == not_finite(values.T) == 2

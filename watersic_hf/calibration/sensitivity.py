@@ -50,7 +50,7 @@ from watersic_hf.calibration.experts import (
 from watersic_hf.calibration.progress import steps
 from watersic_hf.calibration.ranks import gather, place, share
 from watersic_hf.calibration.topology import inside
-from watersic_hf.core import CalibrationError, Moments, Whitening
+from watersic_hf.core import CalibrationError, Moments, Whitening, not_finite
 from watersic_hf.nn import SeparateExperts
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _stack_sensitivities(
         with source.hold(name, block):
             stream.advance(index, block, into=states(index + 1, len(windows)))
     batches = range(len(stream.hidden))
-    if not all(gather(all(bool(stream.hidden[b].isfinite().all()) for b in batches))):
+    if any(gather(any(not_finite(stream.hidden[b]) for b in batches))):
         # the block loop stops at the layer where it begins, and names it
         return {}
     passed.append(PassedStack(stack, stream.hidden))
@@ -457,7 +457,7 @@ def _gradients_of_last_block(
             # a row per prediction: of every token, or of a class of the whole window
             log_p_TV = F.log_softmax(logits.flatten(0, -2).float(), dim=-1)
             p_TV = log_p_TV.detach().exp().cpu()
-            if not bool(p_TV.isfinite().all()):
+            if not_finite(p_TV):
                 raise CalibrationError(
                     f"{type(model).__name__}: its predictions on the calibration windows are "
                     f"not finite, though its hidden states are. Repair the output head, or "

@@ -1,7 +1,13 @@
 """The paper's method on plain tensors: it knows no files, no modules and no models."""
 
 from watersic_hf.core.metrics import gap_to_bound, relative_output_error
-from watersic_hf.core.moments import CalibrationError, MomentAccumulator, Moments, pool_share
+from watersic_hf.core.moments import (
+    CalibrationError,
+    MomentAccumulator,
+    Moments,
+    not_finite,
+    pool_share,
+)
 from watersic_hf.core.profile import (
     BINS_PER_BIT,
     ColumnProfile,
@@ -31,6 +37,7 @@ __all__ = [
     "column_profile",
     "gap_to_bound",
     "narrow",
+    "not_finite",
     "pool_share",
     "quantize_tall",
     "quantize_weight",

@@ -6,6 +6,7 @@ Units:  every moment is a mean over tokens and is not centred.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -368,14 +369,20 @@ def _tokens(role: str, stream: Tensor, width: int) -> Tensor:
             f"it needs a float dtype and {width} entries per token."
         )
     stream = stream.detach().reshape(-1, width)
-    finite = torch.isfinite(stream)
-    if not bool(finite.all()):
-        bad = stream.numel() - int(finite.sum())
+    bad = not_finite(stream)
+    if bad:
         raise CalibrationError(
             f"MomentAccumulator: {bad} of {stream.numel()} entries of {role} are NaN or infinite. "
             f"Drop the batch, or run the model in a wider dtype (bfloat16 or float32)."
         )
     return stream
+
+
+def not_finite(values: Tensor) -> int:
+    """How many entries are NaN or infinite; fast where there are none."""
+    if values.numel() == 0 or all(map(math.isfinite, torch.stack(values.aminmax()).tolist())):
+        return 0
+    return values.numel() - int(torch.isfinite(values).sum())
 
 
 def _widen(stream: Tensor) -> Tensor:

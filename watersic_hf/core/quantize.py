@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf.core.metrics import relative_output_error
-from watersic_hf.core.moments import CalibrationError, Moments, times
+from watersic_hf.core.moments import CalibrationError, Moments, not_finite, times
 from watersic_hf.core.rate import Charge, CodedLayer, LayerSearch, code_layer, insert_columns
 from watersic_hf.core.rescale import rescale
 from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
@@ -299,7 +299,7 @@ def _check_inputs(weight_AN: Tensor, moments: Moments, name: str) -> None:
                 f"{name}: {label} is on {value.device}, but the weight is on {weight_AN.device}; "
                 f"move them to one device."
             )
-        bad = value.numel() - int(torch.isfinite(value).sum())
+        bad = not_finite(value)
         if bad:
             kind, advice = (
                 (ValueError, "Repair the checkpoint, or leave the layer out.")
