@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from watersic_hf import codec
@@ -25,7 +24,7 @@ from watersic_hf.checkpoint.schema import (
     stored_layers,
     validate_layer,
 )
-from watersic_hf.core import ColumnProfile, column_profile
+from watersic_hf.core import ColumnProfile, column_profile, not_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +232,7 @@ def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
         except codec.CodecError as error:
             raise CheckpointError(f"{name}: {error}") from error
         for field, scale in (("row_scale", layer.row_scale), ("col_scale", layer.col_scale)):
-            if not torch.isfinite(scale).all():
+            if not_finite(scale):
                 raise CheckpointError(f"{name}.{field}: the scales are not all finite")
         checked["layers"] += 1
         checked["codes"] += codes.numel()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf import codec
+from watersic_hf.core import not_finite
 
 #: Version of the checkpoint: the names, shapes, dtypes and meaning of the tensors above.
 FORMAT_VERSION = 1
@@ -133,8 +134,8 @@ def rescale_layer(
     scales = {}
     for field, scale in (("row_scale", row_scale_A), ("col_scale", col_scale_N)):
         scales[field] = scale.cpu().to(_SCALE_DTYPE)
-        if not scales[field].isfinite().all():
-            bad = int((~scales[field].isfinite()).sum())
+        bad = not_finite(scales[field])
+        if bad:
             raise CheckpointError(
                 f"{name}.{field}: {bad} of {scale.numel()} new scales are not finite in float16. "
                 f"Finetune with a smaller learning rate."
@@ -224,8 +225,8 @@ def _balanced_half_scales(
     which take the rest, stay within 2^-10 .. 2^10.
     """
     for field, scale in (("row_scale", row_scale_A), ("col_scale", col_scale_N)):
-        if not scale.isfinite().all():
-            bad = int((~scale.isfinite()).sum())
+        bad = not_finite(scale)
+        if bad:
             raise CheckpointError(
                 f"{name}.{field}: {bad} of {scale.numel()} scales are not finite. Quantize the "
                 f"layer again with more calibration tokens or a larger `damping`."
@@ -240,7 +241,7 @@ def _balanced_half_scales(
     ):
         half = torch.ldexp(scale.double().cpu(), torch.tensor(exponent)).to(_SCALE_DTYPE)
         small = torch.finfo(_SCALE_DTYPE).smallest_normal
-        if not half.isfinite().all() or _median(half) < small:
+        if not_finite(half) or _median(half) < small:
             magnitudes = scale[scale != 0].abs()
             raise CheckpointError(
                 f"{name}.{field}: scales from {float(magnitudes.min()):.3g} to "

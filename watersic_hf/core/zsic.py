@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from watersic_hf.core.moments import not_finite
+
 #: Columns that the plain recursion handles at a time; the rest of the work is matrix products.
 BLOCK = 32
 #: Largest code magnitude that is still safe in int32.
@@ -91,7 +93,7 @@ def zsic(
     work_NA = target_AN.T.clone(memory_format=torch.contiguous_format)
 
     _quantize_columns(work_NA, chol, step, codes_NA, shrinkage_N, block_step)
-    bad = N - int(torch.isfinite(shrinkage_N).sum())
+    bad = not_finite(shrinkage_N)
     if bad:
         raise RuntimeError(
             f"zsic: the gains of {bad} columns are not finite at step {step:g}, as those of a "
