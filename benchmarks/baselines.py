@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from watersic_hf.calibration import LayerQuantizer, LayerReport
-from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
+from watersic_hf.checkpoint import LayerReport, PackedLayer, layer_charge, pack_layer
 from watersic_hf.core import Moments
 from watersic_hf.core.metrics import relative_output_error
 from watersic_hf.core.rate import search_step
 from watersic_hf.core.whiten import damped_cholesky
 from watersic_hf.core.zsic import zsic
+from watersic_hf.quantization import LayerQuantizer
 
 
 @dataclass(frozen=True)

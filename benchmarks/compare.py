@@ -30,20 +30,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import WaterSICConfig
-from watersic_hf.calibration import (
-    CalibrationSettings,
-    Draw,
-    LayerQuantizer,
-    Sensitivity,
-    average_bits,
-    calibration_windows,
-    decoder_blocks,
-    layer_sensitivities,
-    quantize_blocks,
-)
+from watersic_hf.calibration import Draw, Sensitivity, calibration_windows, layer_sensitivities
+from watersic_hf.checkpoint import average_bits
 from watersic_hf.core import LayerSettings
 from watersic_hf.evaluation import evaluate, evaluation_text, evaluation_windows
 from watersic_hf.finetuning import FinetuneSettings, finetune_scales
+from watersic_hf.quantization import CalibrationSettings, LayerQuantizer, quantize_blocks
+from watersic_hf.streams import decoder_blocks
 
 #: Our method: the default, its parts switched off one by one, what the paper has, and finetuning.
 OURS = {

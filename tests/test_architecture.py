@@ -8,6 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+FOUNDATIONS = {
+    "watersic_hf.core",
+    "watersic_hf.codec",
+    "watersic_hf.checkpoint",
+    "watersic_hf.nn",
+}
+
 #: Package -> (ours that it may import, third parties that it may import).
 ALLOWED = {
     "watersic_hf.core": (set(), {"torch"}),
@@ -21,27 +28,26 @@ ALLOWED = {
         {"watersic_hf.core", "watersic_hf.codec", "watersic_hf.checkpoint", "watersic_kernels"},
         {"torch", "tqdm"},
     ),
+    "watersic_hf.streams": (FOUNDATIONS, {"torch", "accelerate", "tqdm"}),
     "watersic_hf.calibration": (
-        {
-            "watersic_hf.core",
-            "watersic_hf.codec",
-            "watersic_hf.checkpoint",
-            "watersic_hf.nn",
-        },
-        {"torch", "tqdm", "datasets", "optimum"},
+        {*FOUNDATIONS, "watersic_hf.streams"},
+        {"torch", "datasets", "optimum"},
+    ),
+    "watersic_hf.quantization": (
+        {*FOUNDATIONS, "watersic_hf.streams", "watersic_hf.calibration"},
+        {"torch"},
     ),
     "watersic_hf.integration": (
         {
-            "watersic_hf.core",
-            "watersic_hf.codec",
-            "watersic_hf.checkpoint",
-            "watersic_hf.nn",
+            *FOUNDATIONS,
+            "watersic_hf.streams",
             "watersic_hf.calibration",
+            "watersic_hf.quantization",
         },
         {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub", "peft"},
     ),
     # shows what others have found: no tensor, no model
-    "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.calibration"}, set()),
+    "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.checkpoint"}, set()),
 }
 
 

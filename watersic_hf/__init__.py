@@ -4,8 +4,7 @@
 `WaterSICConfig`, and loads what was saved.
 """
 
-from watersic_hf.calibration import LayerReport
-from watersic_hf.checkpoint import CheckpointError
+from watersic_hf.checkpoint import CheckpointError, LayerReport
 from watersic_hf.codec import CodecError
 from watersic_hf.core import CalibrationError
 from watersic_hf.integration import WaterSICConfig, WaterSICHfQuantizer, WaterSICRuntime, register

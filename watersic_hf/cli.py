@@ -197,9 +197,9 @@ def _model(name: str) -> str:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from watersic_hf.calibration import average_bits
-    from watersic_hf.calibration.ranks import joined, place
+    from watersic_hf.checkpoint import average_bits
     from watersic_hf.integration import WaterSICConfig, quantize_to_folder
+    from watersic_hf.streams.processes import joined, rank_and_size
 
     config = WaterSICConfig(
         bits=arguments.bits,
@@ -221,7 +221,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             arguments.model, arguments.out, config, dtype=arguments.dtype,
             device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,
         )  # fmt: skip
-        if place()[0] > 0:
+        if rank_and_size()[0] > 0:
             return
     page = _write_page(arguments.out)
     stored, size = average_bits(reports), model_size(arguments.out)
@@ -440,7 +440,7 @@ def _print_tasks(models: Sequence[tuple[str, dict[str, dict[str, float]]]]) -> N
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from watersic_hf.calibration import read_report
+    from watersic_hf.checkpoint import read_report
     from watersic_hf.integration.headers import names_in_model
     from watersic_hf.report import read_facts, write_page
 
@@ -502,7 +502,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from watersic_hf.calibration import read_report
+    from watersic_hf.checkpoint import read_report
 
     found = compare_checkpoints(arguments.a, arguments.b)
     for side in ("a", "b"):

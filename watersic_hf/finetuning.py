@@ -30,11 +30,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from watersic_hf import codec
-from watersic_hf.calibration import Draw, calibration_windows, decoder_blocks, describe
+from watersic_hf.calibration import Draw, calibration_windows, describe
 from watersic_hf.checkpoint import PackedLayer, read_state, rescale_layer, write_state
 from watersic_hf.core import narrow
 from watersic_hf.integration import WaterSICConfig, require_no_model, save_quantized
 from watersic_hf.nn import PackedMatrix, WaterSICLinear, packed_layers, replace_module
+from watersic_hf.streams import decoder_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,7 @@ import pytest
 import torch
 from tokenizers import processors
 
-from watersic_hf.calibration import (
-    Draw,
-    calibration_windows,
-    describe,
-    pydoc_texts,
-    text_windows,
-)
+from watersic_hf.calibration import Draw, calibration_windows, describe, pydoc_texts, text_windows
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 

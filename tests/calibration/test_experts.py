@@ -7,13 +7,13 @@ from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from watersic_hf import WaterSICConfig
-from watersic_hf.calibration.capture import Side, block_stream
 from watersic_hf.calibration.experts import ExpertMoments
 from watersic_hf.calibration.sensitivity import layer_sensitivities
 from watersic_hf.checkpoint import experts_together, inspect_checkpoint
 from watersic_hf.cli import main
 from watersic_hf.core import Moments, Whitening, pool_share
 from watersic_hf.nn import fused_experts, packed_layers, separate_dense
+from watersic_hf.streams.capture import Side, block_stream
 
 EXPERTS = "model.layers.0.mlp.experts"
 SIZES = {

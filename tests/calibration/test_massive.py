@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from watersic_hf.calibration import decoder_blocks, massive_rows, zero_rows
+from watersic_hf.calibration import massive_rows, zero_rows
+from watersic_hf.streams import decoder_blocks
 
 
 def layers_of(model):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from watersic_hf.calibration.capture import Side, block_stream, group_moments
 from watersic_hf.calibration.mixing import golden_section, search_mixture
-from watersic_hf.calibration.topology import decoder_blocks, input_groups
 from watersic_hf.core import LayerSettings
+from watersic_hf.streams.capture import Side, block_stream, group_moments
+from watersic_hf.streams.topology import decoder_blocks, input_groups
 
 
 @pytest.mark.parametrize("best", [0.0, 0.3, 0.62, 1.0])

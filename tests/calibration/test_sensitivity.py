@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from watersic_hf.calibration.budget import LEAST_BITS, sensitive_targets
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.core import SHAPING_LOSS, CalibrationError, Moments, Whitening
+from watersic_hf.quantization.budget import LEAST_BITS, sensitive_targets
 
 
 def layers_of(model):

@@ -8,10 +8,10 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, MixtralModel
 
 from watersic_hf import CheckpointError, WaterSICConfig
-from watersic_hf.calibration import Journal
 from watersic_hf.cli import main
 from watersic_hf.integration import quantize_to_folder
 from watersic_hf.nn import packed_layers, set_residency
+from watersic_hf.quantization import Journal
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from watersic_hf import CalibrationError, WaterSICConfig, WaterSICLinear
-from watersic_hf.calibration import average_bits
+from watersic_hf.checkpoint import average_bits
 
 
 def files_of(folder):

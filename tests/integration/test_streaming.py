@@ -33,10 +33,11 @@ from transformers import (
 )
 
 from watersic_hf import CheckpointError, WaterSICConfig
-from watersic_hf.calibration import Journal, average_bits, average_error, read_report
+from watersic_hf.checkpoint import average_bits, average_error, read_report
 from watersic_hf.cli import main
 from watersic_hf.integration import quantize_to_folder
 from watersic_hf.integration.folder import UNFINISHED, save_quantized
+from watersic_hf.quantization import Journal
 
 SHARDS = "60KB"
 
@@ -360,7 +361,7 @@ def test_processes_share_a_run_and_one_goes_on_when_another_dies(
     folder = tmp_path / "q"
     program = (
         "import sys, torch; from watersic_hf import WaterSICConfig; "
-        "from watersic_hf.calibration.ranks import joined; "
+        "from watersic_hf.streams.processes import joined; "
         "from watersic_hf.integration import quantize_to_folder\n"
         f"windows = torch.load({str(tmp_path / 'windows.pt')!r})\n"
         "with joined():\n"

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from watersic_hf.calibration import RunReport, place_of
+from watersic_hf.checkpoint import RunReport, location_of
 from watersic_hf.core import ColumnProfile
 from watersic_hf.report.facts import Facts, LayerFacts
 
@@ -30,7 +30,7 @@ def make_facts():
                 bits = 2 + kind / 2 + math.sin(len(layers)) / 3
                 layers.append(
                     LayerFacts(
-                        number=len(layers), name=name, place=place_of(name), kind=kind,
+                        number=len(layers), name=name, location=location_of(name), kind=kind,
                         rows=64, columns=128, bits=bits, payload_bits=bits - 0.1,
                         asked=bits if known else None, error=4**-bits if known else None,
                         seconds=0.5 if known else None, tokens=7 if known else None,

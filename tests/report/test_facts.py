@@ -1,7 +1,6 @@
 import pytest
 
-from watersic_hf.calibration import LayerReport, read_report, write_report
-from watersic_hf.checkpoint import inspect_checkpoint
+from watersic_hf.checkpoint import LayerReport, inspect_checkpoint, read_report, write_report
 from watersic_hf.report import read_facts
 
 

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from watersic_hf.calibration import place_of
+from watersic_hf.checkpoint import location_of
 from watersic_hf.report import model_page
 from watersic_hf.report.plots import bits_by_block
 
@@ -104,7 +104,7 @@ def test_several_layers_of_a_kind_in_a_block_are_one_point_with_their_range(make
 
 def test_what_is_in_no_block_does_not_shift_the_numbers_of_blocks(make_facts):
     facts = make_facts(blocks=2, experts=1)
-    outside = replace(facts.layers[0], name="lm_head", place=place_of("lm_head"), kind=4)
+    outside = replace(facts.layers[0], name="lm_head", location=location_of("lm_head"), kind=4)
     layers = [replace(r, number=n) for n, r in enumerate([outside, *facts.layers])]
 
     plot = bits_by_block(replace(facts, layers=layers, kinds=[*facts.kinds, "lm_head"]))

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.capture import Side, module_arguments
-from watersic_hf.calibration.ranks import gather
 from watersic_hf.checkpoint import PACKED
 from watersic_hf.core import MomentAccumulator, Moments, pool_share
 from watersic_hf.nn import SeparateExperts, separate_experts
+from watersic_hf.streams.capture import Side, module_arguments
+from watersic_hf.streams.processes import gather
 
 #: Tokens in a pool at most.
 POOL_TOKENS = 16384

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.calibration.capture import Side, block_stream, group_inputs
-from watersic_hf.calibration.ranks import gather
-from watersic_hf.calibration.topology import InputGroup, input_groups
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.streams.capture import Side, block_stream, group_inputs
+from watersic_hf.streams.processes import gather
+from watersic_hf.streams.topology import InputGroup, input_groups
 
 logger = logging.getLogger(__name__)
 

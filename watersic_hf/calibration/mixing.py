@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from watersic_hf.calibration.capture import Side, group_inputs
-from watersic_hf.calibration.ranks import gather
-from watersic_hf.calibration.topology import InputGroup
 from watersic_hf.core import SHAPING_LOSS, LayerSettings, Moments, quantize_weight
 from watersic_hf.nn import block_step
+from watersic_hf.streams.capture import Side, group_inputs
+from watersic_hf.streams.processes import gather
+from watersic_hf.streams.topology import InputGroup
 
 #: Tokens that candidates are judged on, at least one batch.
 SEARCH_TOKENS = 4096

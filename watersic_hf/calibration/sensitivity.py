@@ -29,8 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.calibration.capture import (
+from watersic_hf.calibration.experts import (
+    experts_in,
+    moments_of,
+    outside,
+    share_of_pool,
+    spread,
+)
+from watersic_hf.core import CalibrationError, Moments, Whitening, not_finite
+from watersic_hf.nn import SeparateExperts
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.streams.capture import (
     BlockStream,
     PassedStack,
     RunnableStack,
@@ -40,18 +49,9 @@ from watersic_hf.calibration.capture import (
     model_inputs,
     runnable_stacks,
 )
-from watersic_hf.calibration.experts import (
-    experts_in,
-    moments_of,
-    outside,
-    share_of_pool,
-    spread,
-)
-from watersic_hf.calibration.progress import steps
-from watersic_hf.calibration.ranks import gather, place, share
-from watersic_hf.calibration.topology import inside
-from watersic_hf.core import CalibrationError, Moments, Whitening, not_finite
-from watersic_hf.nn import SeparateExperts
+from watersic_hf.streams.processes import gather, rank_and_size, shard
+from watersic_hf.streams.progress import steps
+from watersic_hf.streams.topology import inside
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def _stack_sensitivities(
             for unit in units:
                 unit.combine()
             reached = [unit for unit in units if unit.tokens]
-            own = [unit.results(damping, within) for unit in share(reached)]
+            own = [unit.results(damping, within) for unit in shard(reached)]
             for part in itertools.chain(*gather(own)):
                 found |= part
     return found
@@ -438,7 +438,7 @@ def _gradients_of_last_block(
     *earlier, last = passed
     generator = torch.Generator().manual_seed(seed)
     grads = []
-    rank, size = place()
+    rank, size = rank_and_size()
     others: list[int] = []
     for number, window in enumerate(windows):
         if number % size != rank:

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from watersic_hf.calibration import CalibrationSettings, describe
+from watersic_hf.calibration import describe
 from watersic_hf.checkpoint import FORMAT_VERSION
 from watersic_hf.core import LayerSettings
 from watersic_hf.nn import BACKEND_VARIABLE, BACKENDS, RESIDENCIES, module_matches
+from watersic_hf.quantization import CalibrationSettings
 
 QUANT_METHOD = "watersic"
 

@@ -13,10 +13,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from watersic_hf.calibration import Journal, LayerReport, read_report
-from watersic_hf.calibration.ranks import place, wait
-from watersic_hf.calibration.report import version_of
-from watersic_hf.checkpoint import read_json, write_json, write_tensors
+from watersic_hf.checkpoint import LayerReport, read_json, read_report, write_json, write_tensors
+from watersic_hf.checkpoint.report import version_of
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import WaterSICHfQuantizer
 from watersic_hf.integration.saving import model_card
@@ -26,6 +24,8 @@ from watersic_hf.integration.streaming import (
     fingerprint,
     open_on_disk,
 )
+from watersic_hf.quantization import Journal
+from watersic_hf.streams.processes import rank_and_size, wait
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +90,14 @@ def quantize_to_folder(
             )
             break
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or batch_size == 1 or place()[1] > 1:
+            if not _out_of_memory(error) or batch_size == 1 or rank_and_size()[1] > 1:
                 raise
             # outside of this clause, so that nothing of the failed try is held any more
             message = str(error)
         batch_size //= 2
         logger.warning("Out of memory; going on with batches of %d: %s", batch_size, message)
         write_json(work / _BATCH_SIZE, batch_size)
-    if place()[0] == 0:
+    if rank_and_size()[0] == 0:
         _save_finished(quantized, Path(folder), work, model, max_shard_size)
     wait()
     return quantized.hf_quantizer.reports
@@ -116,7 +116,7 @@ def _quantize_streamed(
     """The quantized model, its blocks on the disk."""
     config = copy.deepcopy(config)
     config.batch_size = batch_size
-    converted = work / f"converted-{place()[0]}"
+    converted = work / f"converted-{rank_and_size()[0]}"
     model, blocks = open_on_disk(model_class, name, model_config, dtype=dtype, folder=converted)
     quantizer = WaterSICHfQuantizer(config, pre_quantized=False)
     settings = quantizer.quantization_config.to_dict()

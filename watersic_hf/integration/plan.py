@@ -15,15 +15,16 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from watersic_hf.calibration import CalibrationSettings, block_stacks
-from watersic_hf.calibration.report import describe_run, resident_bytes
 from watersic_hf.checkpoint import layer_charge, pack_layer
+from watersic_hf.checkpoint.report import describe_run, resident_bytes
 from watersic_hf.core import ROWS_PER_BAND, MomentAccumulator, quantize_weight
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import WaterSICHfQuantizer
 from watersic_hf.integration.streaming import empty_model
 from watersic_hf.integration.tables import Table
 from watersic_hf.nn import FusedExperts, block_step
+from watersic_hf.quantization import CalibrationSettings
+from watersic_hf.streams import block_stacks
 
 #: Passes of the tokens through a block in one model: up to each group of layers, and out of it.
 PASSES = 2.5

@@ -27,30 +27,22 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers import auto as registry
 
 from watersic_hf.calibration import (
-    LayerQuantizer,
-    LayerReport,
-    ResidentBlocks,
-    RunReport,
-    TableStatistics,
     calibration_windows,
     check_rows,
-    decoder_blocks,
     massive_rows,
     outside,
-    quantize_blocks,
-    quantize_table,
-    quantize_without_data,
-    read_report,
-    read_run,
-    table_statistics,
     zero_rows,
 )
 from watersic_hf.checkpoint import (
     PACKED,
     CheckpointError,
+    LayerReport,
     PackedLayer,
+    RunReport,
     TensorHeader,
     read_headers,
+    read_report,
+    read_run,
     read_tensors,
     stored_layers,
     validate_layer,
@@ -92,6 +84,15 @@ from watersic_hf.nn import (
     separate_experts,
     set_residency,
 )
+from watersic_hf.quantization import (
+    LayerQuantizer,
+    VocabularyStatistics,
+    quantize_blocks,
+    quantize_vocabulary,
+    quantize_without_data,
+    vocabulary_statistics,
+)
+from watersic_hf.streams import ResidentBlocks, decoder_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -475,9 +476,15 @@ class WaterSICHfQuantizer(HfQuantizer):
         for table in sorted(self._tables.values(), key=lambda table: table.head is None):
             weight_AN = model.get_submodule(table.name).weight.data
             find = functools.partial(
-                table_statistics, model, windows, ends, head=table.head, embedding=table.embedding,
-                drift=config.drift, source=source,
-            )  # fmt: skip
+                vocabulary_statistics,
+                model,
+                windows,
+                ends,
+                head=table.head,
+                embedding=table.embedding,
+                drift=config.drift,
+                source=source,
+            )
             self._quantize_table(model, table, weight_AN, find)
         self.close_layers(model)
         if run is not None:
@@ -596,14 +603,14 @@ class WaterSICHfQuantizer(HfQuantizer):
         model: nn.Module,
         table: Table,
         weight_AN: torch.Tensor,
-        find_statistics: Callable[[], TableStatistics],
+        find_statistics: Callable[[], VocabularyStatistics],
     ) -> None:
         """Quantize an embedding or a head, and put what came out in its place."""
         config = self.quantization_config
 
         def prepare() -> Callable[[], tuple[PackedLayer, torch.Tensor, LayerReport]]:
             return functools.partial(
-                quantize_table, table.name, weight_AN, find_statistics(), bits=table.bits,
+                quantize_vocabulary, table.name, weight_AN, find_statistics(), bits=table.bits,
                 settings=config.settings, seed=config.seed, embedding=table.embedding is not None,
             )  # fmt: skip
 
@@ -744,10 +751,10 @@ def register() -> None:
         registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (WaterSICConfig,)
 
 
-def _white(weight_AN: torch.Tensor) -> TableStatistics:
+def _white(weight_AN: torch.Tensor) -> VocabularyStatistics:
     """The statistics of a table that is quantized without data."""
     moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
-    return TableStatistics(moments=moments)
+    return VocabularyStatistics(moments=moments)
 
 
 def _order_of_loading(layer: str) -> list:

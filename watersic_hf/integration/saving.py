@@ -12,14 +12,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from watersic_hf.calibration import (
+from watersic_hf.checkpoint import (
     LayerReport,
     average_bits,
     average_error,
     kinds_of,
+    model_size,
     write_report,
 )
-from watersic_hf.checkpoint import model_size
 from watersic_hf.integration.adapters import explain_merging
 from watersic_hf.integration.headers import stored_names
 from watersic_hf.nn import set_residency

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import cached_file
 
-from watersic_hf.calibration import Journal, ResidentBlocks, block_stacks
 from watersic_hf.checkpoint import CheckpointError, reading
 from watersic_hf.integration.dense import linear_layers, towers_without_text
+from watersic_hf.quantization import Journal
+from watersic_hf.streams import ResidentBlocks, block_stacks
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from watersic_hf.calibration import (
+from watersic_hf.checkpoint import (
+    LayerLocation,
     LayerReport,
-    Place,
     RunReport,
     kinds_of,
-    place_of,
+    location_of,
     read_report,
     read_run,
 )
@@ -29,7 +29,7 @@ class LayerFacts:
     number: int
     """Its place in `Facts.layers`."""
     name: str
-    place: Place
+    location: LayerLocation
     kind: int
     """Index into `Facts.kinds`."""
     rows: int
@@ -119,7 +119,9 @@ def _layer(
     if reported["profile"] is None and row["profile"] is not None:
         reported["profile"] = ColumnProfile(**row["profile"])
     told = {field: row[field] for field in fields}
-    return LayerFacts(number=number, place=place_of(row["name"]), kind=kind, **told, **reported)
+    return LayerFacts(
+        number=number, location=location_of(row["name"]), kind=kind, **told, **reported
+    )
 
 
 def _in_order(
@@ -127,12 +129,12 @@ def _in_order(
 ) -> list[Mapping[str, Any]]:
     """Stack by stack and block by block, within a block in the order of the reports."""
     names = [*reported, *(row["name"] for row in rows)]
-    stacks = list(dict.fromkeys(place_of(name).stack for name in names))
+    stacks = list(dict.fromkeys(location_of(name).stack for name in names))
     position = {name: number for number, name in reversed(list(enumerate(names)))}
 
     def key(row: Mapping[str, Any]) -> tuple[int, int, int]:
-        place = place_of(row["name"])
-        return stacks.index(place.stack), place.block, position[row["name"]]
+        location = location_of(row["name"])
+        return stacks.index(location.stack), location.block, position[row["name"]]
 
     return sorted(rows, key=key)
 

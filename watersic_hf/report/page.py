@@ -146,7 +146,7 @@ def _legend(facts: Facts) -> str:
 
 
 def _figures(facts: Facts) -> Iterable[str]:
-    several = len({(r.place.stack, r.place.block, r.kind) for r in facts.layers}) < len(
+    several = len({(r.location.stack, r.location.block, r.kind) for r in facts.layers}) < len(
         facts.layers
     )
     yield _figure(

@@ -106,7 +106,7 @@ def _power(tick: float) -> str:
 def bits_by_block(facts: Facts) -> str:
     """Bits of every kind of layer from block to block; of several in a block, range and median."""
     # what is in no stack of blocks stands behind them, so that blocks keep their numbers
-    blocks = dict.fromkeys((r.place.stack, r.place.block) for r in facts.layers)
+    blocks = dict.fromkeys((r.location.stack, r.location.block) for r in facts.layers)
     blocks = sorted(blocks, key=lambda block: not block[0])
     number = {block: n for n, block in enumerate(blocks)}
     axes = Axes((-0.5, len(blocks) - 0.5), (0, max(1.0, 1.08 * max(r.bits for r in facts.layers))))
@@ -115,7 +115,7 @@ def bits_by_block(facts: Facts) -> str:
     parts = [axes.draw_y("stored bits per weight"), axes.draw_x("block", whole)]
     for kind, layers in enumerate(_by_kind(facts, facts.layers)):
         spans, points = [], []
-        for block, group in groupby(layers, lambda r: number[r.place.stack, r.place.block]):
+        for block, group in groupby(layers, lambda r: number[r.location.stack, r.location.block]):
             ranked = sorted(group, key=lambda r: r.bits)
             points.append((axes.at(block, ranked[len(ranked) // 2].bits), ranked[len(ranked) // 2]))
             if len(ranked) > 1:

@@ -76,7 +76,7 @@ class RunReport:
     """Of Python and of the packages that matter."""
 
 
-class Place(NamedTuple):
+class LayerLocation(NamedTuple):
     """Where a layer stands, by its name."""
 
     stack: str
@@ -86,17 +86,17 @@ class Place(NamedTuple):
     """Its name within the block, ``*`` for numbers in it: what layers of all blocks share."""
 
 
-def place_of(name: str) -> Place:
+def location_of(name: str) -> LayerLocation:
     """Read where a layer stands from its name: ``model.layers.3.mlp.down_proj`` is in block 3."""
     found = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", name)
     if found is None:
-        return Place("", 0, name)
-    return Place(found[1], int(found[2]), re.sub(r"(?<=\.)\d+(?=\.)", "*", found[3]))
+        return LayerLocation("", 0, name)
+    return LayerLocation(found[1], int(found[2]), re.sub(r"(?<=\.)\d+(?=\.)", "*", found[3]))
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:
     """The kind of every layer; with the name of its stack, if there are several stacks."""
-    places = [place_of(name) for name in names]
+    places = [location_of(name) for name in names]
     several = len({place.stack for place in places if place.stack}) > 1
     return [f"{p.stack}.*.{p.kind}" if several and p.stack else p.kind for p in places]
 

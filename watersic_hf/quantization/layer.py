@@ -7,12 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from watersic_hf.calibration.budget import Budget, row_importance, sensitive_targets
-from watersic_hf.calibration.journal import Journal
-from watersic_hf.calibration.ranks import gather, place, share
-from watersic_hf.calibration.report import LayerReport, RunReport, describe_run
 from watersic_hf.calibration.sensitivity import Sensitivity
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
+from watersic_hf.checkpoint.report import LayerReport, RunReport, describe_run
 from watersic_hf.codec import decode
 from watersic_hf.core import (
     LayerSettings,
@@ -23,6 +20,9 @@ from watersic_hf.core import (
     quantize_weight,
 )
 from watersic_hf.nn import block_step
+from watersic_hf.quantization.budget import Budget, row_importance, sensitive_targets
+from watersic_hf.quantization.journal import Journal
+from watersic_hf.streams.processes import gather, rank_and_size, shard
 
 
 class LayerQuantizer:
@@ -125,14 +125,14 @@ class LayerQuantizer:
         Returns:
             What `quantize` returns for each, with its name.
         """
-        if place()[1] == 1:
+        if rank_and_size()[1] == 1:
             for name, weight_AN in weights.items():
                 yield name, *self.quantize(name, weight_AN, moments)
             return
         # all at once: what one leaves over is for the groups to come
         asked = {name: self.budget.ask(name) for name in weights}
         done = {}
-        for name in share(list(weights)):
+        for name in shard(list(weights)):
             packed, _, report = self._work(name, weights[name], moments, asked[name])
             done[name] = packed, report
         found = {name: result for part in gather(done) for name, result in part.items()}

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from watersic_hf.calibration.ranks import place
-from watersic_hf.calibration.report import LayerReport, peak_bytes
+from watersic_hf.checkpoint.report import LayerReport, peak_bytes
+from watersic_hf.streams.processes import rank_and_size
 
 T = TypeVar("T")
 
@@ -19,14 +19,14 @@ LINE_EVERY = 10.0
 
 def is_live() -> bool:
     """Whether standard error shows lines that change; of several processes the first one's."""
-    return place()[0] == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    return rank_and_size()[0] == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 def steps(blocks: Iterable[T], label: str, total: int) -> Iterable[T]:
     """Blocks, one after another, behind a bar; without a terminal a line says that they begin."""
     if is_live():
         return tqdm(blocks, label, total, unit="block", dynamic_ncols=True)
-    if place()[0] == 0:
+    if rank_and_size()[0] == 0:
         tqdm.write(f"{label}: {total} blocks", file=sys.stderr)
     return blocks
 
@@ -107,7 +107,7 @@ class Progress:
     def _say(self, state: str) -> None:
         now = time.monotonic()
         soon = now - self._last_line < LINE_EVERY and self._layer < self._layers
-        if soon or place()[0] > 0:
+        if soon or rank_and_size()[0] > 0:
             return
         self._last_line = now
         gone = now - self._start

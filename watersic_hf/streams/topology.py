@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.attention import AttentionWatch
+from watersic_hf.streams.attention import AttentionWatch
 
 Stack = list[tuple[str, nn.Module]]
 """Repeated blocks, in order, with their names."""

@@ -14,9 +14,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.attention import attention_importance
-from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks, twin
-from watersic_hf.calibration.capture import (
+from watersic_hf.calibration.experts import (
+    LARGE_SHARE,
+    ExpertMoments,
+    experts_in,
+    fewest,
+    outside,
+)
+from watersic_hf.calibration.mixing import search_mixture
+from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
+from watersic_hf.checkpoint import PACKED
+from watersic_hf.checkpoint.report import LayerReport
+from watersic_hf.core import CalibrationError, Moments
+from watersic_hf.nn import PackedMatrix, SeparateExperts, WaterSICLinear, replace_module
+from watersic_hf.quantization.journal import Journal
+from watersic_hf.quantization.layer import LayerQuantizer
+from watersic_hf.quantization.settings import CalibrationSettings
+from watersic_hf.streams.attention import attention_importance
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks, twin
+from watersic_hf.streams.capture import (
     BlockStream,
     PassedStack,
     Side,
@@ -25,25 +41,9 @@ from watersic_hf.calibration.capture import (
     group_moments,
     runnable_stacks,
 )
-from watersic_hf.calibration.experts import (
-    LARGE_SHARE,
-    ExpertMoments,
-    experts_in,
-    fewest,
-    outside,
-)
-from watersic_hf.calibration.journal import Journal
-from watersic_hf.calibration.layer import LayerQuantizer
-from watersic_hf.calibration.mixing import search_mixture
-from watersic_hf.calibration.progress import Progress
-from watersic_hf.calibration.ranks import place, share, wait
-from watersic_hf.calibration.report import LayerReport
-from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
-from watersic_hf.calibration.settings import CalibrationSettings
-from watersic_hf.calibration.topology import InputGroup, input_groups, inside
-from watersic_hf.checkpoint import PACKED
-from watersic_hf.core import CalibrationError, Moments
-from watersic_hf.nn import PackedMatrix, SeparateExperts, WaterSICLinear, replace_module
+from watersic_hf.streams.processes import rank_and_size, shard, wait
+from watersic_hf.streams.progress import Progress
+from watersic_hf.streams.topology import InputGroup, input_groups, inside
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def quantize_blocks(
     blocks = sum(len(stack.blocks) for stack in stacks)
     weights = quantizer.weights(layers)
     ends = Ends(
-        batches=share(batch_numbers([len(window) for window in windows], batch_size)),
+        batches=shard(batch_numbers([len(window) for window in windows], batch_size)),
         working=[],
         original=[] if settings.two_streams else None,
     )
@@ -226,14 +226,14 @@ class _Way:
         index = self.first + turn.index
         stored = self.source.stored(turn.name, turn.working.block)
         wait()
-        if place()[0] == 0:
+        if rank_and_size()[0] == 0:
             self.journal.put_block(index, turn.name, stored, reports)
         self.journal.finish_block(index, end=end)
 
 
 def _batch_size(windows: int, batch_size: int) -> int:
     """The batch size with which every process has a batch."""
-    _, size = place()
+    _, size = rank_and_size()
     if windows < size:
         raise CalibrationError(
             f"{windows} calibration windows cannot be shared by {size} processes. Start at most "

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from watersic_hf.calibration.attention import attention_importance
+from watersic_hf.streams.attention import attention_importance
 
 
 def received(model, tokens, layer):

@@ -1,6 +1,6 @@
 import pytest
 
-from watersic_hf.calibration import CalibrationSettings
+from watersic_hf.quantization import CalibrationSettings
 
 
 @pytest.mark.parametrize(

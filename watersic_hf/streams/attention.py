@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from watersic_hf.calibration.ranks import mean_of_all
+from watersic_hf.streams.processes import mean_of_all
 
 #: Scores below this are masked out: half of the most negative bfloat16.
 _MASKED = torch.finfo(torch.bfloat16).min / 2

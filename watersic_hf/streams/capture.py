@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.calibration.ranks import add_up, share
-from watersic_hf.calibration.topology import InputGroup, Stack, block_stacks
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.streams.processes import add_up, shard
+from watersic_hf.streams.topology import InputGroup, Stack, block_stacks
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def block_stream(
     """
     seen: dict[tuple[int, ...], list[BlockArguments]] = {}
     stream = BlockStream([] if hidden is None else hidden, [])
-    for batch, tokens_BT in enumerate(share(to_batches(windows, batch_size))):
+    for batch, tokens_BT in enumerate(shard(to_batches(windows, batch_size))):
         known = seen.setdefault(tuple(tokens_BT.shape), [])
         by_shape = len(known) > 1 and known[0] is known[1]
         with behind(passed, batch):

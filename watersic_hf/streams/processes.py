@@ -37,28 +37,28 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """The number of this process, and of how many."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def share(items: Sequence[T]) -> list[T]:
+def shard(items: Sequence[T]) -> list[T]:
     """What of some items is this process's to do."""
-    rank, size = place()
+    rank, size = rank_and_size()
     return list(items[rank::size])
 
 
 def add_up(total: Tensor) -> None:
     """Sum a tensor over all processes, in place."""
-    if place()[1] > 1:
+    if rank_and_size()[1] > 1:
         dist.all_reduce(total)
 
 
 def mean_of_all(values: Tensor) -> Tensor:
     """The mean of values over all processes."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return values.mean()
     total = torch.stack(
         [values.sum(dtype=torch.float64), values.new_tensor(values.numel()).double()]
@@ -69,7 +69,7 @@ def mean_of_all(values: Tensor) -> Tensor:
 
 def gather(value: T) -> list[T]:
     """What every process has for `value`, in their order."""
-    _, size = place()
+    _, size = rank_and_size()
     found: list[Any] = [value] * size
     if size > 1:
         dist.all_gather_object(found, value)

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from watersic_hf.calibration import LayerReport
-from watersic_hf.calibration.progress import LINE_EVERY, Progress
+from watersic_hf.checkpoint import LayerReport
+from watersic_hf.streams.progress import LINE_EVERY, Progress
 
 
 def report(name, bits, error=0.01):
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 def go_through(monkeypatch, stream, seconds=0.0):
     clock = iter(n * seconds for n in range(1000))
-    monkeypatch.setattr("watersic_hf.calibration.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("watersic_hf.streams.progress.time.monotonic", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress(layers=4, weights=4000, blocks=2) as progress:
         for block in (0, 1):
@@ -53,7 +53,7 @@ def test_elsewhere_there_are_plain_lines_and_not_too_many(monkeypatch, seconds, 
 def test_no_time_is_told_before_this_run_has_quantized_a_block(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setattr("watersic_hf.calibration.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("watersic_hf.streams.progress.LINE_EVERY", 0.0)
     with Progress(layers=5, weights=5000, blocks=3) as progress:
         for block, layers in (("h.0", "q"), ("h.1", "qo"), ("h.2", "qo")):
             progress.block(block)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from watersic_hf.calibration.capture import BlockStream, Side, block_stream, group_moments
-from watersic_hf.calibration.topology import decoder_blocks, input_groups
+from watersic_hf.streams.capture import BlockStream, Side, block_stream, group_moments
+from watersic_hf.streams.topology import decoder_blocks, input_groups
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip

@@ -3,16 +3,17 @@ import torch
 from torch import nn
 
 from watersic_hf import WaterSICLinear
-from watersic_hf.calibration import LayerQuantizer, average_bits, quantize_blocks
-from watersic_hf.calibration.report import (
+from watersic_hf.checkpoint import average_bits
+from watersic_hf.checkpoint.report import (
     LayerReport,
     describe_run,
-    place_of,
+    location_of,
     read_report,
     read_run,
     write_report,
 )
 from watersic_hf.core import SHAPING_LOSS, ColumnProfile, LayerSettings
+from watersic_hf.quantization import LayerQuantizer, quantize_blocks
 
 
 def run(model, layers, bits=5.0, length=32):
@@ -131,7 +132,7 @@ def test_reports_come_back_from_their_file(tmp_path):
     ],
 )
 def test_the_name_of_a_layer_says_where_it_stands(name, place):
-    assert place_of(name) == place
+    assert location_of(name) == place
 
 
 def test_a_layer_reports_what_its_columns_spend(make_llama):

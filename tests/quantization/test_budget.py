@@ -1,6 +1,6 @@
 import pytest
 
-from watersic_hf.calibration.budget import Budget
+from watersic_hf.quantization.budget import Budget
 
 
 def test_what_a_layer_leaves_over_goes_evenly_to_the_rest():

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from watersic_hf.calibration.blocks import ResidentBlocks
-from watersic_hf.calibration.journal import Journal
-from watersic_hf.calibration.layer import LayerQuantizer
-from watersic_hf.calibration.progress import Progress
-from watersic_hf.calibration.ranks import place, wait
-from watersic_hf.calibration.report import place_of
+from watersic_hf.checkpoint.report import location_of
 from watersic_hf.core import Moments
 from watersic_hf.nn import WaterSICLinear, replace_module
+from watersic_hf.quantization.journal import Journal
+from watersic_hf.quantization.layer import LayerQuantizer
+from watersic_hf.streams.blocks import ResidentBlocks
+from watersic_hf.streams.processes import rank_and_size, wait
+from watersic_hf.streams.progress import Progress
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def quantize_without_data(
                     _quantize_part(blocks[name], f"{name}.", part, quantizer, progress)
                     stored = source.stored(name, blocks[name])
                     wait()
-                    if place()[0] == 0:
+                    if rank_and_size()[0] == 0:
                         journal.put_block(index, name, stored, quantizer.reports[before:])
                     journal.finish_block(index)
             index += 1
@@ -75,8 +75,8 @@ def quantize_without_data(
 
 def _home(layer: str) -> str:
     """The block that a layer would be in, by its name."""
-    place = place_of(layer)
-    return f"{place.stack}.{place.block}"
+    location = location_of(layer)
+    return f"{location.stack}.{location.block}"
 
 
 def _quantize_part(

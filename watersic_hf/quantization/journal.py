@@ -23,9 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from watersic_hf.calibration.capture import batch_numbers
-from watersic_hf.calibration.ranks import gather, place, share, wait
-from watersic_hf.calibration.report import LayerReport, layer_report
 from watersic_hf.calibration.sensitivity import Sensitivity
 from watersic_hf.checkpoint import (
     CheckpointError,
@@ -40,7 +37,10 @@ from watersic_hf.checkpoint import (
     write_json,
     write_state,
 )
+from watersic_hf.checkpoint.report import LayerReport, layer_report
 from watersic_hf.core import CalibrationError
+from watersic_hf.streams.capture import batch_numbers
+from watersic_hf.streams.processes import gather, rank_and_size, shard, wait
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class SavedStates:
 
     def _write(self, first: Tensor) -> Iterator[None]:
         """Write the rows that `append` left, a batch for each step."""
-        file = self._folder / f"{self._name}-{place()[0]:04d}.safetensors"
+        file = self._folder / f"{self._name}-{rank_and_size()[0]:04d}.safetensors"
         width, numbers = first.shape[-1], [n for batch in self._batches for n in batch]
         specs = {str(n): ((self._lengths[n], width), first.dtype) for n in numbers}
         sums: dict[str, int] = {}
@@ -161,7 +161,7 @@ class Journal:
         if run.is_file():
             require_identity(run, read_json(run), identity)
         wait()
-        if place()[0] == 0 and not run.is_file():
+        if rank_and_size()[0] == 0 and not run.is_file():
             write_json(run, identity)
         wait()
         self._progress: dict[str, Any] = {"blocks": 0, "ends": []}
@@ -191,7 +191,7 @@ class Journal:
             batch_size: windows in a batch.
             windows: how many of the calibration windows; default: all.
         """
-        batches = share(batch_numbers(self.lengths[:windows], batch_size))
+        batches = shard(batch_numbers(self.lengths[:windows], batch_size))
         return SavedStates(self.folder, f"states-{stream}-{block:05d}", batches, self.lengths)
 
     # -- what belongs to the whole model ------------------------------------------------------
@@ -211,7 +211,7 @@ class Journal:
                 for name, sensitivity in measure(states=self._few_states).items()
                 for field, tensor in vars(sensitivity).items()
             }
-            if place()[0] == 0:
+            if rank_and_size()[0] == 0:
                 write_state(file, tensors, {"identity": self._identity})
             wait()
         tensors, _ = read_state(file, identity=self._identity)
@@ -227,7 +227,7 @@ class Journal:
         file = self.folder / f"{name}.json"
         if not self._is_there(file):
             value = find()
-            if place()[0] == 0:
+            if rank_and_size()[0] == 0:
                 write_json(file, value)
             wait()
         return read_json(file)
@@ -266,7 +266,7 @@ class Journal:
         """
         if not self._is_there(self._layer_file(name)):
             quantize = prepare()
-            if place()[0] == 0:
+            if rank_and_size()[0] == 0:
                 packed, _, report = quantize()
                 self.put_layer(packed, report)
             wait()
@@ -302,7 +302,7 @@ class Journal:
         """
         ends = self._progress["ends"] + [index + 1] * end
         self._progress = {"blocks": index + 1, "ends": ends}
-        if place()[0] == 0:
+        if rank_and_size()[0] == 0:
             write_json(self.folder / _PROGRESS, self._progress)
         self._clear()
 
@@ -318,7 +318,7 @@ class Journal:
         Nothing of it is read by a process that has got here.
         """
         wait()
-        if place()[0] == 0:
+        if rank_and_size()[0] == 0:
             outdated = [*self.folder.glob("*.tmp*")]
             for file in self.folder.glob("states-*"):
                 _, stream, block, *_ = file.stem.split("-")

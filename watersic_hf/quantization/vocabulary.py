@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.calibration.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.calibration.capture import behind, head_pass
-from watersic_hf.calibration.pipeline import Ends
-from watersic_hf.calibration.ranks import add_up
-from watersic_hf.calibration.report import LayerReport
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
+from watersic_hf.checkpoint.report import LayerReport
 from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize_tall
 from watersic_hf.nn import block_step, pack_table
+from watersic_hf.quantization.pipeline import Ends
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.streams.capture import behind, head_pass
+from watersic_hf.streams.processes import add_up
 
 #: What the columns of a table count for where rows are gathered, against the mean over columns of
 #: what they count for where the head multiplies.
@@ -44,7 +44,7 @@ _TOKENS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableStatistics:
+class VocabularyStatistics:
     """What the columns and the rows of a table count for."""
 
     moments: Moments
@@ -52,7 +52,7 @@ class TableStatistics:
     """None = all the same."""
 
 
-def table_statistics(
+def vocabulary_statistics(
     model: nn.Module,
     windows: Sequence[Tensor],
     ends: Ends,
@@ -61,7 +61,7 @@ def table_statistics(
     embedding: str | None,
     drift: float,
     source: ResidentBlocks = RESIDENT,
-) -> TableStatistics:
+) -> VocabularyStatistics:
     """The statistics of a table that is an output head, an embedding, or both.
 
     With torch.distributed initialised, every process calls this with the same arguments, and runs
@@ -92,7 +92,7 @@ def table_statistics(
         frequency_A = frequency_A + _predictions(run, windows, ends, rows)
     if head is not None and embedding is not None:
         moments = _also_gathered(moments)
-    return TableStatistics(moments=moments, row_importance_A=row_importance(frequency_A))
+    return VocabularyStatistics(moments=moments, row_importance_A=row_importance(frequency_A))
 
 
 def _head_moments(
@@ -168,10 +168,10 @@ def _also_gathered(moments: Moments) -> Moments:
 
 
 @torch.no_grad()
-def quantize_table(
+def quantize_vocabulary(
     name: str,
     weight_AN: Tensor,
-    statistics: TableStatistics,
+    statistics: VocabularyStatistics,
     *,
     bits: float,
     settings: LayerSettings,

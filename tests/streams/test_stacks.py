@@ -15,10 +15,11 @@ from transformers import (
 )
 
 from watersic_hf import CalibrationError, WaterSICLinear
-from watersic_hf.calibration import LayerQuantizer, layer_sensitivities, quantize_blocks
-from watersic_hf.calibration.capture import block_stream, model_inputs, runnable_stacks
-from watersic_hf.calibration.settings import CalibrationSettings
+from watersic_hf.calibration import layer_sensitivities
 from watersic_hf.core import LayerSettings, Moments, Whitening
+from watersic_hf.quantization import LayerQuantizer, quantize_blocks
+from watersic_hf.quantization.settings import CalibrationSettings
+from watersic_hf.streams.capture import block_stream, model_inputs, runnable_stacks
 
 
 def bart():
