@@ -34,6 +34,7 @@ from watersic_hf.checkpoint.report import (
     location_of,
     read_report,
     read_run,
+    with_reports,
     write_report,
 )
 from watersic_hf.checkpoint.schema import (
@@ -86,6 +87,7 @@ __all__ = [
     "tensor_specs",
     "validate_layer",
     "verify_checkpoint",
+    "with_reports",
     "write_json",
     "write_report",
     "write_state",

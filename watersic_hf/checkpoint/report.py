@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -174,6 +174,23 @@ def write_report(
 def read_report(folder: str | os.PathLike) -> list[LayerReport]:
     """The layers' reports in a model's folder; none if there is no such file."""
     return [layer_report(row) for row in _rows(folder) if "run" not in row]
+
+
+def with_reports(
+    layers: Iterable[Mapping[str, Any]], folder: str | os.PathLike
+) -> list[tuple[Mapping[str, Any], LayerReport | None]]:
+    """Return each layer that a model's files hold together with its report.
+
+    Args:
+        layers: rows with the `name` that a layer has in the files, as `inspect_checkpoint` and
+            `compare_checkpoints` return them.
+        folder: folder of the model, which may have no report.
+
+    Returns:
+        Pairs in the order of `layers`; the report is None if the folder has none of the layer.
+    """
+    reports = {report.stored_name: report for report in read_report(folder)}
+    return [(layer, reports.get(layer["name"])) for layer in layers]
 
 
 def read_run(folder: str | os.PathLike) -> RunReport | None:
