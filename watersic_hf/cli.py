@@ -441,7 +441,7 @@ def _print_tasks(models: Sequence[tuple[str, dict[str, dict[str, float]]]]) -> N
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from watersic_hf.checkpoint import read_report
-    from watersic_hf.integration.headers import names_in_model
+    from watersic_hf.integration.names import names_in_model
     from watersic_hf.report import read_facts, write_page
 
     found = inspect_checkpoint(arguments.folder, renamed=names_in_model(arguments.folder))

@@ -141,7 +141,7 @@ def test_windows_are_cut_to_the_models_positions(quantize):
 
 
 def test_calibration_moves_blocks_to_a_device_and_back(quantize, monkeypatch):
-    from watersic_hf.integration import quantizer as module
+    from watersic_hf.integration import run as module
 
     devices = []
     original = module.quantize_blocks

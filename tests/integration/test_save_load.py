@@ -20,7 +20,7 @@ from transformers import (
 
 from watersic_hf import WaterSICConfig, WaterSICLinear
 from watersic_hf.checkpoint import read_headers
-from watersic_hf.integration.headers import stored_names
+from watersic_hf.integration.names import stored_names
 
 
 @torch.no_grad()

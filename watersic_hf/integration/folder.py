@@ -16,15 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from watersic_hf.checkpoint import LayerReport, read_json, read_report, write_json, write_tensors
 from watersic_hf.checkpoint.report import version_of
 from watersic_hf.integration.config import WaterSICConfig
-from watersic_hf.integration.quantizer import WaterSICHfQuantizer
+from watersic_hf.integration.quantizer import attach_quantizer
+from watersic_hf.integration.run import Run, model_windows, quantize_on_disk
 from watersic_hf.integration.saving import model_card
-from watersic_hf.integration.streaming import (
-    StreamedBlocks,
-    StreamedRun,
-    fingerprint,
-    open_on_disk,
-)
+from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
+from watersic_hf.streams.offloaded import OffloadedBlocks
 from watersic_hf.streams.processes import rank_and_size, wait
 
 logger = logging.getLogger(__name__)
@@ -85,17 +82,25 @@ def quantize_to_folder(
     device = compute_device(device_map)
     while True:
         try:
-            quantized = _quantize_streamed(
-                model_class, model, model_config, config, work, batch_size, dtype, device
+            settings = copy.deepcopy(config)
+            settings.batch_size = batch_size
+            quantized = _quantize(
+                model_class,
+                model,
+                settings,
+                model_config=model_config,
+                dtype=dtype,
+                device=device,
+                work=work,
             )
             break
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error) or batch_size == 1 or rank_and_size()[1] > 1:
                 raise
-            # outside of this clause, so that nothing of the failed try is held any more
+            # outside of this clause, so that nothing of the failed attempt is held any more
             message = str(error)
         batch_size //= 2
-        logger.warning("Out of memory; going on with batches of %d: %s", batch_size, message)
+        logger.warning("Out of memory; continuing with batches of %d: %s", batch_size, message)
         write_json(work / _BATCH_SIZE, batch_size)
     if rank_and_size()[0] == 0:
         _save_finished(quantized, Path(folder), work, model, max_shard_size)
@@ -103,44 +108,36 @@ def quantize_to_folder(
     return quantized.hf_quantizer.reports
 
 
-def _quantize_streamed(
+def _quantize(
     model_class: Any,
     name: str,
-    model_config: Any,
     config: WaterSICConfig,
-    work: Path,
-    batch_size: int,
+    *,
+    model_config: Any,
     dtype: Any,
     device: torch.device,
+    work: Path,
 ) -> Any:
-    """The quantized model, its blocks on the disk."""
-    config = copy.deepcopy(config)
-    config.batch_size = batch_size
+    """Return the quantized model, its blocks on the disk; `config` is changed."""
+    requested = config.to_dict()
     converted = work / f"converted-{rank_and_size()[0]}"
-    model, blocks = open_on_disk(model_class, name, model_config, dtype=dtype, folder=converted)
-    quantizer = WaterSICHfQuantizer(config, pre_quantized=False)
-    settings = quantizer.quantization_config.to_dict()
-    quantizer.update_dtype(model.dtype)
-    quantizer.preprocess_model(model)
-    source = StreamedBlocks(
-        model, blocks, device,
-        prepare=lambda block_name, block: quantizer.open_layers(block, f"{block_name}."),
-        settle=lambda block_name, block: quantizer.close_layers(block, f"{block_name}."),
-    )  # fmt: skip
-    windows: list[torch.Tensor] = []
-    if config.dataset is not None:
-        with source.flow():
-            windows = quantizer.windows(model)
+    model, selection, blocks = open_on_disk(
+        model_class, name, config, model_config=model_config, dtype=dtype, folder=converted
+    )
+    source = OffloadedBlocks(model, blocks, device, layers=selection)
+    with source.flow():
+        windows = model_windows(model, config)
     identity = {
         "model": fingerprint(name),
         "dtype": str(model.dtype),
-        "settings": settings,
+        "settings": requested,
         "windows": hashlib.sha256(b"".join(w.numpy().tobytes() for w in windows)).hexdigest(),
         "versions": {p: version_of(p) for p in ("watersic-hf", "torch", "transformers")},
     }
     journal = Journal(work, identity, [len(window) for window in windows])
-    run = StreamedRun(source=source, journal=journal, windows=windows)
-    quantizer.quantize_streamed(model, run)
+    run = Run.begin(selection, config, journal=journal)
+    block_tensors = quantize_on_disk(model, selection, run, source, windows)
+    attach_quantizer(model, selection, run, block_tensors)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What quantizing a model would take: memory, disk and time, from its configuration alone.
+"""Estimate the memory, disk space and time of a run from the configuration of the model alone.
 
 Shapes: A = out_features, N = in_features.
 Units:  bytes and seconds; gigabytes are 10^9 bytes.
@@ -6,8 +6,9 @@ Units:  bytes and seconds; gigabytes are 10^9 bytes.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,17 +20,18 @@ from watersic_hf.checkpoint import layer_charge, pack_layer
 from watersic_hf.checkpoint.report import describe_run, resident_bytes
 from watersic_hf.core import ROWS_PER_BAND, MomentAccumulator, quantize_weight
 from watersic_hf.integration.config import WaterSICConfig
-from watersic_hf.integration.quantizer import WaterSICHfQuantizer
+from watersic_hf.integration.run import window_length
+from watersic_hf.integration.selection import Selection
 from watersic_hf.integration.streaming import empty_model
-from watersic_hf.integration.tables import Table
 from watersic_hf.nn import FusedExperts, block_step
 from watersic_hf.quantization import CalibrationSettings
 from watersic_hf.streams import block_stacks
+from watersic_hf.streams.topology import Stack
 
-#: Passes of the tokens through a block in one model: up to each group of layers, and out of it.
+#: Passes of the tokens through a block in one model: up to each group of layers, and to its end.
 PASSES = 2.5
-#: Square matrices of the inputs, and matrices of the weight's shape, in float64, that are alive at
-#: a time while a layer is quantized, besides its moments.
+#: Float64 matrices that are alive at a time while a layer is quantized, besides its moments:
+#: square ones of its inputs, and ones of the shape of its weight.
 SQUARES, WEIGHTS = 3, 6
 #: Sizes of the square layers, and tokens, that rates are measured with.
 SIZES, TOKENS = (512, 1024), 512
@@ -45,48 +47,55 @@ class Rates:
     moments: float
     """Seconds per token and squared input of a layer, both streams."""
     weight: float
-    """Seconds per weight that is quantized..."""
+    """Seconds to quantize a layer: per weight..."""
     product: float
-    """...and per weight and column of it."""
+    """...and per weight and column."""
 
     def layer(self, rows: int, columns: int) -> float:
-        """Seconds to quantize a layer."""
+        """Return the seconds to quantize a layer."""
         work = rows * columns * self.weight
         return work + (rows + columns) / 2 * columns**2 * self.product
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would take; for each of its processes, and for all on the disk."""
+    """Estimate of a run: memory of each process, disk space and time of all."""
 
     model: str
     blocks: int
     layers: int
     weights: int
-    """That are quantized."""
+    """Weights of the blocks that are quantized."""
     tokens: int
     processes: int
     memory: dict[str, int]
-    """Bytes that one process holds at its peak, by what for."""
+    """Bytes that one process holds at its peak, by purpose."""
     disk: dict[str, int]
-    """Bytes on the disk at its peak, by what for; the model's own files are not among them."""
+    """Bytes on the disk at its peak, by purpose, without the model's own files."""
     seconds: dict[str, float]
-    """By what for."""
+    """Seconds by purpose."""
     rates: Rates
 
 
 def plan(
-    model: str, config: WaterSICConfig, *, dtype: Any = "auto", processes: int = 1,
+    model: str,
+    config: WaterSICConfig,
+    *,
+    dtype: Any = "auto",
+    processes: int = 1,
     device: torch.device | str = "cpu",
-) -> Plan:  # fmt: skip
-    """The plan of `quantize_to_folder`; of the model only the configuration is read.
+) -> Plan:
+    """Return what `quantize_to_folder` would take; of the model only config.json is read.
 
     Args:
         model: folder or hub name.
-        config: what would be done.
-        dtype: as there.
-        processes: that would share the work.
-        device: that rates are measured on.
+        config: how the model would be quantized.
+        dtype: as in `quantize_to_folder`.
+        processes: number of processes that would share the work.
+        device: device on which the rates are measured.
+
+    Raises:
+        ValueError: the model has no layer to quantize.
     """
     model_config = AutoConfig.from_pretrained(model)
     names = getattr(model_config, "architectures", None) or [""]
@@ -94,75 +103,100 @@ def plan(
     if dtype == "auto":
         dtype = getattr(model_config, "dtype", None) or empty.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    quantizer = WaterSICHfQuantizer(config, pre_quantized=False)
-    quantizer.preprocess_model(empty)
-    stack = [block for stack in block_stacks(empty, quantizer.shapes) for block in stack]
-    shapes = [
-        [shape for n, shape in quantizer.shapes.items() if n.startswith(f"{name}.")]
-        for name, _ in stack
-    ]
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    length = min(config.sequence_length, longest or config.sequence_length)
-    size = _Sizes(
-        empty, [block for _, block in stack], shapes, [*quantizer.experts.values()],
-        quantizer.tables, config, dtype.itemsize, length, processes,
-    )  # fmt: skip
-    memory = size.memory()
+    selection = Selection.of(empty, config)
+    selection.check()
+    sizes = _Sizes(
+        model=empty,
+        blocks=[block for stack in block_stacks(empty, selection.shapes) for block in stack],
+        selection=selection,
+        config=config,
+        itemsize=dtype.itemsize,
+        processes=processes,
+    )
+    memory = sizes.memory()
     rates = measure_rates(dtype, device)
     return Plan(
         model=model,
-        blocks=len(stack),
-        layers=sum(map(len, shapes)),
-        weights=size.weights,
-        tokens=size.tokens,
+        blocks=len(sizes.blocks),
+        layers=sum(map(len, sizes.shapes)),
+        weights=sizes.weights,
+        tokens=sizes.tokens,
         processes=processes,
         memory=memory,
-        disk=size.disk(),
-        seconds=size.seconds(rates),
+        disk=sizes.disk(),
+        seconds=sizes.seconds(rates),
         rates=rates,
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Sizes:
-    """What the parts of a plan are made of."""
+    """Numbers that a plan is made of."""
 
     model: nn.Module
-    blocks: list[nn.Module]
-    shapes: list[list[tuple[int, int]]]
-    experts: list[FusedExperts]
-    tables: list[Table]
+    blocks: Stack
+    selection: Selection
     config: WaterSICConfig
     itemsize: int
-    length: int
+    """Bytes of a dense weight."""
     processes: int
+
+    @cached_property
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """(A, N) of the layers of every block."""
+        layers = self.selection.shapes.items()
+        return [
+            [shape for layer, shape in layers if layer.startswith(f"{name}.")]
+            for name, _ in self.blocks
+        ]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a calibration window."""
+        return window_length(self.model, self.config)
 
     @property
     def settings(self) -> CalibrationSettings:
+        """Settings of the calibration."""
         return self.config.calibration
 
     @property
     def streams(self) -> int:
+        """Number of models that run side by side."""
         return 2 if self.settings.two_streams else 1
 
     @property
     def tokens(self) -> int:
+        """Calibration tokens."""
         return self.config.samples * self.length if self.config.dataset is not None else 0
 
     @property
     def weights(self) -> int:
+        """Weights of the blocks that are quantized."""
         return sum(a * n for block in self.shapes for a, n in block)
 
     @property
     def width(self) -> int:
+        """Channels of the hidden states."""
         return self.model.config.get_text_config().hidden_size
 
     @property
     def experts_per_token(self) -> int:
+        """Experts of a layer that a token goes through."""
         return getattr(self.model.config.get_text_config(), "num_experts_per_tok", None) or 1
 
+    @property
+    def experts(self) -> Collection[FusedExperts]:
+        """Modules of experts that are quantized."""
+        return self.selection.experts.values()
+
+    @property
+    def vocabulary(self) -> list[tuple[int, int]]:
+        """(A, N) of the vocabulary matrices that are quantized."""
+        return [matrix.shape for matrix in self.selection.quantized_vocabulary]
+
     def idle(self) -> int:
-        """Weights of experts that a token does not go through."""
+        """Return the weights of experts that a token does not go through."""
         return sum(
             math.prod(layout.shape(matrix)) * (layout.experts - self.experts_per_token)
             for layout in self.experts
@@ -170,31 +204,27 @@ class _Sizes:
         )
 
     def rest(self) -> int:
-        """Elements of the tensors outside the blocks; those that are tied count once."""
-        inside = {id(p) for block in self.blocks for p in block.parameters()}
+        """Return the elements of the tensors outside the blocks; tied ones count once."""
+        inside = {id(p) for _, block in self.blocks for p in block.parameters()}
         return sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
 
-    def table_weights(self) -> int:
-        """Weights of tables that are quantized."""
-        return sum(math.prod(table.shape) for table in self.tables)
-
     def memory(self) -> dict[str, int]:
-        block = max(sum(p.numel() for p in block.parameters()) for block in self.blocks)
+        """Return the bytes that one process holds at its peak, by purpose."""
+        block = max(sum(p.numel() for p in block.parameters()) for _, block in self.blocks)
         batch = min(self.config.batch_size, max(1, self.config.samples // self.processes))
         length = min(self.length, self.tokens)
-        # in and out of every layer of a block that is not run as one
+        # inputs and outputs of every layer of a block that does not run as one kernel
         activations = max((sum(a + n for a, n in shapes) for shapes in self.shapes), default=0)
         vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
         layer = max(self._layer_bytes(a, n) for shapes in self.shapes for a, n in shapes)
         run = batch * length * (activations + 4 * self.width) * self.itemsize
         # logits, their probabilities and gradients in float32
         head = 4 * 4 * length * vocabulary
-        # of a table some rows are at work, and all are there as codes and as what they become
-        tables = [
-            self._layer_bytes(min(a, 2 * ROWS_PER_BAND), n) + 2 * a * n
-            for a, n in (table.shape for table in self.tables)
+        # a vocabulary matrix is quantized some rows at a time, and held as codes and as the result
+        matrices = [
+            self._layer_bytes(min(a, 2 * ROWS_PER_BAND), n) + 2 * a * n for a, n in self.vocabulary
         ]
-        work = max([layer, run, head, *tables])
+        work = max([layer, run, head, *matrices])
         routed = {}
         if self.experts and self.tokens:
             states = self.streams * self.tokens * self.width * self.itemsize
@@ -213,12 +243,13 @@ class _Sizes:
         return 8 * (squares + matrices)
 
     def disk(self) -> dict[str, int]:
-        quantized = self.weights + self.table_weights()
-        dense = sum(p.numel() for p in self.model.parameters()) - quantized
+        """Return the bytes on the disk at its peak, by purpose."""
+        vocabulary = sum(a * n for a, n in self.vocabulary)
+        dense = sum(p.numel() for p in self.model.parameters()) - self.weights - vocabulary
         bits = self.weights * self.config.bits
-        bits += sum(math.prod(table.shape) * table.bits for table in self.tables)
+        bits += sum(math.prod(m.shape) * m.bits for m in self.selection.quantized_vocabulary)
         model = int(bits / 8) + dense * self.itemsize
-        rest = (self.rest() - self.table_weights()) * self.itemsize
+        rest = (self.rest() - vocabulary) * self.itemsize
         state = self.tokens * self.width * self.itemsize
         few = min(self.tokens, self.settings.sensitivity_tokens) * self.width * self.itemsize
         return {
@@ -230,29 +261,32 @@ class _Sizes:
         }
 
     def seconds(self, rates: Rates) -> dict[str, float]:
+        """Return the seconds of a run, by purpose."""
         passes = PASSES * self.streams * self.tokens / self.processes
         # forward, and twice that much backward
         few = 3 * min(self.tokens, self.settings.sensitivity_tokens) / self.processes
         layers = [[rates.layer(a, n) for a, n in shapes] for shapes in self.shapes]
-        # the largest layer of a block has an input of its own, and one process does it
+        # the largest layer of a block has an input of its own, and one process quantizes it
         largest = [max(t, default=0.0) for t in layers]
-        shared = [(sum(t) - l) / self.processes + l for t, l in zip(layers, largest, strict=True)]
-        # layers with the same number of inputs: most share them, one does not
+        split = [(sum(t) - l) / self.processes + l for t, l in zip(layers, largest, strict=True)]
+        vocabulary = [rates.layer(a, n) for a, n in self.vocabulary]
+        # of the layers with the same number of inputs most share their input, and one does not
         squares = sum(2 * n**2 for shapes in self.shapes for n in {n for _, n in shapes})
-        # a token counts for every expert that it has
+        # a token counts for every expert that it goes through
         more = self.experts_per_token - 2
         squares += sum(more * (layout.hidden**2 + layout.inner**2) for layout in self.experts)
-        weights = sum(p.numel() for block in self.blocks for p in block.parameters()) - self.idle()
+        held = sum(p.numel() for _, block in self.blocks for p in block.parameters())
+        used = held - self.idle()
         return {
-            "sensitivities": rates.forward * few * (weights + self.rest()),
-            "both models, block by block": rates.forward * passes * weights,
+            "sensitivities": rates.forward * few * (used + self.rest()),
+            "both models, block by block": rates.forward * passes * used,
             "moments": rates.moments * squares * self.tokens / self.processes,
-            "quantizing": sum(shared) + sum(rates.layer(*table.shape) for table in self.tables),
+            "quantizing": sum(split) + sum(vocabulary),
         }
 
 
 def measure_rates(dtype: torch.dtype, device: torch.device | str) -> Rates:
-    """Measure this machine, one process of it."""
+    """Measure how fast one process on this machine is."""
     g = torch.Generator().manual_seed(0)
     x_TN = torch.randn(TOKENS, SIZES[-1], generator=g).to(device, dtype)
     weight_AN = torch.randn(SIZES[-1], SIZES[-1], generator=g).to(device, dtype)
@@ -288,7 +322,7 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str) -> Rates:
 def _seconds(
     work: Callable[[], object], device: torch.device | str, *, least: float = 0.3
 ) -> float:
-    """Seconds that something takes, measured for at least so long."""
+    """Return the mean seconds of calls of `work`, called for at least `least` seconds."""
     work()
     times, start = 0, time.perf_counter()
     while times == 0 or time.perf_counter() - start < least:

@@ -21,7 +21,7 @@ from watersic_hf.checkpoint import (
     write_report,
 )
 from watersic_hf.integration.adapters import explain_merging
-from watersic_hf.integration.headers import stored_names
+from watersic_hf.integration.names import stored_names
 from watersic_hf.nn import set_residency
 
 TAGS = ["watersic", "quantized"]

@@ -116,7 +116,7 @@ def test_a_head_alone_and_a_head_left_out(quantize, dense_folder, tokens, load):
 
 
 def test_one_table_cannot_have_two_numbers_of_bits(quantize, llama_folder):
-    with pytest.raises(ValueError, match="are one table, but 4 bits are asked for the embedding"):
+    with pytest.raises(ValueError, match="are one matrix, but 4 bits are asked for the embedding"):
         quantize(llama_folder, quantize_embeddings=True, quantize_head=5.0)
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
 from watersic_hf import WaterSICConfig, WaterSICLinear
-from watersic_hf.integration.dense import as_linear, like, linear_layers, shape_of
+from watersic_hf.integration.linear_layers import as_linear, like, linear_layers, shape_of
 
 
 class SameLinear(nn.Linear):
