@@ -212,7 +212,7 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model.replace(" ", "-"))
-def test_an_architecture_goes_all_the_way(tmp_path, tokens, watersic_log, row):
+def test_quantize_save_reload_generate(tmp_path, tokens, watersic_log, row):
     dense = build(row)
     dense.save_pretrained(tmp_path / "dense")
     expected = logits(dense, tokens)
@@ -299,7 +299,7 @@ def table():
     return "\n".join([head, *(row.line for row in ROWS)])
 
 
-def test_the_readme_holds_this_table():
+def test_architectures_table_is_current():
     assert f"\n{table()}\n" in README.read_text(encoding="utf-8")
 
 

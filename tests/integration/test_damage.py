@@ -85,7 +85,7 @@ def test_a_missing_tensor_names_the_layer_and_the_field(folder, field):
         load(folder)
 
 
-def test_a_layer_that_is_missing_whole_is_not_replaced_by_random_weights(folder):
+def test_missing_layer_is_an_error_and_not_random_weights(folder):
     def drop(tensors):
         for field in ("weight", "row_scale", "col_scale"):
             del tensors[f"{LAYER}.{field}"]
@@ -113,7 +113,7 @@ def test_a_payload_cut_short_names_the_layer(folder):
         load(folder)
 
 
-def test_layers_that_changed_places_are_found(folder):
+def test_swapped_layers_are_detected(folder):
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)]
 
     def swap(tensors):

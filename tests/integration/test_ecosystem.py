@@ -40,7 +40,7 @@ def uploads(monkeypatch):
     return found
 
 
-def test_a_pushed_model_carries_its_tags_and_a_card_that_opens_with_the_import(model, uploads):
+def test_pushed_model_has_tags_and_card_with_import(model, uploads):
     model.push_to_hub("someone/tiny-watersic")
 
     card = uploads["README.md"].decode()
@@ -50,7 +50,7 @@ def test_a_pushed_model_carries_its_tags_and_a_card_that_opens_with_the_import(m
     assert code.splitlines()[1].startswith("import watersic_hf")
     assert 'from_pretrained("someone/tiny-watersic")' in card
     assert "- watersic" in card
-    assert "| bits per quantized weight, asked | 4 |" in card
+    assert "| bits per quantized weight, target | 4 |" in card
 
 
 def test_saving_with_push_carries_the_card_too(model, uploads, tmp_path):
@@ -98,7 +98,7 @@ def test_kbit_preparation_leaves_the_packed_layers(model, tokens):
     adapted(tokens, labels=tokens).loss.backward()
 
 
-def test_the_trainer_asks_for_an_adapter(model, tmp_path, tokens):
+def test_trainer_without_adapter_is_refused(model, tmp_path, tokens):
     rows = [{"input_ids": t, "labels": t} for t in tokens]
     arguments = TrainingArguments(
         tmp_path, max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True

@@ -65,7 +65,7 @@ def test_experts_from_the_disk_and_after_an_interruption_are_the_same(
     assert (tmp_path / "q" / WEIGHTS).read_bytes() == (quantized / WEIGHTS).read_bytes()
 
 
-def test_a_model_without_its_head_and_with_it_read_each_others_experts(quantized, tokens, tmp_path):
+def test_headless_and_full_models_load_each_others_experts(quantized, tokens, tmp_path):
     whole = MixtralForCausalLM.from_pretrained(quantized)
     body, info = MixtralModel.from_pretrained(quantized, output_loading_info=True)
     assert not info["missing_keys"]
@@ -102,7 +102,7 @@ def test_inspect_knows_the_tokens_of_experts_and_why_the_router_is_dense(quantiz
     assert reasons[router] == "MixtralTopKRouter is no linear layer"
 
 
-def test_experts_are_decoded_in_every_forward_if_that_is_wanted(quantized, tokens):
+def test_experts_with_stored_residency(quantized, tokens):
     model = MixtralForCausalLM.from_pretrained(
         quantized, quantization_config=WaterSICConfig(runtime={"residency": "entropy"})
     )

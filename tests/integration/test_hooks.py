@@ -31,9 +31,7 @@ def prepared(make_llama, **way):
     ],
     ids=["data-free", "calibrated", "pre-quantized"],
 )
-def test_weights_of_projections_are_handled_one_by_one_where_they_must_be(
-    make_llama, way, expected
-):
+def test_param_needs_quantization_by_way_of_loading(make_llama, way, expected):
     found, model = prepared(make_llama, **way)
 
     needs = {
@@ -49,7 +47,7 @@ def test_weights_of_projections_are_handled_one_by_one_where_they_must_be(
     }
 
 
-def test_sizes_for_placement_are_those_of_the_quantized_weights(make_llama):
+def test_param_element_size_is_that_of_quantized_weights(make_llama):
     found, model = prepared(make_llama, pre_quantized=False)
     weight = model.model.layers[0].mlp.up_proj.weight
 
@@ -81,7 +79,7 @@ def test_the_footprint_of_a_packed_model_is_a_fraction_of_the_dense_ones(
     assert sizes[1] < 0.14 * sizes[0]
 
 
-def test_memory_limits_split_a_quantized_model_as_any_other(quantized_folder, tmp_path, tokens):
+def test_max_memory_splits_a_quantized_model_over_devices(quantized_folder, tmp_path, tokens):
     reference = AutoModelForCausalLM.from_pretrained(quantized_folder)
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -95,7 +93,7 @@ def test_memory_limits_split_a_quantized_model_as_any_other(quantized_folder, tm
 
 
 @pytest.mark.parametrize("form", ["strings", "tokenized", "ids", "tensor"])
-def test_calibration_takes_its_data_in_any_form(quantize, tokenizer, tokens, form):
+def test_calibration_data_in_every_form(quantize, tokenizer, tokens, form):
     text = "a sentence about nothing. " * 40
     forms = {
         "strings": [text],
@@ -134,7 +132,7 @@ def test_without_a_tokenizer_text_cannot_calibrate(quantize, make_llama, tmp_pat
         quantize(tmp_path, tokenizer=None)
 
 
-def test_windows_are_cut_to_the_models_positions(quantize):
+def test_windows_are_cut_to_max_position_embeddings(quantize):
     model = quantize(sequence_length=4096, samples=2)
 
     assert {r.tokens for r in model.hf_quantizer.reports} == {2 * 256}

@@ -21,7 +21,7 @@ class DoubledLinear(nn.Linear):
         return 2 * F.linear(x, self.weight, self.bias)
 
 
-def test_linear_layers_are_told_by_what_they_compute():
+def test_linear_layers_are_recognised_by_what_they_compute():
     model = nn.ModuleDict({
         "linear": nn.Linear(4, 6), "conv1d": Conv1D(6, 4), "same": SameLinear(4, 6),
         "doubled": DoubledLinear(4, 6), "embedding": nn.Embedding(6, 4),
@@ -33,7 +33,7 @@ def test_linear_layers_are_told_by_what_they_compute():
     assert set(linear_layers(model)) == {"linear", "conv1d", "same"}
 
 
-def test_a_conv1d_is_a_linear_layer_and_back_on_the_same_numbers():
+def test_conv1d_to_linear_and_back_shares_memory_and_values():
     conv1d, x = Conv1D(6, 4), torch.randn(2, 3, 4)
     conv1d.bias.data.normal_()
 

@@ -44,7 +44,7 @@ def test_processes_share_the_time_and_not_the_memory(folder):
     assert four.memory["a block, dense and quantized"] == one.memory["a block, dense and quantized"]
 
 
-def test_a_token_goes_through_few_of_the_experts(folder, tmp_path):
+def test_plan_counts_active_experts_only(folder, tmp_path):
     sizes = {k: v for k, v in LLAMA_70B.items() if k != "architectures"} | {
         "num_hidden_layers": 2, "num_local_experts": 16, "num_experts_per_tok": 2,
     }  # fmt: skip
@@ -62,7 +62,7 @@ def test_a_token_goes_through_few_of_the_experts(folder, tmp_path):
     assert found.seconds["both models, block by block"] == pytest.approx(1e-14 * passes * used)
 
 
-def test_what_is_off_costs_nothing(folder):
+def test_disabled_settings_add_no_cost(folder):
     simple = {"drift": 0, "residual": False, "allocation": "uniform", "row_importance": False}
 
     full = plan(folder, WaterSICConfig(bits=3.0, dataset="pydoc"))
@@ -75,7 +75,7 @@ def test_what_is_off_costs_nothing(folder):
     assert sum(plain.memory.values()) < sum(full.memory.values())
 
 
-def test_a_table_has_bits_of_its_own(folder):
+def test_plan_counts_quantized_head_with_its_own_bits(folder):
     dense = plan(folder, WaterSICConfig(bits=3.0))
     found = plan(folder, WaterSICConfig(bits=3.0, quantize_head=4.0))
 

@@ -26,7 +26,7 @@ def test_all_projections_are_quantized_and_nothing_else(quantize, packed_names, 
 
 @pytest.mark.parametrize("dataset", [None, "pydoc"])
 @pytest.mark.parametrize("bits", [3.0, 4.5, 6.0])
-def test_the_bits_asked_for_are_the_bits_stored(quantize, dataset, bits):
+def test_stored_bits_match_target_bits(quantize, dataset, bits):
     model = quantize(dataset=dataset, bits=bits)
 
     layers = [m for m in model.modules() if isinstance(m, WaterSICLinear)]
@@ -90,7 +90,7 @@ def test_another_seed_gives_another_file(quantize, tmp_path):
     assert files_of(tmp_path / "1") != files_of(tmp_path / "2")
 
 
-def test_layers_can_have_bits_of_their_own(quantize):
+def test_layer_bits_set_bits_by_pattern(quantize):
     model = quantize(bits=4.0, layer_bits={"down_proj": 6.0}, allocation="uniform")
 
     bits = {r.name: r.bits for r in model.hf_quantizer.reports}
@@ -119,14 +119,14 @@ def test_the_users_configuration_is_not_changed(llama_folder):
     assert config == WaterSICConfig(bits=4)
 
 
-def test_a_model_all_of_whose_layers_are_skipped_is_refused(quantize):
+def test_model_with_all_layers_skipped_is_refused(quantize):
     with pytest.raises(ValueError, match="has no linear layer to quantize: 15 were found"):
         quantize(modules_to_not_convert=["layers"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dataset", [None, "pydoc"])
-def test_the_dense_rest_has_the_dtype_asked_for(quantize, tokens, dtype, dataset):
+def test_dense_layers_have_the_requested_dtype(quantize, tokens, dtype, dataset):
     model = quantize(dataset=dataset, load={"dtype": dtype})
 
     assert model.model.norm.weight.dtype == dtype
@@ -209,7 +209,7 @@ def test_activations_that_are_not_finite_stop_with_the_layers_name(make_llama, q
         quantize(tmp_path)
 
 
-def test_a_dead_feature_and_a_zero_layer_are_quantized(make_llama, quantize, tmp_path, tokens):
+def test_dead_feature_and_zero_layer_are_quantized(make_llama, quantize, tmp_path, tokens):
     dense = make_llama()
     with torch.no_grad():
         dense.model.layers[0].input_layernorm.weight[7] = 0
@@ -226,7 +226,7 @@ def test_a_dead_feature_and_a_zero_layer_are_quantized(make_llama, quantize, tmp
     assert zero.count_nonzero() == 0
 
 
-def test_one_calibration_token_is_enough_to_end(quantize, tokens):
+def test_calibration_with_a_single_token_completes(quantize, tokens):
     model = quantize(dataset=[[5]])
 
     with torch.no_grad():
@@ -310,7 +310,7 @@ def test_massive_channels_are_found_and_written_into_the_configuration(
     ],
     ids=str,
 )
-def test_every_switch_changes_the_file_and_keeps_the_bits(quantize, changes):
+def test_every_setting_changes_the_file_but_not_the_bits(quantize, changes):
     ordinary, changed = quantize(bits=3.0), quantize(bits=3.0, **changes)
 
     for model in (ordinary, changed):
@@ -322,7 +322,7 @@ def test_every_switch_changes_the_file_and_keeps_the_bits(quantize, changes):
     )
 
 
-def test_bits_given_to_a_layer_by_hand_are_not_moved_to_others(quantize):
+def test_layer_bits_are_not_reallocated(quantize):
     model = quantize(bits=4.0, layer_bits={"down_proj": 6.0}, allocation="sensitivity")
 
     bits = {r.name: r.bits for r in model.hf_quantizer.reports}

@@ -168,7 +168,7 @@ def test_the_headless_model_and_the_full_one_read_each_others_files(
     assert torch.equal(logits(again, tokens), logits(full, tokens))
 
 
-def test_a_new_head_on_a_quantized_body_is_dense(quantized_folder):
+def test_new_head_on_a_quantized_body_is_dense(quantized_folder):
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(quantized_folder, num_labels=3)

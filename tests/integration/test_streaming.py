@@ -99,7 +99,7 @@ def unfinished(interrupted, tmp_path):
     return tmp_path / "q"
 
 
-def test_the_bytes_are_those_of_a_model_quantized_in_memory(original, whole, tmp_path):
+def test_streamed_run_matches_in_memory_bytes(original, whole, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(original, quantization_config=config())
     save_quantized(
         model, tmp_path / "q", tokenizer=str(original), base=str(original), max_shard_size=SHARDS
@@ -111,7 +111,7 @@ def test_the_bytes_are_those_of_a_model_quantized_in_memory(original, whole, tmp
 
 
 @pytest.mark.parametrize("changes", [{}, {"dataset": None}])
-def test_layers_of_other_classes_and_rows_to_zero_are_those_in_memory(tmp_path, changes):
+def test_streamed_conv1d_and_zero_rows_match_in_memory_bytes(tmp_path, changes):
     torch.manual_seed(0)
     settings = {
         "zero_rows": {r"h\.1\.mlp\.c_fc": [3, 5]},
@@ -162,7 +162,7 @@ def tiny(kind):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "bert", "bart"])
-def test_without_data_the_bytes_are_those_of_a_model_quantized_while_it_loads(kind, tmp_path):
+def test_streamed_data_free_run_matches_on_load_bytes(kind, tmp_path):
     dense = tiny(kind)
     dense.save_pretrained(tmp_path / "dense")
     settings = WaterSICConfig(bits=5.0)
@@ -176,7 +176,7 @@ def test_without_data_the_bytes_are_those_of_a_model_quantized_while_it_loads(ki
 
 
 @pytest.mark.parametrize("kind", ["untied", "bart", "t5"])
-def test_the_bytes_of_other_models_are_those_in_memory_too(kind, tmp_path):
+def test_streamed_run_matches_in_memory_bytes_on_other_architectures(kind, tmp_path):
     dense = tiny(kind)
     dense.save_pretrained(tmp_path / "dense")
     g = torch.Generator().manual_seed(1)
@@ -205,7 +205,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_goes_on_after_the_last_finished_layer(original, tmp_path, run, monkeypatch):
+def test_run_resumes_after_the_last_finished_layer(original, tmp_path, run, monkeypatch):
     changes, before, after = RUNS[run]
     settings, folder = config(**changes), tmp_path / "b" / "q"
     model_class = AutoModelForCausalLM
@@ -241,7 +241,7 @@ def test_a_run_goes_on_after_the_last_finished_layer(original, tmp_path, run, mo
     ],
     ids=["calibrated", "tables", "data-free"],
 )
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(original, tmp_path, options, kills):
+def test_repeatedly_killed_run_ends_with_the_same_bytes(original, tmp_path, options, kills):
     arguments = ["quantize", str(original), str(tmp_path / "killed" / "q"), "--samples=4",
                  "--sequence-length=32", "--batch-size=2", "--bits=4", *options]  # fmt: skip
     context = multiprocessing.get_context("forkserver")
@@ -354,7 +354,7 @@ def test_batches_are_halved_when_memory_runs_out(
     assert contents(tmp_path / "q") == contents(whole)
 
 
-def test_processes_share_a_run_and_one_goes_on_when_another_dies(
+def test_processes_share_a_run_and_one_resumes_when_another_dies(
     original, whole, tokenizer, tmp_path
 ):
     torch.save(config().dataset, tmp_path / "windows.pt")

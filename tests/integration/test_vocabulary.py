@@ -44,7 +44,9 @@ def load(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("dataset", [None, "pydoc"])
-def test_tables_go_all_the_way(quantize, dense_folder, tmp_path, tokens, load, tied, dataset):
+def test_vocabulary_quantize_save_reload_generate_dequantize(
+    quantize, dense_folder, tmp_path, tokens, load, tied, dataset
+):
     model = quantize(
         dense_folder, dataset=dataset, quantize_embeddings=True, quantize_head=not tied
     )
@@ -80,7 +82,7 @@ def test_tables_go_all_the_way(quantize, dense_folder, tmp_path, tokens, load, t
     assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
 
 
-def test_the_bits_of_tables_are_their_own(quantize, dense_folder, tmp_path, tied):
+def test_vocabulary_matrices_have_their_own_bits(quantize, dense_folder, tmp_path, tied):
     model = quantize(dense_folder, bits=3.0, quantize_embeddings=5.0, quantize_head=5.0)
     model.save_pretrained(tmp_path / "packed")
     found = inspect_checkpoint(tmp_path / "packed")
@@ -101,7 +103,7 @@ def test_the_bits_of_tables_are_their_own(quantize, dense_folder, tmp_path, tied
 
 
 @pytest.mark.parametrize("tied", [False], indirect=True)
-def test_a_head_alone_and_a_head_left_out(quantize, dense_folder, tokens, load):
+def test_untied_head_alone_is_quantized_or_skipped(quantize, dense_folder, tokens, load):
     model = quantize(dense_folder, quantize_head=6.0)
 
     assert type(model.get_input_embeddings()) is nn.Embedding
@@ -115,12 +117,12 @@ def test_a_head_alone_and_a_head_left_out(quantize, dense_folder, tokens, load):
     assert dense["lm_head"] == "named in modules_to_not_convert"
 
 
-def test_one_table_cannot_have_two_numbers_of_bits(quantize, llama_folder):
+def test_tied_matrix_with_two_bit_settings_is_refused(quantize, llama_folder):
     with pytest.raises(ValueError, match="are one matrix, but 4 bits are asked for the embedding"):
         quantize(llama_folder, quantize_embeddings=True, quantize_head=5.0)
 
 
-def test_a_table_that_cannot_be_quantized_says_why(tmp_path, tokens, watersic_log):
+def test_unquantizable_embedding_is_logged_with_its_reason(tmp_path, tokens, watersic_log):
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
@@ -139,7 +141,7 @@ def test_a_table_that_cannot_be_quantized_says_why(tmp_path, tokens, watersic_lo
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-def test_a_table_that_scales_its_rows_still_does(tmp_path, tokens, load):
+def test_scaled_embedding_keeps_its_scale(tmp_path, tokens, load):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
@@ -166,7 +168,9 @@ def test_a_table_that_scales_its_rows_still_does(tmp_path, tokens, load):
     assert torch.equal(model.get_input_embeddings()(tokens), rows)
 
 
-def test_a_headless_model_reads_the_table_and_writes_it(quantize, llama_folder, tmp_path, tokens):
+def test_headless_model_loads_and_saves_quantized_embedding(
+    quantize, llama_folder, tmp_path, tokens
+):
     full = quantize(llama_folder, dataset=None, quantize_embeddings=True)
     full.save_pretrained(tmp_path / "full")
 
@@ -178,7 +182,7 @@ def test_a_headless_model_reads_the_table_and_writes_it(quantize, llama_folder, 
     assert torch.equal(logits(again, tokens), logits(full, tokens))
 
 
-def test_a_quantized_table_can_be_offloaded(quantize, llama_folder, tmp_path, tokens):
+def test_quantized_embedding_can_be_offloaded(quantize, llama_folder, tmp_path, tokens):
     model = quantize(llama_folder, dataset=None, quantize_embeddings=True)
     model.save_pretrained(tmp_path / "packed")
     where = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu",
@@ -192,7 +196,7 @@ def test_a_quantized_table_can_be_offloaded(quantize, llama_folder, tmp_path, to
     torch.testing.assert_close(logits(again, tokens), logits(model, tokens))
 
 
-def test_adapters_train_on_tables_and_merge_once_dequantized(quantize, llama_folder, tokens):
+def test_adapters_train_on_vocabulary_and_merge_once_dequantized(quantize, llama_folder, tokens):
     peft = pytest.importorskip("peft")
     base = quantize(llama_folder, dataset=None, quantize_embeddings=True)
     model = peft.get_peft_model(
@@ -214,9 +218,7 @@ def test_adapters_train_on_tables_and_merge_once_dequantized(quantize, llama_fol
     assert logits(merged, tokens).shape == expected.shape
 
 
-def test_a_model_of_vision_and_language_lists_its_parts_and_keeps_its_tokenizer(
-    tokenizer, tmp_path
-):
+def test_vision_language_model_quantizes_text_and_keeps_tokenizer(tokenizer, tmp_path):
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
     from watersic_hf.integration import quantize_to_folder

@@ -1,4 +1,4 @@
-"""What PEFT does not know of quantized layers."""
+"""Explain to users of PEFT what it does not know about quantized layers."""
 
 import functools
 import importlib.util
@@ -8,10 +8,10 @@ from watersic_hf.nn import PackedMatrix
 
 
 def explain_merging() -> None:
-    """Have PEFT say what to do where it would merge an adapter into a quantized layer.
+    """Make PEFT refuse to merge an adapter into a quantized layer, and say what to do instead.
 
-    It would fail while it adds a matrix to a payload (PEFT 0.21.2: "output with shape ... doesn't
-    match the broadcast shape"), and has no way for a layer to refuse.
+    PEFT 0.21.2 would fail when it adds a matrix to a payload ("output with shape ... doesn't match
+    the broadcast shape"), and a layer has no way to refuse.
     """
     if importlib.util.find_spec("peft") is None:
         return
@@ -29,8 +29,8 @@ def explain_merging() -> None:
                 raise ValueError(
                     f"{name.removesuffix('.base_layer')}: an adapter cannot be merged into a "
                     f"weight that is quantized with WaterSIC. Call "
-                    f"`model.get_base_model().dequantize()` first and merge then, or keep the "
-                    f"adapter beside the quantized model."
+                    f"`model.get_base_model().dequantize()` before you merge, or keep the adapter "
+                    f"beside the quantized model."
                 )
 
     BaseTuner._check_merge_allowed = check_merge_allowed

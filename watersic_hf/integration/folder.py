@@ -1,4 +1,4 @@
-"""From a model on the disk or the hub to a quantized folder."""
+"""Quantize a model on the disk or the hub into a folder."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ from watersic_hf.streams.processes import rank_and_size, wait
 
 logger = logging.getLogger(__name__)
 
-#: Folder beside the model to come, with what is finished of it.
+#: Folder within the output folder that holds what is finished, until the model is complete.
 UNFINISHED = "unfinished"
 _BATCH_SIZE = "batch_size.json"
 
@@ -42,34 +42,34 @@ def quantize_to_folder(
 ) -> list[LayerReport]:
     """Quantize a model and save it with its tokenizer or processor and a model card.
 
-    It is loaded as the class that it was saved as, if transformers has that, and as a causal
-    language model otherwise.  Its blocks are in memory one at a time.  What is finished is in the
-    folder `UNFINISHED` of `folder`, from which the same call goes on after a crash, and which is
-    removed in the end.
+    The model is loaded as the class that it was saved as, if transformers has that class, and as a
+    causal language model otherwise.  Its blocks are in memory one at a time.  What is finished is
+    kept in the folder `UNFINISHED` of `folder`: after a crash the same call resumes from there, and
+    the folder is removed at the end.
 
-    Every process of a torch.distributed group calls this with the same arguments.
+    With torch.distributed initialized, every process calls this with the same arguments.
 
     Args:
         model: folder or hub name.
-        folder: where to save; made if it is not there.
-        config: what to do.
-        dtype: of the layers that stay dense; default: that of the model.
-        device_map: the device to compute on; default: a GPU if there is one.
+        folder: folder to save to; created if it does not exist.
+        config: how to quantize.
+        dtype: dtype of the layers that stay dense; default: that of the model.
+        device_map: device to compute on; default: a GPU if there is one.
         max_shard_size: as in `save_pretrained`.
 
     Returns:
-        The report of every quantized layer.
+        The reports of the quantized layers.
 
     Raises:
-        FileExistsError: `folder` holds a model already.
-        ValueError: the model is quantized already.
-        CheckpointError: what is unfinished in `folder` belongs to another run.
+        FileExistsError: `folder` already holds a model.
+        ValueError: the model is already quantized.
+        CheckpointError: the unfinished work in `folder` belongs to another run.
     """
     work = Path(folder) / UNFINISHED
     if not work.is_dir():
         require_no_model(folder)
     elif not (work / "run.json").is_file() and (Path(folder) / "config.json").is_file():
-        # it was killed when all was done
+        # killed between the end of the work and its removal
         shutil.rmtree(work)
         return read_report(folder)
     model_config = AutoConfig.from_pretrained(model)
@@ -144,14 +144,14 @@ def _quantize(
 def _save_finished(
     model: Any, folder: Path, work: Path, original: str, max_shard_size: str
 ) -> None:
-    """Save a model whose blocks are on the disk, and remove what is unfinished of it."""
-    # imports much, triton among it
+    """Save a model whose blocks are on the disk, and remove the folder of unfinished work."""
+    # a slow import, with triton among it
     from transformers import modeling_utils
 
-    # of the same name, which the card has
+    # the card takes its title from the name of the folder
     whole = work / folder.name
     writer = modeling_utils.safe_save_file
-    # transformers has no hook for how a file is written: shard by shard in memory
+    # transformers has no hook for writing a file, and would hold a shard in memory
     modeling_utils.safe_save_file = write_tensors
     try:
         save_quantized(
@@ -159,7 +159,7 @@ def _save_finished(
         )
     finally:
         modeling_utils.safe_save_file = writer
-    # the configuration last: without it the folder is no model
+    # config.json last: without it a folder is no model
     for file in sorted(whole.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     (work / "run.json").unlink()
@@ -167,7 +167,7 @@ def _save_finished(
 
 
 def compute_device(device_map: Any) -> torch.device:
-    """The device that blocks are computed on."""
+    """Return the device that blocks are computed on."""
     if isinstance(device_map, int):
         return torch.device("cuda", device_map)
     if isinstance(device_map, str) and device_map not in ("auto", "balanced", "sequential"):
@@ -178,7 +178,7 @@ def compute_device(device_map: Any) -> torch.device:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    """Return whether an error says that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
@@ -191,7 +191,7 @@ def _require_no_method(name: str, model_config: Any) -> None:
         found = found if isinstance(found, dict) else found.to_dict()
         raise ValueError(
             f"{name} is quantized already, with {found.get('quant_method')}, and dense weights are "
-            f"needed. Name the model that it was made of, or dequantize it and save that first."
+            f"needed. Name the original model, or dequantize this one and save the result first."
         )
 
 
@@ -199,10 +199,12 @@ def require_no_model(folder: str | os.PathLike) -> None:
     """Refuse to save over a model.
 
     Raises:
-        FileExistsError: `folder` holds a model already.
+        FileExistsError: `folder` already holds a model.
     """
     if any(Path(folder).glob("*.safetensors")):
-        raise FileExistsError(f"{folder} holds a model already; choose another folder or empty it")
+        raise FileExistsError(
+            f"{folder} holds a model already. Choose another folder, or empty this one."
+        )
 
 
 def save_quantized(
@@ -218,27 +220,31 @@ def save_quantized(
 
     Args:
         model: the quantized model.
-        folder: where to save; made if it is not there.
-        tokenizer: folder or hub name of a model; its processor is saved, or its tokenizer if it
-            has no other, or nothing if it has none.
+        folder: folder to save to; created if it does not exist.
+        tokenizer: folder or hub name of the model whose processor is saved, or its tokenizer if
+            there is no processor.
         base: folder or hub name of the model that was quantized, for the card.
-        finetuning: for the card, on what the scales were finetuned; None = they were not.
+        finetuning: data that the scales were finetuned on, for the card; None if they were not.
         max_shard_size: as in `save_pretrained`.
     """
     folder = Path(folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     _save_processor(tokenizer, folder)
     card = model_card(
-        model.config.quantization_config, model.hf_quantizer.reports, repo=folder.name,
-        base=Path(base).name, model_class=type(model).__name__, folder=folder,
+        model.config.quantization_config,
+        model.hf_quantizer.reports,
+        repo=folder.name,
+        base=Path(base).name,
+        model_class=type(model).__name__,
+        folder=folder,
         finetuning=finetuning,
-    )  # fmt: skip
+    )
     card.save(folder / "README.md")
 
 
 def _save_processor(name: str, folder: Path) -> None:
-    """Save the processor that is beside a model, or its tokenizer if that is all that loads."""
-    # imports Triton, where it is installed
+    """Save the processor of a model, or its tokenizer if it has no processor."""
+    # a slow import, with triton among it
     from transformers import AutoProcessor
 
     try:

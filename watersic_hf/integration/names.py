@@ -1,4 +1,4 @@
-"""Names of the file against names of the model."""
+"""Names of tensors and modules, in the files and in the model."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from watersic_hf.checkpoint import TensorHeader, read_headers
 
 
 def model_headers(model: nn.Module, files: Sequence[str]) -> dict[str, TensorHeader]:
-    """Headers of the files' tensors under the names that the model has for them.
+    """Return the headers of the files' tensors under the names that the model has for them.
 
     A tensor's name in the file can differ from its name in the model: some architectures rename
     their modules on saving, and a headless model's names lack the prefix of the full model's.
@@ -47,7 +47,7 @@ def model_headers(model: nn.Module, files: Sequence[str]) -> dict[str, TensorHea
 
 
 def names_in_model(folder: str | os.PathLike) -> Callable[[str], str]:
-    """What turns the name of a module in a folder's files into its name in the model."""
+    """Return a function from the name of a module in a folder's files to its name in the model."""
     file = Path(folder) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     rules = get_checkpoint_conversion_mapping(config.get("model_type")) or ()
@@ -63,8 +63,8 @@ def names_in_model(folder: str | os.PathLike) -> Callable[[str], str]:
 
 
 def stored_names(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
-    """Names that layers of a model will have in the files that it saves."""
-    # transformers renames tensors, and they say who they were
+    """Return the names that layers of a model have in the files that it saves, by name."""
+    # transformers renames tensors only, so each of these holds the number of its layer
     numbers = {f"{name}.weight": torch.tensor(number) for number, name in enumerate(layers)}
     renamed = revert_weight_conversion(model, numbers)
     return {layers[int(n)]: name.removesuffix(".weight") for name, n in renamed.items()}

@@ -1,4 +1,7 @@
-"""What is saved beside the weights: the report, and a card that opens with the import it needs."""
+"""Save the report and the model card beside the weights.
+
+The card begins with the import that a reader needs.
+"""
 
 import functools
 import os
@@ -36,18 +39,18 @@ model = {loader}.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 ```
 
-Weights quantized with [WaterSIC](https://arxiv.org/abs/2603.04956): every input column has a step
-of its own, the rounding error of a column is fed back into those still to come, and the integer
+Weights quantized with [WaterSIC](https://arxiv.org/abs/2603.04956): every input column has its own
+step size, the rounding error of a column is fed back into the columns after it, and the integer
 codes are entropy coded.
 
 | | |
 |---|---|
 | original | {base} |
-| bits per quantized weight, asked | {asked:g} |
+| bits per quantized weight, target | {target:g} |
 | bits per quantized weight, stored | {stored:.4f} |
 | quantized layers | {layers} |
 | quantized weights | {weights:,} |
-{tables}| bits per parameter of the whole model | {model_bits:.4f} |
+{vocabulary}| bits per parameter of the whole model | {model_bits:.4f} |
 | calibration | {calibration} |
 """
 
@@ -70,16 +73,16 @@ def model_card(
     folder: str | os.PathLike,
     finetuning: str | None = None,
 ) -> ModelCard:
-    """The card of a quantized model.
+    """Return the card of a quantized model.
 
     Args:
         config: its `WaterSICConfig`.
-        reports: its layers.
-        repo: the name that users will load it by.
-        base: the model that was quantized, or None.
+        reports: the reports of its layers.
+        repo: name that users will load it by.
+        base: name of the model that was quantized; None if it is not known.
         model_class: name of its class.
-        folder: where it is saved, weights and all.
-        finetuning: on what its scales were finetuned, or None.
+        folder: folder that the model is saved in, with its weights.
+        finetuning: data that its scales were finetuned on; None if they were not.
     """
     causal = model_class in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     data = ModelCardData(
@@ -89,17 +92,21 @@ def model_card(
     )
     tokens = max((report.tokens for report in reports), default=0)
     calibration = f"{config.dataset}, {tokens:,} tokens" if tokens else "none (data-free)"
-    layers, tables = ([r for r in reports if r.table is kind] for kind in (False, True))
+    layers, vocabulary = ([r for r in reports if r.table is kind] for kind in (False, True))
+    rows = [f"| bits per weight of `{r.name}`, stored | {r.bits:.4f} |\n" for r in vocabulary]
     body = _BODY.format(
         loader="AutoModelForCausalLM" if causal else model_class,
-        title=repo.rpartition("/")[2], repo=repo, base=base or "unknown", asked=config.bits,
-        stored=average_bits(reports), layers=len(layers),
-        weights=sum(report.weights for report in layers), calibration=calibration,
-        tables="".join(
-            f"| bits per weight of `{r.name}`, stored | {r.bits:.4f} |\n" for r in tables
-        ),
+        title=repo.rpartition("/")[2],
+        repo=repo,
+        base=base or "unknown",
+        target=config.bits,
+        stored=average_bits(reports),
+        layers=len(layers),
+        weights=sum(report.weights for report in layers),
+        calibration=calibration,
+        vocabulary="".join(rows),
         model_bits=model_size(folder).bits,
-    )  # fmt: skip
+    )
     if finetuning is not None:
         body += f"| scales finetuned | {finetuning} |\n"
     if reports:
@@ -117,23 +124,23 @@ def _kind_rows(reports: Sequence[LayerReport]) -> Iterator[str]:
 
 
 def attach_extras(model: nn.Module) -> None:
-    """Tag the model, give it `set_residency`, and let what it saves carry the report and the card.
+    """Tag a model, give it `set_residency`, and have it save its report and its card.
 
-    transformers has no hook for more files, and writes a card of its own making into every upload;
-    both ways to upload (`push_to_hub` and `save_pretrained(push_to_hub=True)`) end in the second of
-    the two methods wrapped here.  The wrappers have the names of what they wrap, so that a pickled
-    model finds them.
+    transformers has no hook for further files, and generates a card of its own for every upload.
+    Both ways to upload, `push_to_hub` and `save_pretrained(push_to_hub=True)`, end in the second of
+    the two methods that are wrapped here.  The wrappers have the names of the methods they wrap, so
+    that a pickled model finds them.
     """
     explain_merging()
     model.add_model_tags(TAGS)
-    # no bound method: a pickled one would be looked up in the model's class
+    # a partial, since a pickled bound method would be looked up in the model's class
     model.set_residency = functools.partial(set_residency, model)
     model.save_pretrained = types.MethodType(save_pretrained, model)
     model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
 
 def detach_extras(model: nn.Module) -> None:
-    """Undo `attach_extras`: the model is no longer quantized."""
+    """Undo `attach_extras` on a model that is no longer quantized."""
     del model.save_pretrained, model._upload_modified_files, model.set_residency
     model.model_tags = [tag for tag in model.model_tags if tag not in TAGS]
 
@@ -141,7 +148,7 @@ def detach_extras(model: nn.Module) -> None:
 def save_pretrained(
     model: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
-    """`PreTrainedModel.save_pretrained`, with the layers' reports beside the weights."""
+    """Save a model with `PreTrainedModel.save_pretrained`, and its report beside the weights."""
     reports = model.hf_quantizer.reports
     if reports:
         names = stored_names(model, [report.name for report in reports])
@@ -162,8 +169,12 @@ def _upload_modified_files(
     if generated or not readme.is_file():
         config = model.config.quantization_config
         card = model_card(
-            config, model.hf_quantizer.reports, repo=repo_id, base=model.name_or_path or None,
-            model_class=type(model).__name__, folder=working_dir,
-        )  # fmt: skip
+            config,
+            model.hf_quantizer.reports,
+            repo=repo_id,
+            base=model.name_or_path or None,
+            model_class=type(model).__name__,
+            folder=working_dir,
+        )
         card.save(readme)
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
