@@ -54,8 +54,8 @@ def test_the_page_is_well_formed_and_complete(make_facts):
     }
     rows = [a for a in outline.find("tr") if "data-layer" in a]
     assert [int(a["data-layer"]) for a in rows] == list(range(len(facts.layers)))
-    told = ("wikitext2", "a computer, 2 threads", "9.9", "1 h 02 min", "2.5 GB", "embedding")
-    for text in (*told, *facts.kinds, *(layer.name for layer in facts.layers)):
+    expected = ("wikitext2", "a computer, 2 threads", "9.9", "1 h 02 min", "2.5 GB", "embedding")
+    for text in (*expected, *facts.kinds, *(layer.name for layer in facts.layers)):
         assert text in outline.text
 
 

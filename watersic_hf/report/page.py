@@ -190,7 +190,7 @@ def _figures(facts: Facts) -> Iterable[str]:
         error_against_bits(facts),
         "Squared error of a layer\u2019s output, relative to the power of the output. Each "
         "additional bit divides it by about four."
-        + (f" {unmeasured} layers without a measured error are not shown." if unmeasured else ""),
+        + (f" Layers without a measured error ({unmeasured}) are not shown." if unmeasured else ""),
     )
     yield _figure(
         "Column rates",
@@ -211,7 +211,7 @@ def _figures(facts: Facts) -> Iterable[str]:
 
 def _figure(title: str, plot: str, caption: str, head: str = "") -> str:
     if not plot:
-        plot = '<p class="absent">Not recorded in the model\u2019s folder.</p>'
+        head, plot = "", '<p class="absent">Not recorded in the model\u2019s folder.</p>'
     return (
         f"<figure><h2>{title}</h2>{head}{plot}<figcaption>{html.escape(caption)}</figcaption>"
         f"</figure>"
