@@ -15,6 +15,14 @@ FOUNDATIONS = {
     "watersic_hf.nn",
 }
 
+BELOW_EVALUATION = {
+    *FOUNDATIONS,
+    "watersic_hf.streams",
+    "watersic_hf.calibration",
+    "watersic_hf.quantization",
+    "watersic_hf.integration",
+}
+
 #: Package -> (ours that it may import, third parties that it may import).
 ALLOWED = {
     "watersic_hf.core": (set(), {"torch"}),
@@ -46,7 +54,12 @@ ALLOWED = {
         },
         {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub", "peft"},
     ),
-    # shows what others have found: no tensor, no model
+    "watersic_hf.evaluation": (BELOW_EVALUATION, {"torch", "numpy", "tqdm", "lm_eval"}),
+    "watersic_hf.finetuning": (
+        {*BELOW_EVALUATION, "watersic_hf.evaluation"},
+        {"torch", "tqdm", "transformers"},
+    ),
+    # displays what the files of a model say: no tensor, no model
     "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.checkpoint"}, set()),
 }
 

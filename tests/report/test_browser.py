@@ -1,4 +1,4 @@
-"""The page in a real browser; skipped where there is none."""
+"""The page in a real browser; skipped if none is installed."""
 
 import html
 import json
@@ -10,15 +10,23 @@ import pytest
 
 from watersic_hf.report import model_page
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-     if (found := shutil.which(name))), None,
-)  # fmt: skip
-OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-           "--disable-background-networking", "--disable-component-update", "--disable-sync",
-           "--disable-dev-shm-usage", "--hide-scrollbars", "--enable-logging=stderr"]  # fmt: skip
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+]
 
-#: Runs in the page when all is drawn: uses it, and writes down what is to be seen.
+#: Script that runs in the finished page: it measures what is visible, clicks, and measures again.
 MEASURE = """
 const found = {errors: window.errors, plots: {}};
 for (const plot of document.querySelectorAll("svg.plot")) {
@@ -44,7 +52,7 @@ found.off = document.querySelectorAll(".kind.off").length;
 parent.postMessage(JSON.stringify(found), "*");
 """
 WATCH = 'window.errors = []; addEventListener("error", (event) => errors.push(event.message));'
-#: Windows of a browser have a least width; a frame has not.
+#: The page goes into a frame, as browser windows have a minimum width and frames have none.
 FRAME = """<!DOCTYPE html><html style="color-scheme: light dark"><body style="margin: 0"><script>
 addEventListener("message", (event) => {
   document.body.append(Object.assign(document.createElement("pre"), {textContent: event.data}));
@@ -53,32 +61,42 @@ addEventListener("message", (event) => {
 """
 
 
-def look_at(page, folder, *, width, dark):
-    file, picture = folder / "frame.html", folder / f"page_{width}.png"
+def open_page(page, folder, *, width, dark):
+    file, screenshot = folder / "frame.html", folder / f"page_{width}.png"
     page = page.replace("<style>", f"<script>{WATCH}</script><style>", 1)
     page = page.replace("</body>", f"<script>{MEASURE}</script></body>")
     (folder / "page.html").write_text(page, encoding="utf-8")
     file.write_text(FRAME % width, encoding="utf-8")
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     done = subprocess.run(
-        [BROWSER, *OPTIONS, scheme, f"--user-data-dir={folder / f'profile_{width}'}",
-         f"--window-size={width},1800", f"--screenshot={picture}", "--dump-dom", file.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            BROWSER,
+            *OPTIONS,
+            scheme,
+            f"--user-data-dir={folder / f'profile_{width}'}",
+            f"--window-size={width},1800",
+            f"--screenshot={screenshot}",
+            "--dump-dom",
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     found = re.search("<pre>(.*?)</pre>", done.stdout, re.DOTALL)
     assert found, done.stderr
-    return json.loads(html.unescape(found[1])), picture
+    return json.loads(html.unescape(found[1])), screenshot
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_a_browser_draws_every_plot_without_an_error(make_facts, tmp_path, width, dark):
+def test_a_browser_draws_all_plots_without_errors(make_facts, tmp_path, width, dark):
     facts = make_facts(
         blocks=12, title="a-rather-long-name-of-a-model-that-was-quantized-at-3-bits"
     )
 
-    found, picture = look_at(model_page(facts), tmp_path, width=width, dark=dark)
+    found, screenshot = open_page(model_page(facts), tmp_path, width=width, dark=dark)
 
     assert found["errors"] == []
     assert found["inner"] == width
@@ -86,7 +104,7 @@ def test_a_browser_draws_every_plot_without_an_error(make_facts, tmp_path, width
     plots = found["plots"]
     assert set(plots) == {"bits-by-block", "error-against-bits", "column-rates", "waterfilling"}
     for plot in plots.values():
-        # axis, grid, and a path for each kind at least; letters that can be read
+        # at least an axis, a grid and a path per kind; the text is legible
         assert plot["paths"] >= 8
         assert plot["text"] > 9
         assert plot["width"] > 0.4 * min(width, 800)
@@ -96,4 +114,4 @@ def test_a_browser_draws_every_plot_without_an_error(make_facts, tmp_path, width
     assert f"{found['sorted'][5]:.3f} bits" in found["chosen"]
     assert found["off"] == 3
     assert (found["paper"] == "rgb(20, 22, 26)") == dark
-    assert picture.stat().st_size > 20_000
+    assert screenshot.stat().st_size > 20_000

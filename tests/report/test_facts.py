@@ -9,16 +9,30 @@ def row(name):
     return {"name": name, "rows": 4, "columns": 4} | dict.fromkeys(fields)
 
 
-def test_layers_are_in_the_order_of_the_model_and_not_of_the_file(tmp_path):
-    names = [f"{stack}.{block}.{layer}" for stack in ("encoder.h", "decoder.h")
-             for block in (2, 10) for layer in ("q", "k")]  # fmt: skip
-    # the files have another name for one of the stacks
+def test_layers_are_in_model_order(tmp_path):
+    names = [
+        f"{stack}.{block}.{layer}"
+        for stack in ("encoder.h", "decoder.h")
+        for block in (2, 10)
+        for layer in ("q", "k")
+    ]
+    # one of the stacks has another name in the files
     stored = [name.replace("decoder", "a") for name in names]
     reports = [
-        LayerReport(name=name, rows=4, columns=4, asked=3.0, bits=3.0, error=0.1, damping=1e-4,
-                    tokens=7, seconds=0.1, stored_as=None if other == name else other)
+        LayerReport(
+            name=name,
+            rows=4,
+            columns=4,
+            asked=3.0,
+            bits=3.0,
+            error=0.1,
+            damping=1e-4,
+            tokens=7,
+            seconds=0.1,
+            stored_as=None if other == name else other,
+        )
         for name, other in zip(names, stored, strict=True)
-    ]  # fmt: skip
+    ]
     write_report(tmp_path, reports)
     found = {"layers": [row(name) for name in sorted(stored)], "dense": [], "totals": {}}
 
@@ -31,7 +45,7 @@ def test_layers_are_in_the_order_of_the_model_and_not_of_the_file(tmp_path):
     assert facts.tokens == 7
 
 
-def test_headers_alone_say_the_same_of_sizes_as_what_is_decoded(quantized_folder):
+def test_sizes_from_headers_equal_those_of_decoded_layers(quantized_folder):
     decoded, headers = (inspect_checkpoint(quantized_folder, decode=d) for d in (True, False))
 
     known = ("name", "rows", "columns", "bits", "payload_bits")
@@ -41,7 +55,7 @@ def test_headers_alone_say_the_same_of_sizes_as_what_is_decoded(quantized_folder
     assert headers["totals"].items() <= decoded["totals"].items()
 
 
-def test_profiles_come_from_the_report_and_from_the_codes_where_it_has_none(quantized_folder):
+def test_profiles_come_from_the_report_and_agree_with_those_from_the_codes(quantized_folder):
     reports = {r.name: r for r in read_report(quantized_folder)}
     found = inspect_checkpoint(quantized_folder)
 
@@ -52,6 +66,6 @@ def test_profiles_come_from_the_report_and_from_the_codes_where_it_has_none(quan
     ):
         assert layer.profile == reports[layer.name].profile
         assert layer.profile.histogram == seen["profile"]["histogram"]
-        # well above the water, rounding and rescaling change little of the power of the columns
+        # well above the water level, rounding and rescaling hardly change the power of the columns
         pairs = zip(layer.profile.waterfilling, seen["profile"]["waterfilling"], strict=True)
         assert all(height == pytest.approx(h, abs=0.2) for height, h in pairs if height > 2)

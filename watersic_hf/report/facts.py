@@ -1,4 +1,4 @@
-"""What the files of a model's folder say, in the form that the page shows it."""
+"""Facts about a quantized model, read from its folder, in the form in which the page shows them."""
 
 import json
 import os
@@ -15,19 +15,20 @@ from watersic_hf.checkpoint import (
     location_of,
     read_report,
     read_run,
+    with_reports,
 )
 from watersic_hf.core import ColumnProfile
 
-#: Of config.json's `quantization_config`, what is no choice of anybody's.
+#: Entries of `quantization_config` in config.json that are results, not settings.
 _NO_SETTINGS = ("quant_method", "left_dense", "modules_to_not_convert", "tables")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """A quantized layer; what the files do not say is None.  Bits are per weight."""
+    """A quantized layer.  Bits are per weight; None = not recorded in the folder."""
 
     number: int
-    """Its place in `Facts.layers`."""
+    """Index into `Facts.layers`."""
     name: str
     location: LayerLocation
     kind: int
@@ -35,14 +36,20 @@ class LayerFacts:
     rows: int
     columns: int
     bits: float
+    """Stored bits, including scales and metadata."""
     payload_bits: float
-    asked: float | None
+    """Stored bits without the scales."""
+    target: float | None
+    """Bits that the budget allotted to the layer."""
     error: float | None
+    """Relative squared error of the layer's output; 0 = not measured."""
     tokens: int | None
-    """Calibration tokens, of which an expert sees its share."""
+    """Calibration tokens; for an expert, those routed to it."""
     seconds: float | None
     pooled_entropy: float | None
+    """Entropy of a single histogram of all codes."""
     class_entropy: float | None
+    """Entropy of the codes given their row and column classes."""
     profile: ColumnProfile | None
 
     @property
@@ -58,18 +65,20 @@ class Facts:
     title: str
     architecture: str
     kinds: list[str]
-    """What layers of all blocks share, as ``mlp.down_proj``, in the order of the model."""
+    """Names of the layers within their blocks, such as ``mlp.down_proj``, in model order."""
     layers: list[LayerFacts]
     dense: list[dict[str, Any]]
+    """Rows about the dense matrices, as `inspect_checkpoint` returns them."""
     totals: dict[str, Any]
+    """Totals of the model, as `inspect_checkpoint` returns them."""
     tokens: int
-    """Calibration tokens; 0 = quantized without data, or not known."""
+    """Calibration tokens; 0 = quantized without data, or not recorded."""
     settings: dict[str, Any]
     run: RunReport | None
 
     @property
     def error(self) -> float | None:
-        """Mean error of the layers' outputs, by weights; None where it is not known."""
+        """Mean error of the layers' outputs, weighted by size; None if any error is unknown."""
         if any(layer.error is None for layer in self.layers):
             return None
         weights = sum(layer.weights for layer in self.layers)
@@ -77,19 +86,24 @@ class Facts:
 
 
 def read_facts(folder: str | os.PathLike, found: Mapping[str, Any]) -> Facts:
-    """What is known of a model.
+    """Collect what is known about a model.
 
     Args:
-        folder: of the model.
-        found: what `inspect_checkpoint` says of it.  Where it has decoded the layers, there are
-            entropies, and profiles of the columns of layers whose report has none.
+        folder: folder of the model.
+        found: result of `inspect_checkpoint` for the folder.  If it has decoded the layers, it adds
+            their entropies, and column profiles for layers without one in their report.
     """
-    reports = {report.name: report for report in read_report(folder)}
-    # files may have other names than the model; the model's are known better
-    names = {report.stored_name: report.name for report in reports.values()}
-    rows = [{**row, "name": names.get(row["name"], row["name"])} for row in found["layers"]]
-    rows = _in_order(rows, list(reports))
-    kinds = kinds_of(row["name"] for row in rows)
+    reports = read_report(folder)
+    # layers may have other names in the files than in the model; the model's are better known
+    pairs = [
+        (row["name"] if report is None else report.name, row, report)
+        for row, report in with_reports(found["layers"], folder)
+    ]
+    # reports are in the order of the model, files need not be
+    names = [report.name for report in reports] + [name for name, _, _ in pairs]
+    position = _model_order(names)
+    pairs.sort(key=lambda pair: position[pair[0]])
+    kinds = kinds_of(name for name, _, _ in pairs)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     config = _config(folder)
     settings = config.get("quantization_config", {})
@@ -98,45 +112,46 @@ def read_facts(folder: str | os.PathLike, found: Mapping[str, Any]) -> Facts:
         architecture=", ".join(config.get("architectures") or ["unknown architecture"]),
         kinds=list(numbers),
         layers=[
-            _layer(number, row, numbers[kind], reports.get(row["name"]))
-            for number, (row, kind) in enumerate(zip(rows, kinds, strict=True))
+            _layer_facts(name, row, report, number=number, kind=numbers[kind])
+            for number, ((name, row, report), kind) in enumerate(zip(pairs, kinds, strict=True))
         ],
         dense=found["dense"],
         totals=found["totals"],
-        tokens=max((report.tokens for report in reports.values()), default=0),
+        tokens=max((report.tokens for report in reports), default=0),
         settings={k: v for k, v in settings.items() if k not in _NO_SETTINGS},
         run=read_run(folder),
     )
 
 
-def _layer(
-    number: int, row: Mapping[str, Any], kind: int, report: LayerReport | None
+def _layer_facts(
+    name: str, row: Mapping[str, Any], report: LayerReport | None, *, number: int, kind: int
 ) -> LayerFacts:
-    fields = ("name", "rows", "columns", "bits", "payload_bits", "pooled_entropy", "class_entropy")
-    reported = {
-        f: getattr(report, f, None) for f in ("asked", "error", "tokens", "seconds", "profile")
-    }
-    if reported["profile"] is None and row["profile"] is not None:
-        reported["profile"] = ColumnProfile(**row["profile"])
-    told = {field: row[field] for field in fields}
+    profile = None if report is None else report.profile
+    if profile is None and row["profile"] is not None:
+        profile = ColumnProfile(**row["profile"])
+    stored = ("rows", "columns", "bits", "payload_bits", "pooled_entropy", "class_entropy")
     return LayerFacts(
-        number=number, location=location_of(row["name"]), kind=kind, **told, **reported
+        number=number,
+        name=name,
+        location=location_of(name),
+        kind=kind,
+        target=None if report is None else report.asked,
+        error=None if report is None else report.error,
+        tokens=None if report is None else report.tokens,
+        seconds=None if report is None else report.seconds,
+        profile=profile,
+        **{field: row[field] for field in stored},
     )
 
 
-def _in_order(
-    rows: Sequence[Mapping[str, Any]], reported: Sequence[str]
-) -> list[Mapping[str, Any]]:
-    """Stack by stack and block by block, within a block in the order of the reports."""
-    names = [*reported, *(row["name"] for row in rows)]
-    stacks = list(dict.fromkeys(location_of(name).stack for name in names))
-    position = {name: number for number, name in reversed(list(enumerate(names)))}
-
-    def key(row: Mapping[str, Any]) -> tuple[int, int, int]:
-        location = location_of(row["name"])
-        return stacks.index(location.stack), location.block, position[row["name"]]
-
-    return sorted(rows, key=key)
+def _model_order(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """Return sort keys: by stack, then by block, then in the order of `names`."""
+    locations = {name: location_of(name) for name in names}
+    stacks = list(dict.fromkeys(location.stack for location in locations.values()))
+    return {
+        name: (stacks.index(location.stack), location.block, position)
+        for position, (name, location) in enumerate(locations.items())
+    }
 
 
 def _config(folder: str | os.PathLike) -> dict[str, Any]:

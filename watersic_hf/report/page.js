@@ -2,10 +2,10 @@
 const layers = JSON.parse(document.getElementById("layers").textContent);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-// -- the picture of one layer: what theory gives its columns, what their codes cost, a histogram;
-// values are in hundredths of a bit
+// -- the plot of one layer: theoretical rates of its columns, entropies of their codes, and a
+// histogram of these; values are in hundredths of a bit
 
-const picture = document.getElementById("waterfilling");
+const waterfilling = document.getElementById("waterfilling");
 const chooser = document.getElementById("layer");
 
 function steps(values, scale) {
@@ -37,11 +37,11 @@ function choose(number) {
   const layer = layers[number];
   for (const row of all("#table tr.chosen")) row.classList.remove("chosen");
   for (const row of all(`#table tr[data-layer="${number}"]`)) row.classList.add("chosen");
-  if (!picture) return;
+  if (!waterfilling) return;
   chooser.value = number;
   document.getElementById("chosen-text").textContent = layer.text;
   const scale = Object.fromEntries(
-    Object.entries(picture.dataset).map(([name, value]) => [name, Number(value)]));
+    Object.entries(waterfilling.dataset).map(([name, value]) => [name, Number(value)]));
   const paths = !layer.histogram ? {} : {
     spent: filled(layer.waterfilling.map((v) => Math.max(v, 0)), scale),
     water: filled(layer.waterfilling.map((v) => Math.min(v, 0)), scale),
@@ -53,12 +53,12 @@ function choose(number) {
     .map(([name, d]) => `<path class="${name}" d="${d}"/>`).join("");
 }
 
-if (picture) {
+if (waterfilling) {
   chooser.append(...layers.map((layer, number) => new Option(layer.name, number)));
   chooser.addEventListener("change", () => choose(Number(chooser.value)));
 }
 
-// -- points of layers: the nearest one to the pointer is named, and chosen by a click
+// -- points of layers: the nearest one to the pointer gets a tooltip, a click selects it
 
 const tip = document.body.appendChild(document.createElement("div"));
 tip.id = "tip";
@@ -67,9 +67,9 @@ tip.hidden = true;
 function pointsOf(plot) {
   return all("path.points", plot).flatMap((path) => {
     const numbers = path.dataset.layers.split(" ").map(Number);
-    const places = path.getAttribute("d").split("M").slice(1);
-    return places.map((place, n) => {
-      const [x, y] = place.split("h")[0].split(" ").map(Number);
+    const starts = path.getAttribute("d").split("M").slice(1);
+    return starts.map((start, n) => {
+      const [x, y] = start.split("h")[0].split(" ").map(Number);
       return { x, y, layer: numbers[n], kind: path.parentNode };
     });
   });
@@ -119,7 +119,7 @@ function hover(plot) {
 
 all("svg.plot").filter((plot) => plot.querySelector("path.points")).forEach(hover);
 
-// -- the legend takes kinds of layers out of the plots
+// -- the legend: toggles kinds of layers in the plots
 
 for (const button of all(".legend button")) {
   button.addEventListener("click", () => {
@@ -131,7 +131,7 @@ for (const button of all(".legend button")) {
   });
 }
 
-// -- the table
+// -- the table: sorting, filter, selection
 
 const body = document.querySelector("#table tbody");
 
@@ -164,4 +164,4 @@ body.addEventListener("click", (event) => {
   if (row) choose(Number(row.dataset.layer));
 });
 
-choose(picture ? Number(chooser.dataset.first) : 0);
+choose(waterfilling ? Number(chooser.dataset.first) : 0);

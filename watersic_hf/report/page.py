@@ -1,4 +1,4 @@
-"""The page: one HTML file with its style, its script and its data inside."""
+"""The page about a model: a single HTML file that contains its style, script and data."""
 
 import html
 import json
@@ -8,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from watersic_hf.report.facts import Facts, LayerFacts
+from watersic_hf.checkpoint import inspect_checkpoint
+from watersic_hf.report.facts import Facts, LayerFacts, read_facts
 from watersic_hf.report.plots import (
     bits_by_block,
     colour,
@@ -17,7 +18,7 @@ from watersic_hf.report.plots import (
     waterfilling,
 )
 
-#: The page's name in the folder of the model that it is about.
+#: Name of the page's file in the folder of the model.
 PAGE_FILE = "report.html"
 
 _PAGE = """<!DOCTYPE html>
@@ -42,19 +43,44 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
+def write_folder_page(folder: str | os.PathLike) -> Path:
+    """Write the page about a model into its folder.
+
+    Only the headers of the model's files are read: layers are not decoded, so the page has no
+    entropies of the layers.
+
+    Args:
+        folder: folder of the model.
+
+    Returns:
+        The file of the page.
+
+    Raises:
+        CheckpointError: a file is damaged, or nothing in the folder is quantized.
+    """
+    file = Path(folder) / PAGE_FILE
+    write_page(file, read_facts(folder, inspect_checkpoint(folder, decode=False)))
+    return file
+
+
 def write_page(file: str | os.PathLike, facts: Facts) -> None:
-    """Write the page about a model to a file."""
+    """Write the page about a model to a file.
+
+    Args:
+        file: the HTML file to write.
+        facts: facts about the model, from `read_facts`.
+    """
     Path(file).write_text(model_page(facts), encoding="utf-8")
 
 
 def model_page(facts: Facts) -> str:
-    """The page about a model; it asks for no other file."""
+    """Return the page about a model as HTML; it loads no other file."""
     sections = [
         _tiles(facts),
         _legend(facts),
         f'<div class="figures">{"".join(_figures(facts))}</div>',
-        _section("Layers", _layer_table(facts)),
-        _section("Dense", _dense_table(facts)),
+        _section("Quantized layers", _layer_table(facts)),
+        _section("Dense matrices", _dense_table(facts)),
         f'<div class="pairs">{_section("Settings", _pairs(_settings(facts)))}'
         f"{_section('Environment', _pairs(_environment(facts)))}</div>",
     ]
@@ -73,17 +99,18 @@ def _part(name: str) -> str:
 
 
 def _data(layers: Iterable[LayerFacts]) -> str:
-    """What the script needs of every layer; profiles in hundredths of a bit, which are shorter."""
+    """Return what the script needs to know about every layer, as JSON."""
     rows = []
     for layer in layers:
         row: dict[str, Any] = {"name": layer.name, "text": _layer_text(layer)}
         if layer.profile is not None:
+            # hundredths of a bit: integers are shorter
             for field in ("waterfilling", "entropies"):
                 row[field] = [round(100 * bits) for bits in getattr(layer.profile, field)]
             row["histogram"] = layer.profile.histogram
         rows.append(row)
     text = json.dumps(rows, separators=(",", ":"))
-    # no name may end the element that the data stands in
+    # a name must not be able to close the element that contains the data
     return text.replace("<", "\\u003c").replace("&", "\\u0026")
 
 
@@ -99,26 +126,28 @@ def _subtitle(facts: Facts) -> str:
     return ", ".join(parts)
 
 
-# -- numbers at the top -----------------------------------------------------------------------
+# -- key numbers ------------------------------------------------------------------------------
 
 
 def _tiles(facts: Facts) -> str:
     totals, run = facts.totals, facts.run
-    asked = facts.settings.get("bits")
-    sixteen = 2 * (totals["weights"] + totals["table_weights"]) + totals["dense_bytes"]
-    tables = f"{totals['table_bits']:.3f} in embeddings" if totals["tables"] else "whole model"
+    target = facts.settings.get("bits")
+    bytes_of_16_bits = 2 * (totals["weights"] + totals["table_weights"]) + totals["dense_bytes"]
+    scope = "whole model"
+    if totals["tables"]:
+        scope = f"vocabulary matrices: {totals['table_bits']:.3f}"
     tiles = [
         (
             "bits per weight",
             f"{totals['bits']:.3f}",
-            f"stored, {asked:g} asked" if asked else "stored",
+            f"stored; target: {target:g}" if target else "stored",
         ),
-        ("bits per parameter", f"{totals['model_bits']:.3f}", tables),
-        ("size of the files", _bytes(totals["file_bytes"]), f"{_bytes(sixteen)} in 16 bits"),
+        ("bits per parameter", f"{totals['model_bits']:.3f}", scope),
+        ("file size", _bytes(totals["file_bytes"]), f"{_bytes(bytes_of_16_bits)} at 16 bits"),
         ("quantized weights", _count(totals["weights"]), f"{totals['layers']:,} layers"),
-        ("mean output error", _optional(facts.error, ".3g"), "relative, by weights"),
+        ("mean output error", _optional(facts.error, ".3g"), "relative, weighted by size"),
         ("calibration tokens", f"{facts.tokens:,}" if facts.tokens else "none", None),
-        ("time", None if run is None else _duration(run.seconds), None),
+        ("run time", None if run is None else _duration(run.seconds), None),
         (
             "peak memory",
             None if run is None or not run.peak_bytes else _bytes(run.peak_bytes),
@@ -142,7 +171,7 @@ def _legend(facts: Facts) -> str:
         f"{html.escape(name)}</button>"
         for kind, name in enumerate(facts.kinds)
     )
-    return f'<nav class="legend" aria-label="Kinds of layers">{"".join(buttons)}</nav>'
+    return f'<nav class="legend" aria-label="Layer kinds">{"".join(buttons)}</nav>'
 
 
 def _figures(facts: Facts) -> Iterable[str]:
@@ -152,37 +181,37 @@ def _figures(facts: Facts) -> Iterable[str]:
     yield _figure(
         "Bits by layer",
         bits_by_block(facts),
-        "The dashed line is the mean over all weights."
-        + (" A bar is the range over the layers of a kind in one block." if several else ""),
+        "The dashed line is the average over all weights."
+        + (" Bars show the range over the layers of a kind in the same block." if several else ""),
     )
-    lost = sum(r.error == 0 for r in facts.layers)
+    unmeasured = sum(r.error == 0 for r in facts.layers)
     yield _figure(
-        "Error against bits",
+        "Output error versus bits",
         error_against_bits(facts),
-        "What the output of a layer loses, as a share of its power. A bit more divides the error "
-        "by about four."
-        + (f" Of {lost} layers no error could be measured; they are not drawn." if lost else ""),
+        "Squared error of a layer\u2019s output, relative to the power of the output. Each "
+        "additional bit divides it by about four."
+        + (f" Layers without a measured error ({unmeasured}) are not shown." if unmeasured else ""),
     )
     yield _figure(
-        "Rates of the columns",
+        "Column rates",
         column_rates(facts),
-        "Every input column has a step of its own, and so a rate of its own: how many columns, "
-        "up, cost how many bits, to the right.",
+        "Every input column has its own quantization step and therefore its own rate. The "
+        "histograms count the columns of each kind of layer by the entropy of their codes.",
     )
     yield _figure(
         "Waterfilling",
         waterfilling(facts),
-        "All columns are given the same distortion, the water level. Theory charges a column for "
-        "what stands above it, and nothing for what is below. At high rates its codes cost a "
-        "quarter of a bit more, for rounding to a lattice. To the right, the columns by what their "
-        "codes cost.",
+        "All columns receive the same distortion, the water level. In theory, a column costs as "
+        "many bits as it rises above that level, and nothing if it lies below. At high rates its "
+        "codes cost a quarter of a bit more, the price of rounding to a scalar lattice. Right: "
+        "histogram of the columns by the entropy of their codes.",
         _chooser(facts.layers),
     )
 
 
 def _figure(title: str, plot: str, caption: str, head: str = "") -> str:
     if not plot:
-        plot = '<p class="absent">The folder\u2019s report does not say.</p>'
+        head, plot = "", '<p class="absent">Not recorded in the model\u2019s folder.</p>'
     return (
         f"<figure><h2>{title}</h2>{head}{plot}<figcaption>{html.escape(caption)}</figcaption>"
         f"</figure>"
@@ -190,9 +219,14 @@ def _figure(title: str, plot: str, caption: str, head: str = "") -> str:
 
 
 def _chooser(layers: Sequence[LayerFacts]) -> str:
-    """The choice of a layer, at first the one of least bits: there the water is seen best."""
+    """Return the selector of a layer, and the legend of its plot."""
+    # the layer with the fewest bits shows the water level best
     first = min(layers, key=lambda layer: layer.bits).number
-    keys = (("spent", "above water"), ("water", "under water"), ("cost", "cost of the codes"))
+    keys = (
+        ("spent", "above the water level"),
+        ("water", "below the water level"),
+        ("cost", "entropy of the codes"),
+    )
     return (
         f'<p class="choice"><select id="layer" aria-label="Layer" data-first="{first}"></select> '
         f'<output id="chosen-text"></output></p><p class="choice">'
@@ -208,10 +242,10 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>{content}</section>"
 
 
-#: Columns of the table: head, field of `LayerFacts`, format.
+#: Columns of the table of layers: heading, field of `LayerFacts`, format.
 _COLUMNS = (
     ("bits", "bits", ".3f"),
-    ("asked", "asked", ".3f"),
+    ("target", "target", ".3f"),
     ("error", "error", ".2e"),
     ("rows", "rows", "d"),
     ("columns", "columns", "d"),
@@ -224,7 +258,7 @@ _COLUMNS = (
 
 
 def _layer_table(facts: Facts) -> str:
-    """A row per layer; columns of which nothing is known are left out."""
+    """Return a table with one row per layer, without the columns that have no values."""
     columns = [
         (name, style, [getattr(layer, field) for layer in facts.layers])
         for name, field, style in _COLUMNS
@@ -239,8 +273,9 @@ def _layer_table(facts: Facts) -> str:
     for n, layer in enumerate(facts.layers):
         name = f'<th scope="row" class="{colour(layer.kind)}">{html.escape(layer.name)}</th>'
         cells = "".join(_cell(_optional(values[n], style)) for _, style, values in columns)
-        share = f' style="--share:{layer.bits / most:.3f}"'
-        rows.append(f'<tr data-layer="{n}"{share}>{name}{cells}</tr>')
+        # the length of the bar behind the bits
+        fraction = f' style="--fraction:{layer.bits / most:.3f}"'
+        rows.append(f'<tr data-layer="{n}"{fraction}>{name}{cells}</tr>')
     return (
         '<p><input id="filter" type="search" placeholder="Filter by name" '
         'aria-label="Filter layers by name"/></p>'
@@ -268,7 +303,7 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
 
 def _environment(facts: Facts) -> list[tuple[str, str]]:
     if facts.run is None:
-        return [("", "The folder\u2019s report does not say.")]
+        return [("", "Not recorded in the model\u2019s folder.")]
     run = facts.run
     return [("date", run.date), ("machine", run.machine), *run.versions.items()]
 
@@ -286,7 +321,7 @@ def _cell(text: str) -> str:
     return f"<td>{html.escape(text)}</td>"
 
 
-# -- numbers ----------------------------------------------------------------------------------
+# -- numbers as text --------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> str:

@@ -1,8 +1,9 @@
-"""The plots of the page as SVG, a function for each; colours and fonts are in `page.css`.
+"""The plots of the page as SVG, one function per plot; colours and fonts are in `page.css`.
 
-Every plot is drawn in a picture of `WIDTH` by `HEIGHT` units that scales with its column.  Points
-of layers are one path per kind of layer, so that thousands of them stay small; the attribute
-``data-layers`` says which layer each point is, and `page.js` finds the nearest one to the pointer.
+A plot is `WIDTH` by `HEIGHT` units large and scales with its column of the page.  The points of all
+layers of a kind are a single path, so that thousands of points stay small; its attribute
+``data-layers`` lists the layers of the points, among which `page.js` finds the one nearest to the
+pointer.
 """
 
 import html
@@ -14,25 +15,28 @@ from watersic_hf.core import BINS_PER_BIT
 from watersic_hf.report.facts import Facts, LayerFacts
 
 WIDTH, HEIGHT = 560, 340
+#: Margins in units: left and bottom for labels, the same at the top and on the right.
 LEFT, MARGIN, BOTTOM = 70, 14, 50
 _SUPERSCRIPT = str.maketrans(
     "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
 )
-#: Least height of a histogram among others, and what its name takes of that.
+#: Minimum height of one histogram of several, and the part of it that its name takes.
 ROW, NAME = 46, 21
-#: Colours of kinds in `page.css`; further kinds begin again.
+#: Number of colours for kinds of layers in `page.css`.
 COLOURS = 10
+#: Width of the plot of one layer's columns, next to which there is a histogram.
+COLUMNS_WIDTH = 0.72 * WIDTH
 
 
 class Axes:
-    """A pair of axes: from values to units of the picture.
+    """A pair of axes, which maps values to units of the plot.
 
     Args:
-        x: least and largest value.
-        y: the same upwards.
-        log_y: the values of `y` are positive, and their logarithms count.
-        right: unit at which the x axis ends.
-        bottom: unit at which the y axis begins.
+        x: smallest and largest value of the x axis.
+        y: smallest and largest value of the y axis.
+        log_y: whether the y axis is logarithmic; its values must be positive then.
+        right: position of the right end of the x axis, in units.
+        bottom: position of the lower end of the y axis, in units.
     """
 
     def __init__(
@@ -51,22 +55,28 @@ class Axes:
         self.bottom = bottom
 
     def at_x(self, value: float) -> float:
-        """Units from the left."""
+        """Return the position of a value of x, in units from the left."""
         low, high = self.x
         return LEFT + (self.right - LEFT) * (value - low) / (high - low)
 
     def at_y(self, value: float) -> float:
-        """Units from the top."""
+        """Return the position of a value of y, in units from the top."""
         low, high = self.y
         value = math.log10(value) if self.log_y else value
         return self.bottom - (self.bottom - MARGIN) * (value - low) / (high - low)
 
     def at(self, x: float, y: float) -> str:
-        """A point of a path."""
+        """Return a point as it is written in an SVG path."""
         return f"{self.at_x(x):.1f} {self.at_y(y):.1f}"
 
     def draw_x(self, label: str, ticks: Iterable[float] | None = None, unit: str = "") -> str:
-        """The axis, its ticks (round numbers unless they are given) and its label."""
+        """Draw the x axis with its ticks and its label.
+
+        Args:
+            label: the label below the axis.
+            ticks: values of the ticks (default: round numbers).
+            unit: text after every number.
+        """
         parts = [f'<path class="axis" d="M{LEFT} {self.bottom}H{self.right}"/>']
         for tick in round_ticks(*self.x) if ticks is None else ticks:
             x = self.at_x(tick)
@@ -76,7 +86,7 @@ class Axes:
         return "".join(parts)
 
     def draw_y(self, label: str) -> str:
-        """Lines across the plot at round numbers, or powers of ten, and the label."""
+        """Draw grid lines at round numbers (powers of ten on a log scale), and the label."""
         low, high = self.y
         decades = [10.0**e for e in range(math.ceil(low), math.floor(high) + 1)]
         parts = []
@@ -85,13 +95,13 @@ class Axes:
             parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{self.right}"/>')
             number = _power(tick) if self.log_y else f"{tick:g}"
             parts.append(_text(LEFT - 8, y + 4, number, "tick end"))
-        place = f'transform="translate(14 {(MARGIN + self.bottom) / 2:.1f}) rotate(-90)"'
-        parts.append(f'<text class="label middle" {place}>{html.escape(label)}</text>')
+        turned = f'transform="translate(14 {(MARGIN + self.bottom) / 2:.1f}) rotate(-90)"'
+        parts.append(f'<text class="label middle" {turned}>{html.escape(label)}</text>')
         return "".join(parts)
 
 
 def round_ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` multiples of 1, 2 or 5 times a power of ten."""
+    """Return about `count` values from `low` to `high`: multiples of 1, 2 or 5 times 10^n."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -104,8 +114,12 @@ def _power(tick: float) -> str:
 
 
 def bits_by_block(facts: Facts) -> str:
-    """Bits of every kind of layer from block to block; of several in a block, range and median."""
-    # what is in no stack of blocks stands behind them, so that blocks keep their numbers
+    """Plot the bits of every kind of layer by block.
+
+    Several layers of a kind in the same block, such as experts, are a point at their median and a
+    bar from the lowest to the highest.
+    """
+    # layers outside of all blocks come last, so that ticks are the numbers of the blocks
     blocks = dict.fromkeys((r.location.stack, r.location.block) for r in facts.layers)
     blocks = sorted(blocks, key=lambda block: not block[0])
     number = {block: n for n, block in enumerate(blocks)}
@@ -125,11 +139,11 @@ def bits_by_block(facts: Facts) -> str:
         parts.append(_kind(kind, line + span + _points(points)))
     mean = axes.at_y(facts.totals["bits"])
     parts.append(f'<path class="mean" d="M{LEFT} {mean:.1f}H{axes.right}"/>')
-    return _svg("bits-by-block", "Stored bits of the layers, block by block", parts)
+    return _svg("bits-by-block", "Stored bits of the layers, by block", parts)
 
 
 def error_against_bits(facts: Facts) -> str:
-    """Relative output error of every layer against its bits, as far as errors are known."""
+    """Plot the relative output error of every layer that has one against its bits."""
     known = [r for r in facts.layers if r.error]
     if not known:
         return ""
@@ -139,16 +153,16 @@ def error_against_bits(facts: Facts) -> str:
     parts = [axes.draw_y("relative output error"), axes.draw_x("stored bits per weight")]
     for kind, layers in enumerate(_by_kind(facts, known)):
         parts.append(_kind(kind, _points([(axes.at(r.bits, r.error), r) for r in layers])))
-    return _svg("error-against-bits", "Output error against stored bits, a point per layer", parts)
+    return _svg("error-against-bits", "Output error versus stored bits, one point per layer", parts)
 
 
 def column_rates(facts: Facts) -> str:
-    """A histogram of the entropies of the columns for every kind of layer, one above the other."""
+    """Plot a histogram of the entropies of the columns for every kind of layer."""
     histograms = [
         _sum(r.profile.histogram for r in layers if r.profile is not None)
         for layers in _by_kind(facts, facts.layers)
     ]
-    # an embedding is not looked at column by column
+    # some layers have no profile, such as a vocabulary matrix that was not decoded
     shown = [(kind, histogram) for kind, histogram in enumerate(histograms) if histogram]
     if not shown:
         return ""
@@ -173,27 +187,32 @@ def column_rates(facts: Facts) -> str:
 
 
 def waterfilling(facts: Facts) -> str:
-    """The axes of the picture of one layer; `page.js` draws the layer that is chosen into it."""
+    """Plot the axes for the columns of one layer; `page.js` draws the layer that is selected."""
     profiles = [r.profile for r in facts.layers if r.profile is not None]
     if not profiles:
         return ""
     low = min(min(p.waterfilling) for p in profiles)
     high = max(max(*p.waterfilling, *p.entropies) for p in profiles)
-    share = 0.72 * WIDTH
-    axes = Axes((0, 100), (math.floor(min(low, -1)), math.ceil(high)), right=share)
+    axes = Axes((0, 100), (math.floor(min(low, -1)), math.ceil(high)), right=COLUMNS_WIDTH)
     parts = [
         axes.draw_y("bits above the water level"),
-        axes.draw_x("columns, strongest first", [0, 25, 50, 75, 100], "%"),
-        _text((share + WIDTH) / 2, axes.bottom + 40, "columns", "label middle"),
+        axes.draw_x("columns, highest rate first", [0, 25, 50, 75, 100], "%"),
+        _text((COLUMNS_WIDTH + WIDTH) / 2, axes.bottom + 40, "columns", "label middle"),
         '<g id="chosen"></g>',
         f'<path class="level" d="M{LEFT} {axes.at_y(0):.1f}H{WIDTH - MARGIN}"/>',
     ]
+    # `page.js` needs the scale of the axes and of the histogram to the right of them
     scale = {
-        "left": LEFT, "right": share, "zero": axes.at_y(0), "bit": axes.at_y(0) - axes.at_y(1),
-        "side": share + 10, "end": WIDTH - MARGIN, "bins": BINS_PER_BIT,
-    }  # fmt: skip
+        "left": LEFT,
+        "right": COLUMNS_WIDTH,
+        "zero": axes.at_y(0),
+        "bit": axes.at_y(0) - axes.at_y(1),
+        "side": COLUMNS_WIDTH + 10,
+        "end": WIDTH - MARGIN,
+        "bins": BINS_PER_BIT,
+    }
     attributes = "".join(f' data-{name}="{value:.2f}"' for name, value in scale.items())
-    title = "What the columns of a layer get, and what their codes cost"
+    title = "Theoretical rates of the columns of a layer, and entropies of their codes"
     return _svg("waterfilling", title, parts, attributes=attributes)
 
 
@@ -209,14 +228,18 @@ def _sum(histograms: Iterable[Sequence[int]]) -> list[int]:
 
 
 def _points(points: Sequence[tuple[str, LayerFacts]]) -> str:
-    """A dot for each place; lines of no length with round ends are the smallest way to say it."""
-    path = "".join(f"M{place}h0" for place, _ in points)
+    """Draw a dot for every point of the path, with the layer that it stands for."""
+    # a line of length 0 with round ends is the shortest way to write a dot
+    path = "".join(f"M{point}h0" for point, _ in points)
     layers = " ".join(str(layer.number) for _, layer in points)
     return f'<path class="points" d="{path}" data-layers="{layers}"/>'
 
 
 def colour(kind: int) -> str:
-    """The style of a kind of layer; from `COLOURS` on they begin again, with smaller marks."""
+    """Return the CSS classes of a kind of layer.
+
+    Kinds beyond the number of colours use them again, with smaller marks.
+    """
     return f"c{kind % COLOURS}" + (" again" if kind >= COLOURS else "")
 
 

@@ -1,0 +1,19 @@
+"""Evaluation of a quantized model: perplexity, divergence from the original, tasks, speed."""
+
+from watersic_hf.evaluation.perplexity import (
+    Evaluation,
+    evaluate,
+    evaluation_text,
+    evaluation_windows,
+    generation_speed,
+)
+from watersic_hf.evaluation.tasks import evaluate_tasks
+
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "evaluate_tasks",
+    "evaluation_text",
+    "evaluation_windows",
+    "generation_speed",
+]

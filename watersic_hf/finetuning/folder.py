@@ -1,0 +1,102 @@
+"""Finetune the scales of a model in a folder, and save the result to another folder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from watersic_hf.calibration import Draw, calibration_windows, describe
+from watersic_hf.finetuning.settings import FinetuneReport, FinetuneSettings
+from watersic_hf.finetuning.training import finetune_scales
+from watersic_hf.integration import WaterSICConfig, require_no_model, save_quantized
+
+
+def finetune_to_folder(
+    quantized: str,
+    folder: str | os.PathLike,
+    teacher: str,
+    *,
+    dataset: Any = "pydoc",
+    tokenizer: str | None = None,
+    samples: int = 64,
+    sequence_length: int = 512,
+    settings: FinetuneSettings | None = None,
+    resume_folder: str | os.PathLike | None = None,
+    dtype: Any = "auto",
+    device_map: Any = None,
+) -> FinetuneReport:
+    """Finetune the scales of a quantized model and save it with its tokenizer and a model card.
+
+    Args:
+        quantized: folder or hub name of the quantized model.
+        folder: folder to save to; it is created if necessary.
+        teacher: folder or hub name of the original model.
+        dataset: text to train on, as in `watersic_hf.calibration.calibration_windows`; ``"self"``
+            stands for text that the teacher samples (default: "pydoc").  If the model was
+            calibrated on the same dataset, windows that calibration did not use are preferred: the
+            model has already been fitted to the others, and they would tell little about new text.
+        tokenizer: folder or hub name of the tokenizer (default: that of the quantized model).
+        samples: number of windows, including those held out (default: 64).
+        sequence_length: tokens per window; the model's maximum is a bound (default: 512).
+        settings: how to train (default: `FinetuneSettings()`); its seed also chooses the windows.
+        resume_folder: as in `finetune_scales`.
+        dtype: dtype of both models, as in `from_pretrained`.
+        device_map: placement of both models, as in `from_pretrained`.
+
+    Returns:
+        The report of `finetune_scales`.
+
+    Raises:
+        FileExistsError: `folder` already contains a model.
+        ValueError, CheckpointError: as in `finetune_scales`.
+    """
+    settings = settings or FinetuneSettings()
+    require_no_model(folder)
+    options = {"dtype": dtype, "device_map": device_map}
+    model = AutoModelForCausalLM.from_pretrained(quantized, **options)
+    original = AutoModelForCausalLM.from_pretrained(teacher, **options).eval()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sequence_length)
+    windows = calibration_windows(
+        dataset,
+        tokenizer=AutoTokenizer.from_pretrained(tokenizer or quantized),
+        model=original,
+        samples=samples,
+        sequence_length=min(sequence_length, longest),
+        seed=settings.seed,
+        seen=_calibration_draw(model, dataset, longest),
+    )
+    report = finetune_scales(
+        model, original, windows, settings=settings, resume_folder=resume_folder
+    )
+    finetuning = f"{describe(dataset)}, {report.tokens:,} tokens, epoch {report.kept_epoch}"
+    save_quantized(
+        model,
+        folder,
+        tokenizer=quantized,
+        base=teacher,
+        finetuning=finetuning if report.kept_epoch else None,
+    )
+    return report
+
+
+def _calibration_draw(model: nn.Module, dataset: Any, longest: int) -> Draw | None:
+    """Return the windows of a dataset that a model was calibrated on.
+
+    Args:
+        model: the quantized model.
+        dataset: the dataset to train on.
+        longest: the model's maximum number of tokens.
+
+    Returns:
+        The draw; None if the model was calibrated on another dataset.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, WaterSICConfig):
+        return None
+    # a configuration may hold only the name of a text file, so files are compared by name
+    if Path(str(config.dataset)).name != Path(str(describe(dataset))).name:
+        return None
+    length = min(config.sequence_length, longest)
+    return Draw(samples=config.samples, sequence_length=length, seed=config.seed)
