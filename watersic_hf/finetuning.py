@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from watersic_hf import codec
 from watersic_hf.calibration import Draw, calibration_windows, describe
 from watersic_hf.checkpoint import PackedLayer, read_state, rescale_layer, write_state
-from watersic_hf.core import narrow
+from watersic_hf.core import to_smallest_dtype
 from watersic_hf.integration import WaterSICConfig, require_no_model, save_quantized
 from watersic_hf.nn import PackedMatrix, WaterSICLinear, packed_layers, replace_module
 from watersic_hf.streams import decoder_blocks
@@ -292,7 +292,7 @@ class _TrainableLinear(nn.Module):
     def __init__(self, layer: PackedMatrix) -> None:
         super().__init__()
         device = layer.row_scale.device
-        self.codes = narrow(codec.decode(layer.weight.data)).to(device)
+        self.codes = to_smallest_dtype(codec.decode(layer.weight.data)).to(device)
         self.row_scale, self.col_scale = layer.row_scale.data.float(), layer.col_scale.data.float()
         self.row_factor = nn.Parameter(torch.ones_like(self.row_scale))
         self.col_factor = nn.Parameter(torch.ones_like(self.col_scale))

@@ -120,7 +120,7 @@ def test_a_budget_below_the_fixed_costs_is_a_warning_and_the_coarsest_step(caplo
     with caplog.at_level(logging.WARNING):
         quantized = quantize_weight(weight_AN, moments, bits=2.0, charge=charge, name="model.tiny")
     (record,) = caplog.records
-    assert "model.tiny: 2 bits per weight were asked for" in record.getMessage()
+    assert "model.tiny: 2 bits per weight were requested" in record.getMessage()
     assert "alone cost 4" in record.getMessage()
     assert 0 < quantized.error < 1
     assert quantized.bits < 5.5
