@@ -164,7 +164,7 @@ def test_single_rows_come_back(shape):
 
     assert torch.equal(codec.decode_rows(payload, rows_U), codes_AN[rows_U])
     assert codec.decode_rows(payload, rows_U[:0]).shape == (0, shape[1])
-    with pytest.raises(IndexError, match=f"rows 0 to {shape[0]} were asked for"):
+    with pytest.raises(IndexError, match=f"rows 0 to {shape[0]} were requested"):
         codec.decode_rows(payload, torch.tensor([0, shape[0]]))
 
 
@@ -204,7 +204,7 @@ def test_a_payload_can_be_bound_to_other_bytes_and_is_otherwise_the_same(small):
 )
 def test_a_payload_is_a_vector_of_bytes(payload):
     for read in (codec.decode, codec.verify, codec.read_header):
-        with pytest.raises(codec.CodecError, match="needed is 1-D uint8"):
+        with pytest.raises(codec.CodecError, match="a payload is 1-D uint8"):
             read(payload)
 
 
