@@ -11,7 +11,7 @@ from watersic_hf.calibration.experts import ExpertMoments
 from watersic_hf.calibration.sensitivity import layer_sensitivities
 from watersic_hf.checkpoint import experts_together, inspect_checkpoint
 from watersic_hf.cli import main
-from watersic_hf.core import Moments, Whitening, pool_share
+from watersic_hf.core import Moments, Whitening, pool_fraction
 from watersic_hf.nn import fused_experts, packed_layers, separate_dense
 from watersic_hf.streams.capture import Side, block_stream
 
@@ -59,7 +59,7 @@ def test_an_expert_without_tokens_and_one_with_three_are_quantized_and_reported(
     assert tokens[2:] == [3, 0]
     assert sum(tokens) == 2 * windows.numel()
     assert reports[f"{EXPERTS}.packed.3.down"].pooled == 1
-    assert reports[f"{EXPERTS}.packed.2.gate_up"].pooled == pool_share(32, 3) > 0.5
+    assert reports[f"{EXPERTS}.packed.2.gate_up"].pooled == pool_fraction(32, 3) > 0.5
     assert reports[f"{EXPERTS}.packed.0.gate_up"].pooled < 0.5
     assert "2 of 4 experts see so few calibration tokens" in watersic_log.text
     assert "expert 3 sees 0, expert 2 sees 3" in watersic_log.text
@@ -110,18 +110,18 @@ def test_moments_are_those_of_an_experts_own_tokens_in_both_models(model, window
         return torch.lerp(*covs, share)
 
     tokens = len(x_SN)
-    share = pool_share(32, tokens)
+    share = pool_fraction(32, tokens)
     assert 0.01 < share < 0.1
     torch.testing.assert_close(first.cov, mixed(x_SN, hidden_TH, share), rtol=1e-4, atol=1e-6)
-    assert (first.own_tokens, first.pool_share) == (tokens, share)
+    assert (first.own_tokens, first.pool_fraction) == (tokens, share)
     # behind a norm, but what attention adds before it has not grown
     assert not torch.equal(first.cov, first.drifted_cov_NN)
     inner = functools.partial(block.mlp.experts.inner, 0)
-    wanted_NN = mixed(inner(x_SN), inner(hidden_TH), pool_share(48, tokens))
+    wanted_NN = mixed(inner(x_SN), inner(hidden_TH), pool_fraction(48, tokens))
     torch.testing.assert_close(last.cov, wanted_NN, rtol=1e-3, atol=1e-6)
     h_TN = block.mlp.experts.inner(3, hidden_TH)
     torch.testing.assert_close(unused.cov, mixed(h_TN, h_TN, 0.0), rtol=1e-3, atol=1e-6)
-    assert (unused.own_tokens, unused.pool_share) == (0, 1)
+    assert (unused.own_tokens, unused.pool_fraction) == (0, 1)
 
 
 def test_it_is_predicted_what_rounding_an_experts_weight_does(model, windows):
@@ -137,7 +137,7 @@ def test_it_is_predicted_what_rounding_an_experts_weight_does(model, windows):
         Moments(cov=h.T @ h / len(h), tokens=len(h))
         for h in (experts.inner(0, hidden_TH[t]).double() for t in ((index_TK == 0).any(1), ...))
     )
-    moments = own.pooled(pool, pool_share(48, own.tokens))
+    moments = own.pooled(pool, pool_fraction(48, own.tokens))
     name = f"{EXPERTS}.packed.0.down"
     layer = experts.packed[0]["down"]
 
@@ -169,7 +169,7 @@ def test_pooled_moments_count_for_the_tokens_of_a_mean_with_as_little_noise():
     assert torch.equal(mixed.cov, torch.full((2, 2), 2.0))
     assert mixed.tokens == 40
     assert mixed.own_tokens == 10
-    assert pool_share(100, 0) == 1
+    assert pool_fraction(100, 0) == 1
 
 
 def test_inspect_shows_experts_of_a_kind_in_one_row(tmp_path, model, windows, capsys):

@@ -23,7 +23,7 @@ def write(folder, tensors, **settings):
     return folder
 
 
-def test_two_models_are_compared_layer_by_layer(tmp_path):
+def test_compare_two_quantized_models(tmp_path):
     (same, weight_AN), (coarse, _) = packed(0.25, name="m.h.0.fc"), packed(0.5, name="m.h.10.fc")
     fine, _ = packed(0.25, name="m.h.10.fc")
     norm = {"m.norm.weight": torch.ones(4)}
@@ -49,7 +49,7 @@ def test_two_models_are_compared_layer_by_layer(tmp_path):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_one_of_the_two_may_be_dense(tmp_path, transposed):
+def test_compare_with_a_dense_model(tmp_path, transposed):
     tensors, weight_AN = packed(0.25)
     dense = weight_AN.T.contiguous() if transposed else weight_AN
     a = write(tmp_path / "a", {"m.h.0.fc.weight": dense})
@@ -62,7 +62,7 @@ def test_one_of_the_two_may_be_dense(tmp_path, transposed):
     assert layer["difference"] == pytest.approx(0.25 / 12**0.5, rel=0.05)
 
 
-def test_models_that_have_nothing_in_common_cannot_be_compared(tmp_path):
+def test_compare_models_without_a_common_layer_raises(tmp_path):
     a = write(tmp_path / "a", packed(0.25, name="x.fc")[0])
     b = write(tmp_path / "b", packed(0.25, name="y.fc")[0])
     c = write(tmp_path / "c", packed(0.25, name="x.fc", rows=24)[0])

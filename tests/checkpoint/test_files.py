@@ -29,14 +29,14 @@ def file(tmp_path):
     return path
 
 
-def test_headers_tell_shape_dtype_and_size(file):
+def test_headers_have_shape_dtype_and_size(file):
     headers = read_headers([file])
 
     assert headers["a.weight"][1:] == ((64,), "U8", 64)
     assert headers["b"][1:] == ((3, 5), "F32", 60)
 
 
-def test_a_file_cut_short_names_the_tensor_that_is_cut(file):
+def test_truncated_file_raises_with_the_incomplete_tensor(file):
     data = file.read_bytes()
     file.write_bytes(data[:-3])
 
@@ -45,7 +45,7 @@ def test_a_file_cut_short_names_the_tensor_that_is_cut(file):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 40, b"\x04" + b"\0" * 7 + b"{{{{"])
-def test_a_file_of_another_kind_is_refused(tmp_path, content):
+def test_file_of_another_kind_is_rejected(tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
 
@@ -53,12 +53,12 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
         read_headers([path])
 
 
-def test_a_tensor_that_is_not_there_is_an_error(file):
+def test_missing_tensor_raises(file):
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_tensors(file, ["c"])
 
 
-def test_the_files_of_a_folder_are_those_of_its_index(tmp_path, file):
+def test_checkpoint_files_follow_the_index(tmp_path, file):
     save_file({"c": torch.ones(2)}, tmp_path / "other.safetensors")
     index = {"weight_map": {"a.weight": "model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -66,7 +66,7 @@ def test_the_files_of_a_folder_are_those_of_its_index(tmp_path, file):
     assert checkpoint_files(tmp_path) == [file]
 
 
-def test_a_missing_shard_and_an_empty_folder_are_errors(tmp_path):
+def test_missing_shard_and_empty_folder_raise(tmp_path):
     with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
         checkpoint_files(tmp_path)
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
@@ -75,7 +75,7 @@ def test_a_missing_shard_and_an_empty_folder_are_errors(tmp_path):
         checkpoint_files(tmp_path)
 
 
-def test_a_state_comes_back_and_replaces_the_one_before(tmp_path):
+def test_write_state_replaces_and_read_state_returns_it(tmp_path):
     file = tmp_path / "made" / "state.safetensors"
     identity = {"settings": {"rate": 0.1}, "windows": "abc"}
     write_state(file, {"x": torch.zeros(3)}, {"identity": identity, "step": 1})
@@ -89,7 +89,7 @@ def test_a_state_comes_back_and_replaces_the_one_before(tmp_path):
     assert [f.name for f in file.parent.iterdir()] == ["state.safetensors"]
 
 
-def test_a_state_of_another_computation_says_in_what_it_differs(tmp_path, file):
+def test_state_of_another_computation_raises_with_the_differences(tmp_path, file):
     write_state(tmp_path / "state", {}, {"identity": {"a": 1, "b": 2, "c": 3}})
 
     with pytest.raises(CheckpointError, match=r"other b \(2 instead of 0\) and c \(3 "):
@@ -98,14 +98,14 @@ def test_a_state_of_another_computation_says_in_what_it_differs(tmp_path, file):
         read_state(file, identity={"a": 1})
 
 
-def test_a_damaged_state_is_an_error(tmp_path):
+def test_damaged_state_raises(tmp_path):
     (tmp_path / "state").write_bytes(b"not a state")
 
     with pytest.raises(CheckpointError, match="state: "):
         read_state(tmp_path / "state", identity={})
 
 
-def test_a_damaged_tensor_of_a_state_is_found(tmp_path):
+def test_damaged_tensor_of_a_state_raises(tmp_path):
     write_state(tmp_path / "state", {"x": torch.zeros(64)}, {"identity": {}})
     data = bytearray((tmp_path / "state").read_bytes())
     data[-1] ^= 1
@@ -115,11 +115,24 @@ def test_a_damaged_tensor_of_a_state_is_found(tmp_path):
         read_state(tmp_path / "state", identity={})
 
 
-def test_tensors_written_one_by_one_are_the_file_that_safetensors_writes(tmp_path):
+def test_write_tensors_writes_the_bytes_of_safetensors(tmp_path):
     bits = torch.arange(48, dtype=torch.uint8)
-    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-             torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
-             torch.float8_e4m3fn, torch.float8_e5m2]  # fmt: skip
+    kinds = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ]
     tensors = {f"layers.{i}.weight": bits.view(kind).clone() for i, kind in enumerate(kinds)}
     tensors |= {
         "b": torch.ones(2, 3),
@@ -134,7 +147,7 @@ def test_tensors_written_one_by_one_are_the_file_that_safetensors_writes(tmp_pat
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+def test_failed_write_keeps_the_existing_file(tmp_path):
     write_json(tmp_path / "facts.json", {"a": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

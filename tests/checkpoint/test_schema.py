@@ -25,7 +25,7 @@ def layer(rows=40, columns=24, *, scale=1.0):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3, 1e6])
-def test_scales_of_any_magnitude_keep_the_precision_of_float16(scale):
+def test_scales_of_any_magnitude_keep_float16_precision(scale):
     codes, row_scale, col_scale = layer(scale=scale)
 
     packed = pack_layer(codes, row_scale, col_scale, name="l")
@@ -36,7 +36,7 @@ def test_scales_of_any_magnitude_keep_the_precision_of_float16(scale):
     assert (stored - exact).norm() < 2**-10 * exact.norm()
 
 
-def test_stored_bits_are_the_bytes_of_the_tensors():
+def test_stored_bits_count_the_bytes_of_the_tensors():
     packed = pack_layer(*layer(), name="l")
 
     total = sum(t.numel() * t.element_size() for t in packed.tensors().values())
@@ -45,7 +45,7 @@ def test_stored_bits_are_the_bytes_of_the_tensors():
     assert packed.bits_per_weight == pytest.approx(8 * total / (40 * 24))
 
 
-def test_a_packed_layer_has_the_tensors_that_the_schema_declares():
+def test_packed_layer_has_the_tensors_of_the_schema():
     packed = pack_layer(*layer(), name="l")
 
     found = {name: (tuple(t.shape), t.dtype) for name, t in packed.tensors().items()}
@@ -53,7 +53,7 @@ def test_a_packed_layer_has_the_tensors_that_the_schema_declares():
     assert found == tensor_specs(40, 24, len(packed.weight))
 
 
-def test_the_charge_of_a_layer_is_what_it_takes():
+def test_layer_charge_predicts_the_stored_bits():
     codes, row_scale, col_scale = layer(256, 512)
 
     packed = pack_layer(codes, row_scale, col_scale, name="l")
@@ -62,7 +62,7 @@ def test_the_charge_of_a_layer_is_what_it_takes():
 
 
 @pytest.mark.parametrize("field", ["row_scale", "col_scale"])
-def test_a_changed_scale_is_found_by_the_payloads_checksum(field):
+def test_changed_scale_fails_the_checksum_of_the_payload(field):
     packed = pack_layer(*layer(), name="model.layers.3.q_proj")
     packed.tensors()[field][2] += 0.25
 
@@ -72,7 +72,7 @@ def test_a_changed_scale_is_found_by_the_payloads_checksum(field):
         packed.verify("model.layers.3.q_proj")
 
 
-def test_scales_of_another_layer_are_found_by_their_size():
+def test_scales_of_another_layer_raise():
     packed = pack_layer(*layer(), name="l")
     codes, row_scale, col_scale = layer(41)
     other = pack_layer(codes, row_scale, col_scale, name="l")
@@ -85,7 +85,7 @@ def test_scales_of_another_layer_are_found_by_their_size():
         mixed.verify("l")
 
 
-def test_a_scale_that_is_not_finite_is_refused():
+def test_scale_that_is_not_finite_is_rejected():
     codes, row_scale, col_scale = layer()
     col_scale[3] = float("nan")
 
@@ -93,7 +93,7 @@ def test_a_scale_that_is_not_finite_is_refused():
         pack_layer(codes, row_scale, col_scale, name="l")
 
 
-def test_scales_too_far_apart_for_float16_are_refused():
+def test_scales_too_far_apart_for_float16_are_rejected():
     codes, row_scale, col_scale = layer()
     col_scale[3] = 1e9
 
@@ -101,12 +101,12 @@ def test_scales_too_far_apart_for_float16_are_refused():
         pack_layer(codes, row_scale, col_scale, name="l")
 
 
-def test_scales_too_small_for_float16_are_refused():
+def test_scales_too_small_for_float16_are_rejected():
     with pytest.raises(CheckpointError, match=r"l\.col_scale: scales from .* do not fit float16"):
         pack_layer(*layer(scale=1e-9), name="l")
 
 
-def test_other_scales_change_neither_the_codes_nor_the_bits():
+def test_rescale_layer_changes_neither_codes_nor_bits():
     packed = pack_layer(*layer(), name="l")
     row_scale, col_scale = packed.row_scale.float() * 1.01, packed.col_scale.float() * 0.9
 
@@ -119,14 +119,14 @@ def test_other_scales_change_neither_the_codes_nor_the_bits():
     assert torch.equal(other.col_scale, col_scale.half())
 
 
-def test_other_scales_must_be_finite_in_float16():
+def test_rescale_layer_rejects_scales_beyond_float16():
     packed = pack_layer(*layer(), name="l")
 
     with pytest.raises(CheckpointError, match=r"l\.col_scale: 24 of 24 new scales are not finite"):
         rescale_layer(packed, packed.row_scale, packed.col_scale.float() + 1e6, name="l")
 
 
-def test_all_columns_dead_packs():
+def test_layer_with_only_dead_columns_can_be_packed():
     packed = pack_layer(
         torch.zeros(4, 6, dtype=torch.int8), torch.ones(4), torch.zeros(6), name="l"
     )
@@ -134,7 +134,7 @@ def test_all_columns_dead_packs():
     assert codec.decode(packed.weight).count_nonzero() == 0
 
 
-def test_quantized_layers_are_the_byte_vectors_called_weight():
+def test_stored_layers_finds_payloads_and_scales():
     headers = {
         "a.weight": ((100,), "U8"),
         "a.row_scale": ((4,), "F16"),
@@ -146,13 +146,13 @@ def test_quantized_layers_are_the_byte_vectors_called_weight():
     assert stored_layers(headers)["a"] == {"weight": (100,), "row_scale": (4,)}
 
 
-def test_a_layer_that_lost_its_payload_is_still_seen_and_a_dense_weight_is_not_one():
+def test_stored_layers_finds_a_layer_without_payload():
     headers = {"a.weight": ((4, 4), "F32"), "a.col_scale": ((4,), "F16")}
 
     assert stored_layers(headers) == {"a": {"col_scale": (4,)}}
 
 
-def test_validation_names_the_layer_and_the_field():
+def test_validation_error_names_the_layer_and_the_field():
     shapes = {"weight": (99,), "row_scale": (8,), "col_scale": (4,)}
 
     validate_layer("l", shapes, 8, 4)
@@ -163,7 +163,7 @@ def test_validation_names_the_layer_and_the_field():
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.0, 3.0])
-def test_at_the_rate_that_the_paper_counts_the_stored_layer_has_less_error(rate):
+def test_stored_layer_has_less_error_at_the_rate_of_the_paper(rate):
     weight_AN, cov_NN = random_layer(1024, 256, seed=0)
     moments = Moments(cov=cov_NN, tokens=10**6)
     theirs = quantize_weight(weight_AN, moments, rate=rate)

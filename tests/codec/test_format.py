@@ -31,7 +31,7 @@ def test_golden_payloads_do_not_change(path):
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_the_reader_of_format_md_reads_golden_payloads(path, reader):
+def test_reader_in_format_md_reads_golden_payloads(path, reader):
     golden = load_file(path)
 
     assert reader(golden["payload"].numpy().tobytes()) == golden["codes"].tolist()
@@ -50,7 +50,7 @@ def test_golden_payloads_use_every_part_of_the_format():
     assert any(geometry.rows % geometry.rows_per_lane for geometry in geometries)
 
 
-def test_the_example_in_format_md_is_what_the_encoder_writes():
+def test_example_in_format_md_equals_the_encoder_output():
     text = FORMAT.read_text()
     example = "".join(re.findall(r'^    "([0-9a-f]+)"$', text, re.MULTILINE))
     (codes,) = re.findall(r"assert read_payload\(payload\) == (.*)", text)

@@ -27,14 +27,14 @@ def test_no_symbol_has_probability_one():
     assert model.library().frequency_TS.max() < 2**12
 
 
-def test_the_frequencies_are_those_that_format_md_names():
+def test_frequencies_have_the_checksum_in_format_md():
     frequency_TS = model.library().frequency_TS.astype("<u2")
 
     assert frequency_TS.shape == (240, 256)
     assert hashlib.sha256(frequency_TS.tobytes()).hexdigest() in FORMAT.read_text()
 
 
-def test_power_is_a_power_of_two():
+def test_power_approximates_a_power_of_two():
     for exponent in (0, 1, 5, 2**15, 2**15 + 1, 12345, 987654):
         exact = 2.0 ** (62 - exponent / 2**15)
 
@@ -44,7 +44,7 @@ def test_power_is_a_power_of_two():
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.5, 1.0, 2.0, 4.0, 8.0])
-def test_a_gaussian_costs_its_entropy_under_the_best_table(scale):
+def test_gaussian_costs_its_entropy_under_the_best_table(scale):
     edges = np.array([math.erf((v - 0.5) / scale / math.sqrt(2)) for v in range(-127, 129)])
     probability_S = np.zeros(256)
     probability_S[np.arange(-127, 128) & 0xFF] = np.diff(edges) / 2
@@ -57,7 +57,7 @@ def test_a_gaussian_costs_its_entropy_under_the_best_table(scale):
     assert entropy <= cost_T.min() <= entropy + 0.006
 
 
-def test_values_split_into_symbols_and_low_bits_and_back():
+def test_join_values_inverts_split_values():
     values = np.array([-1000, -17, -16, -1, 0, 1, 15, 16, 1000, 2**31 - 1, -(2**31)], np.int32)
     shift = np.full(len(values), 4, np.uint8)
 

@@ -54,7 +54,7 @@ def signed(head, words_start):
     return torch.frombuffer(head, dtype=torch.uint8)
 
 
-def test_flipping_any_byte_is_noticed(small):
+def test_every_flipped_byte_raises(small):
     payload, _ = small
 
     for at in range(len(payload)):
@@ -67,7 +67,7 @@ def test_flipping_any_byte_is_noticed(small):
             codec.verify(damaged)
 
 
-def test_cutting_anywhere_and_appending_is_noticed(small):
+def test_truncated_and_extended_payloads_raise(small):
     payload, _ = small
 
     for size in range(len(payload)):
@@ -78,7 +78,7 @@ def test_cutting_anywhere_and_appending_is_noticed(small):
             codec.decode(torch.cat([payload, payload[:more]]))
 
 
-def test_a_flipped_byte_of_a_large_payload_is_noticed(layer_codes):
+def test_flipped_byte_of_a_large_payload_raises(layer_codes):
     codes_AN, _ = layer_codes(600, 2000, 3)
     payload = codec.encode(codes_AN)
 
@@ -89,7 +89,7 @@ def test_a_flipped_byte_of_a_large_payload_is_noticed(layer_codes):
             codec.verify(damaged)
 
 
-def test_only_the_chunks_of_the_rows_are_checked(layer_codes):
+def test_decoding_rows_checks_only_their_chunks(layer_codes):
     codes_AN, _ = layer_codes(96, 2048, 3)
     payload = codec.encode(codes_AN)
     payload[-1] ^= 1
@@ -118,14 +118,14 @@ def test_only_the_chunks_of_the_rows_are_checked(layer_codes):
         ("col_bytes", 2**31, "the classes alone end at byte"),
     ],
 )
-def test_a_field_that_cannot_be_meant_is_named(small, name, value, message):
+def test_invalid_header_field_is_named_in_the_error(small, name, value, message):
     payload, _ = small
 
     with pytest.raises(codec.CodecError, match=message):
         codec.decode(with_field(payload, name, value))
 
 
-def test_absurd_sizes_with_right_checksums_give_no_other_error(small):
+def test_random_heads_with_valid_checksums_raise_only_codec_errors(small):
     payload, codes_AN = small
     words_start = codec.read_header(payload).words_start
     rng = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def test_absurd_sizes_with_right_checksums_give_no_other_error(small):
             assert codec.decode(signed(changed, words_start)).shape == codes_AN.shape
 
 
-def test_a_chunk_with_a_right_checksum_and_wrong_words_is_noticed(layer_codes):
+def test_wrong_words_with_a_valid_checksum_raise(layer_codes):
     codes_AN, _ = layer_codes(100, 90, 3)
     payload = codec.encode(codes_AN)
     header = codec.read_header(payload)
@@ -155,7 +155,7 @@ def test_a_chunk_with_a_right_checksum_and_wrong_words_is_noticed(layer_codes):
 
 
 @pytest.mark.parametrize("shape", [(5000, 64), (700, 3000), (3, 2)])
-def test_single_rows_come_back(shape):
+def test_decode_rows_returns_single_rows(shape):
     g = torch.Generator().manual_seed(0)
     codes_AN = (4 * torch.randn(shape, generator=g)).round().int()
     codes_AN[-1, -1] = 70_000
@@ -164,11 +164,11 @@ def test_single_rows_come_back(shape):
 
     assert torch.equal(codec.decode_rows(payload, rows_U), codes_AN[rows_U])
     assert codec.decode_rows(payload, rows_U[:0]).shape == (0, shape[1])
-    with pytest.raises(IndexError, match=f"rows 0 to {shape[0]} were asked for"):
+    with pytest.raises(IndexError, match=f"rows 0 to {shape[0]} were requested"):
         codec.decode_rows(payload, torch.tensor([0, shape[0]]))
 
 
-def test_single_rows_read_and_check_their_own_chunks_only():
+def test_decode_rows_checks_only_the_chunks_of_the_rows():
     codes_AN = torch.ones(5000, 64, dtype=torch.int8)
     payload = codec.encode(codes_AN)
     payload[-1] ^= 1
@@ -178,7 +178,7 @@ def test_single_rows_read_and_check_their_own_chunks_only():
         codec.decode_rows(payload, torch.tensor([7, 4999]))
 
 
-def test_verify_binds_the_associated_bytes(small):
+def test_verify_checks_the_associated_bytes(small):
     payload, _ = small
 
     codec.verify(payload)
@@ -187,7 +187,7 @@ def test_verify_binds_the_associated_bytes(small):
         codec.verify(payload, associated=b"scalez")
 
 
-def test_a_payload_can_be_bound_to_other_bytes_and_is_otherwise_the_same(small):
+def test_reassociate_changes_only_the_checksums(small):
     payload, codes_AN = small
 
     other = codec.reassociate(payload, b"scalez")
@@ -202,13 +202,13 @@ def test_a_payload_can_be_bound_to_other_bytes_and_is_otherwise_the_same(small):
     "payload",
     [torch.zeros(3, 3, dtype=torch.uint8), torch.zeros(99), torch.zeros(99, dtype=torch.int8)],
 )
-def test_a_payload_is_a_vector_of_bytes(payload):
+def test_payload_that_is_not_1d_uint8_is_rejected(payload):
     for read in (codec.decode, codec.verify, codec.read_header):
-        with pytest.raises(codec.CodecError, match="needed is 1-D uint8"):
+        with pytest.raises(codec.CodecError, match="a payload is 1-D uint8"):
             read(payload)
 
 
-def test_the_header_says_what_was_encoded(small):
+def test_header_describes_the_encoded_codes(small):
     payload, codes_AN = small
 
     header = codec.read_header(payload)

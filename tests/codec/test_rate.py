@@ -22,9 +22,7 @@ from watersic_hf import codec
         (2048, 1024, 5, 0.023),
     ],
 )
-def test_a_payload_costs_the_class_entropy_and_little_more(
-    layer_codes, rows, cols, nu, margin, bits
-):
+def test_payload_size_is_close_to_the_class_entropy(layer_codes, rows, cols, nu, margin, bits):
     codes_AN, _ = layer_codes(rows, cols, bits, nu=nu)
 
     stored = 8 * codec.encode(codes_AN).numel() / codes_AN.numel()
@@ -50,7 +48,7 @@ def log2_student(x, nu=5):
     ("rows", "cols", "nu", "margin"),
     [(576, 576, None, 0.035), (2048, 1024, None, 0.02), (2048, 1024, 5, 0.03)],
 )
-def test_many_bits_cost_little_more_than_with_known_scales(
+def test_size_at_high_rate_is_close_to_that_with_known_scales(
     layer_codes, rows, cols, nu, margin, bits
 ):
     # a histogram of so many values underestimates the entropy, so this compares with the truth
@@ -65,7 +63,7 @@ def test_many_bits_cost_little_more_than_with_known_scales(
 
 @pytest.mark.parametrize(("rows", "cols"), [(192, 576), (576, 576), (300, 4097), (1024, 1100)])
 @pytest.mark.parametrize("bits", [0.3, 1, 3, 8])
-def test_the_predicted_size_is_that_of_the_payload(layer_codes, rows, cols, bits):
+def test_predicted_size_matches_the_payload(layer_codes, rows, cols, bits):
     codes_AN, _ = layer_codes(rows, cols, bits, nu=5)
 
     predicted = codec.payload_bits(codes_AN)
@@ -73,7 +71,7 @@ def test_the_predicted_size_is_that_of_the_payload(layer_codes, rows, cols, bits
     assert predicted == pytest.approx(8 * codec.encode(codes_AN).numel(), rel=0.002)
 
 
-def test_some_rows_predict_the_size_of_all(layer_codes):
+def test_sample_of_rows_predicts_the_size_of_all(layer_codes):
     codes_AN, _ = layer_codes(2048, 512, 3)
 
     predicted = codec.payload_bits(codes_AN[::8], rows=2048)
@@ -82,7 +80,7 @@ def test_some_rows_predict_the_size_of_all(layer_codes):
     assert predicted == pytest.approx(8 * codec.encode(codes_AN).numel(), rel=0.02)
 
 
-def test_an_empty_matrix_costs_its_header():
+def test_empty_matrix_costs_its_header():
     for shape in ((0, 0), (0, 7), (7, 0)):
         codes_AN = torch.zeros(shape, dtype=torch.int32)
 
@@ -91,13 +89,13 @@ def test_an_empty_matrix_costs_its_header():
         assert predicted == pytest.approx(8 * codec.encode(codes_AN).numel(), abs=32)
 
 
-def test_zeros_cost_next_to_nothing():
+def test_zeros_cost_almost_nothing():
     codes_AN = torch.zeros(1024, 1024, dtype=torch.int32)
 
     assert 8 * codec.encode(codes_AN).numel() / codes_AN.numel() < 0.013
 
 
-def test_a_few_huge_codes_cost_about_what_an_escape_costs(layer_codes):
+def test_few_huge_codes_cost_an_escape_each(layer_codes):
     codes_AN, _ = layer_codes(1024, 1024, 3)
     before = codec.encode(codes_AN).numel()
     codes_AN.view(-1)[::10007] = 5000

@@ -24,7 +24,7 @@ def test_zigzag_is_invertible_and_not_negative():
     assert rice.unzigzag(folded).tolist() == values.tolist()
 
 
-def test_the_best_parameter_gives_the_shortest_code():
+def test_best_parameter_gives_the_shortest_code():
     values = np.random.default_rng(0).geometric(0.1, 1000) - 1
 
     bits = [rice.code_bits(values, parameter) for parameter in range(rice.MAX_PARAMETER + 1)]
@@ -33,6 +33,6 @@ def test_the_best_parameter_gives_the_shortest_code():
 
 
 @pytest.mark.parametrize("code", [b"", b"\x00", b"\xff", b"\x07\x00"])
-def test_a_code_of_another_length_is_refused(code):
+def test_code_of_another_length_is_rejected(code):
     with pytest.raises(ValueError, match="of 3 elements"):
         rice.unpack(np.frombuffer(code, np.uint8), 3, 0)

@@ -80,7 +80,7 @@ def test_empty_matrices_keep_their_shape(shape):
 
 @pytest.mark.parametrize("bits", [0.5, 3, 8, 14])
 @pytest.mark.parametrize("geometry", [(1, 50), (3, 1000), (7, 333), (40, 100), (1, 1000)])
-def test_any_geometry_decodes(layer_codes, monkeypatch, bits, geometry):
+def test_decode_inverts_encode_for_any_geometry(layer_codes, monkeypatch, bits, geometry):
     codes_AN, _ = layer_codes(300, 1000, bits)
     monkeypatch.setattr(
         coder, "choose_geometry", lambda rows, cols: Geometry(rows, cols, *geometry)
@@ -93,7 +93,7 @@ def test_any_geometry_decodes(layer_codes, monkeypatch, bits, geometry):
     assert torch.equal(codec.decode(payload), codes_AN)
 
 
-def test_every_slice_of_rows_equals_that_of_the_whole(layer_codes, monkeypatch):
+def test_decoding_a_slice_equals_slicing_the_codes(layer_codes, monkeypatch):
     codes_AN, _ = layer_codes(300, 200, 3)
     codes_AN[::7, 3] = 10**6
     monkeypatch.setattr(coder, "choose_geometry", lambda rows, cols: Geometry(rows, cols, 2, 90))
@@ -117,7 +117,7 @@ def test_every_slice_of_rows_equals_that_of_the_whole(layer_codes, monkeypatch):
         codec.decode(payload, rows=slice(0, 10, 2))
 
 
-def test_groups_of_bands_are_independent(layer_codes, monkeypatch):
+def test_group_size_does_not_change_the_payload(layer_codes, monkeypatch):
     codes_AN, _ = layer_codes(700, 90, 3)
     payload = codec.encode(codes_AN)
     monkeypatch.setattr("watersic_hf.codec.layout.GROUP_LANES", 32)
@@ -127,13 +127,13 @@ def test_groups_of_bands_are_independent(layer_codes, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8])
-def test_any_integer_type_gives_the_same_payload(dtype):
+def test_every_integer_dtype_gives_the_same_payload(dtype):
     codes_AN = torch.arange(600).reshape(20, 30) % 120
 
     assert torch.equal(codec.encode(codes_AN.to(dtype)), codec.encode(codes_AN))
 
 
-def test_strided_codes_and_payloads_are_read_in_place(layer_codes):
+def test_strided_codes_and_unaligned_payloads_are_supported(layer_codes):
     codes_AN, _ = layer_codes(90, 64, 3)
     payload = codec.encode(codes_AN)
 
@@ -143,7 +143,7 @@ def test_strided_codes_and_payloads_are_read_in_place(layer_codes):
     assert torch.equal(codec.decode(odd), codes_AN)
 
 
-def test_the_number_of_threads_does_not_change_the_payload(layer_codes):
+def test_number_of_threads_does_not_change_the_payload(layer_codes):
     codes_AN, _ = layer_codes(1100, 1000, 3, nu=5)
     before = torch.get_num_threads()
     try:
@@ -155,7 +155,7 @@ def test_the_number_of_threads_does_not_change_the_payload(layer_codes):
         torch.set_num_threads(before)
 
 
-def test_codes_that_are_not_32_bit_integers_are_refused():
+def test_codes_that_are_not_32_bit_integers_are_rejected():
     with pytest.raises(codec.CodecError, match="matrix of integers"):
         codec.encode(torch.zeros(3, 3))
     with pytest.raises(codec.CodecError, match="matrix of integers"):

@@ -40,20 +40,20 @@ def quantized(golden, moments):
     return quantize_weight(golden["weight"], moments, rate=rate, settings=SETTINGS)
 
 
-def test_all_five_files_are_here():
+def test_there_are_five_golden_files():
     assert len(GOLDEN) == 5
 
 
-def test_codes_equal_the_authors_in_every_entry(golden, quantized):
+def test_codes_equal_those_of_the_authors(golden, quantized):
     assert torch.equal(quantized.codes_AN.int(), golden["codes"])
 
 
-def test_step_and_spacing_equal_the_authors(golden, quantized):
+def test_step_and_spacing_equal_those_of_the_authors(golden, quantized):
     assert quantized.step == pytest.approx(float(golden["step"]), rel=1e-9)
     assert_close(quantized.spacing_N, golden["spacing"], tolerance=1e-9)
 
 
-def test_scales_and_weight_equal_the_authors(golden, quantized):
+def test_scales_and_weight_equal_those_of_the_authors(golden, quantized):
     # their shrinkage is rounded to float32 where it enters the recursion and the rescaler
     assert_close(quantized.shrinkage_N, golden["shrinkage"], tolerance=1e-6)
     assert_close(quantized.row_scale_A, golden["row_scale"], tolerance=1e-6)
@@ -61,7 +61,7 @@ def test_scales_and_weight_equal_the_authors(golden, quantized):
     assert_close(quantized.dequantize(), golden["dequantized"], tolerance=1e-6)
 
 
-def test_entropy_and_rate_equal_the_authors(golden, quantized):
+def test_entropy_and_rate_equal_those_of_the_authors(golden, quantized):
     # theirs are float32
     entropy = pooled_entropy(quantized.codes_AN)
     assert entropy == pytest.approx(float(golden["pooled_entropy"]), abs=1e-6)
@@ -78,7 +78,7 @@ def loss_by_the_authors(golden, found_AN):
     return float(loss) / weight_AN.numel()
 
 
-def test_the_error_is_not_above_the_authors_loss(golden, quantized):
+def test_error_does_not_exceed_the_loss_of_the_authors(golden, quantized):
     # theirs is float32
     loss = loss_by_the_authors(golden, quantized.dequantize())
     assert loss <= float(golden["loss"]) * (1 + 1e-5)
@@ -91,7 +91,7 @@ def test_the_error_is_not_above_the_authors_loss(golden, quantized):
     indirect=True,
     ids=lambda path: path.stem,
 )
-def test_at_as_many_stored_bits_as_the_authors_count_the_error_is_lower(golden, moments):
+def test_error_is_lower_than_the_authors_at_equal_bits(golden, moments):
     bits = float(golden["rate"])
     stored = quantize_weight(
         golden["weight"], moments, bits=bits, charge=layer_charge, settings=SETTINGS
@@ -102,6 +102,6 @@ def test_at_as_many_stored_bits_as_the_authors_count_the_error_is_lower(golden, 
     assert loss_by_the_authors(golden, stored.dequantize()) < float(golden["loss"])
 
 
-def test_no_damping_beyond_the_first_was_needed(quantized):
+def test_damping_is_not_increased(quantized):
     assert quantized.damping == 1e-4
     assert bool(quantized.live_N.all())

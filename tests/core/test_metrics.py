@@ -10,7 +10,7 @@ def tokens(seed, columns=12):
     return torch.randn(500, columns, generator=g, dtype=torch.float64)
 
 
-def test_the_error_is_that_of_the_layers_outputs():
+def test_error_is_the_relative_error_of_the_outputs():
     x_TN, drifted_TN = tokens(0), tokens(0) + 0.1 * tokens(1)
     weight_AN = random_layer(7, 12, seed=0)[0]
     guess_AN = weight_AN + 0.1 * random_layer(7, 12, seed=1)[0]
@@ -26,7 +26,7 @@ def test_the_error_is_that_of_the_layers_outputs():
         assert error == pytest.approx(float(wanted), rel=1e-10)
 
 
-def test_the_error_with_a_diagonal_is_that_of_its_matrix():
+def test_error_with_a_diagonal_equals_error_with_its_matrix():
     weight_AN, cov_NN = random_layer(7, 12, seed=0)
     power_N = cov_NN.diagonal()
     errors = [
@@ -36,18 +36,18 @@ def test_the_error_with_a_diagonal_is_that_of_its_matrix():
     assert errors[0] == pytest.approx(errors[1], rel=1e-12)
 
 
-def test_no_weight_is_error_one_and_no_output_is_error_zero():
+def test_zero_weight_has_error_one_and_zero_output_error_zero():
     weight_AN, cov_NN = random_layer(7, 12, seed=0)
     moments = Moments(cov=cov_NN, tokens=0)
     assert relative_output_error(weight_AN, 0 * weight_AN, moments) == pytest.approx(1)
     assert relative_output_error(0 * weight_AN, 0 * weight_AN, moments) == 0
 
 
-def test_the_gap_counts_from_the_shannon_rate():
+def test_gap_is_relative_to_the_shannon_rate():
     assert gap_to_bound(2.25, torch.ones(4), 1 / 16) == pytest.approx(0.25)
 
 
-def test_assert_close_measures_by_rms():
+def test_assert_close_compares_root_mean_squares():
     expected = torch.tensor([3.0, 4.0])
     assert_close(expected * 1.01, expected, tolerance=0.0101)
     with pytest.raises(AssertionError, match=r"RMS of the difference is 0\.01"):

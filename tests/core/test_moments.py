@@ -12,7 +12,7 @@ def streams(tokens=3000, columns=6, rows=4, seed=0):
     return x_TN, drifted_TN, torch.randn(tokens, rows, generator=g)
 
 
-def test_means_are_those_of_the_whole_stream_and_not_centred():
+def test_moments_are_uncentred_means_over_all_batches():
     x_TN, drifted_TN, residual_TA = streams()
     sums = MomentAccumulator(6, drift=True, rows_of_residual=4)
     for part in (slice(0, 1), slice(1, 1500), slice(1500, 3000)):
@@ -21,7 +21,7 @@ def test_means_are_those_of_the_whole_stream_and_not_centred():
     moments = sums.result()
 
     x, drifted, residual = x_TN.double(), drifted_TN.double(), residual_TA.double()
-    # products of up to 512 tokens are summed in float32
+    # products of up to 1024 tokens are summed in float32
     assert_close(moments.cov, x.T @ x / 3000, tolerance=1e-6)
     assert_close(moments.drifted_cov_NN, drifted.T @ drifted / 3000, tolerance=1e-6)
     assert_close(moments.cross_cov_NN, x.T @ drifted / 3000, tolerance=1e-6)
@@ -30,7 +30,7 @@ def test_means_are_those_of_the_whole_stream_and_not_centred():
     assert moments.cov.dtype == torch.float64
 
 
-def test_wide_moments_are_summed_by_panels_and_mirrored():
+def test_panels_of_wide_moments_are_summed_and_mirrored():
     torch.manual_seed(0)
     x_TN, drifted_TN = torch.randn(2, 40, 600, dtype=torch.float64)
     weight_T = torch.rand(40)
@@ -46,7 +46,7 @@ def test_wide_moments_are_summed_by_panels_and_mirrored():
     assert_close(moments.cross_cov_NN, x_TN.T @ weighted_TN / 40, tolerance=1e-13)
 
 
-def test_a_token_weight_multiplies_both_streams_products():
+def test_token_weights_multiply_the_products_of_both_streams():
     x_TN, drifted_TN, residual_TA = streams()
     weight_T = torch.rand(3000, generator=torch.Generator().manual_seed(1))
     sums = MomentAccumulator(6, drift=True, rows_of_residual=4)
@@ -61,7 +61,7 @@ def test_a_token_weight_multiplies_both_streams_products():
     assert_close(moments.residual_AN, residual.T @ drifted / 3000, tolerance=1e-5)
 
 
-def test_without_drift_the_residual_meets_the_original_input():
+def test_residual_moment_without_drift_uses_the_original_input():
     x_TN, _, residual_TA = streams()
     sums = MomentAccumulator(6, rows_of_residual=4)
     sums.add(x_TN, residual_TA=residual_TA)
@@ -71,21 +71,21 @@ def test_without_drift_the_residual_meets_the_original_input():
     assert moments.drifted_cov_NN is None
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_drift_is_that_of_an_input_between_the_two(share):
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_fraction_of_the_drift_interpolates_the_original_input(fraction):
     x_TN, drifted_TN, residual_TA = (stream.double() for stream in streams())
-    between_TN = drifted_TN.lerp(x_TN, share)
+    between_TN = drifted_TN.lerp(x_TN, fraction)
     found, wanted = (MomentAccumulator(6, drift=True, rows_of_residual=4) for _ in range(2))
     found.add(x_TN, drifted_TN, residual_TA=residual_TA)
-    wanted.add(between_TN, drifted_TN, residual_TA=share * residual_TA)
+    wanted.add(between_TN, drifted_TN, residual_TA=fraction * residual_TA)
 
-    found, wanted = found.result().with_drift(share), wanted.result()
+    found, wanted = found.result().with_drift(fraction), wanted.result()
 
     for field in ("cov", "drifted_cov_NN", "cross_cov_NN", "residual_AN"):
         assert_close(getattr(found, field), getattr(wanted, field), tolerance=1e-12)
 
 
-def test_the_means_take_the_memory_of_the_sums_and_end_them():
+def test_result_can_be_called_only_once():
     sums = MomentAccumulator(6)
     sums.add(streams()[0])
     sums.result()
@@ -106,28 +106,28 @@ def test_inputs_of_any_float_dtype_are_summed_to_float32_accuracy(dtype):
     assert_close(sums.result().cov, wide_TN.T @ wide_TN / 3000, tolerance=2e-6)
 
 
-def test_the_users_precision_of_products_is_left_as_it_was():
+def test_matmul_precision_of_the_user_is_restored():
     before = torch.get_float32_matmul_precision()
     MomentAccumulator(6).add(streams(tokens=10)[0].bfloat16())
     assert torch.get_float32_matmul_precision() == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_entries_that_are_not_finite_are_counted(value):
+def test_nan_and_infinite_inputs_are_rejected_with_their_number(value):
     x_TN = streams(tokens=10)[0]
     x_TN[2:5, 1] = value
     with pytest.raises(CalibrationError, match="3 of 60 entries of x are NaN or infinite"):
         MomentAccumulator(6).add(x_TN)
 
 
-def test_no_tokens_are_no_moments():
+def test_result_without_tokens_raises():
     sums = MomentAccumulator(6)
     sums.add(torch.empty(0, 6))
     with pytest.raises(CalibrationError, match="no token was added"):
         sums.result()
 
 
-def test_streams_must_be_announced_and_agree():
+def test_missing_unexpected_or_mismatched_streams_raise():
     x_TN, drifted_TN, _ = streams(tokens=10)
     with pytest.raises(ValueError, match="drifted stream was not announced"):
         MomentAccumulator(6).add(x_TN, drifted_TN)
@@ -145,7 +145,7 @@ def test_streams_must_be_announced_and_agree():
         MomentAccumulator(6).add(x_TN, weight_T=-torch.ones(10))
 
 
-def test_moments_refuse_shapes_that_disagree():
+def test_moments_reject_mismatched_shapes():
     eye_NN = torch.eye(3)
     with pytest.raises(ValueError, match="square or a diagonal"):
         Moments(cov=torch.ones(2, 3), tokens=1)
@@ -166,7 +166,7 @@ def test_identity_moments_are_a_diagonal_without_tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_what_is_not_finite_is_counted(dtype):
+def test_not_finite_counts_nan_and_infinity(dtype):
     values = torch.randn(300, 70).to(dtype)
     assert not_finite(values) == not_finite(values[:0]) == 0
     for bad in ("nan", "inf", "-inf"):

@@ -8,7 +8,7 @@ from watersic_hf.core.profile import DEEPEST, GROUPS
 from watersic_hf.core.rate import column_entropies, pooled_entropy
 
 
-def test_the_entropy_of_a_column_is_that_of_its_own_histogram():
+def test_column_entropy_is_the_entropy_of_its_histogram():
     g = torch.Generator().manual_seed(0)
     spread_N = torch.linspace(0.1, 40, 300)
     codes_AN = (torch.randn(50, 300, generator=g) * spread_N).round().to(torch.int16)
@@ -19,13 +19,13 @@ def test_the_entropy_of_a_column_is_that_of_its_own_histogram():
     assert entropy_N.tolist() == pytest.approx(wanted, abs=1e-12)
 
 
-def test_a_code_far_outside_takes_no_table_of_its_size():
+def test_huge_codes_count_as_one_value():
     codes_AN = torch.tensor([[0, 2**30], [1, -(2**30)], [0, 0], [1, 5]])
 
     assert column_entropies(codes_AN).tolist() == [1.0, 2.0]
 
 
-def test_codes_cost_the_height_above_the_water_and_the_shaping_loss():
+def test_entropy_is_waterfilling_height_plus_shaping_loss():
     g = torch.Generator().manual_seed(0)
     deviation_N = torch.logspace(0.3, 1.3, 64, dtype=torch.float64)
     weight_AN = torch.randn(20_000, 64, generator=g, dtype=torch.float64) * deviation_N
@@ -41,7 +41,7 @@ def test_codes_cost_the_height_above_the_water_and_the_shaping_loss():
     assert sum(profile.histogram) == 64
 
 
-def test_the_deviation_in_steps_does_not_depend_on_how_scales_are_split():
+def test_deviation_does_not_depend_on_the_balance_of_scales():
     g = torch.Generator().manual_seed(0)
     weight_AN = torch.randn(40, 6, generator=g)
     row_scale_A = torch.rand(40, generator=g) + 0.5
@@ -55,7 +55,7 @@ def test_the_deviation_in_steps_does_not_depend_on_how_scales_are_split():
     torch.testing.assert_close(first, second)
 
 
-def test_dead_rows_and_columns_are_deep_under_water():
+def test_dead_rows_and_columns_have_the_lowest_height():
     spacing_N = torch.tensor([1.0, 0.0, 1.0])
     row_scale_A = torch.tensor([1.0, 0.0])
 

@@ -49,16 +49,16 @@ def assert_finite(quantized):
 
 
 @pytest.mark.parametrize("bits", [0.6, 1.0, 2.0, 3.0, 4.5, 8.0, 16.0])
-def test_a_layer_costs_what_was_asked_for(bits):
+def test_layer_costs_the_requested_bits(bits):
     weight_AN, moments = layer(1024, 192)
     quantized = quantize_weight(weight_AN, moments, bits=bits, charge=charge)
     assert quantized.bits == charge(quantized.codes_AN, 1024)
-    # the budget makes up for what the search leaves
+    # the budget compensates for what the search leaves
     assert quantized.bits == pytest.approx(bits, rel=FINAL_TOLERANCE)
 
 
 @pytest.mark.parametrize("make", [layer, drifted_layer])
-def test_more_bits_give_less_error(make):
+def test_error_decreases_with_bits(make):
     weight_AN, moments = make()
     errors = [
         quantize_weight(weight_AN, moments, bits=bits, charge=charge).error
@@ -68,7 +68,7 @@ def test_more_bits_give_less_error(make):
     assert errors[-1] < 0.1 * errors[0]
 
 
-def test_codes_and_scales_are_the_dequantized_weight():
+def test_dequantize_multiplies_codes_and_scales():
     weight_AN, moments = layer()
     quantized = quantize_weight(weight_AN, moments, rate=6.0)
     wanted_AN = quantized.row_scale_A.diag() @ quantized.codes_AN.double()
@@ -77,7 +77,7 @@ def test_codes_and_scales_are_the_dequantized_weight():
     assert_close(quantized.dequantize(), weight_AN, tolerance=0.1)
 
 
-def test_without_rescaling_the_scales_are_spacing_and_shrinkage():
+def test_scales_without_rescaling_are_spacing_times_shrinkage():
     weight_AN, moments = layer()
     settings = LayerSettings(rescale=False)
     plain = quantize_weight(weight_AN, moments, rate=1.0, settings=settings)
@@ -86,7 +86,7 @@ def test_without_rescaling_the_scales_are_spacing_and_shrinkage():
     assert quantize_weight(weight_AN, moments, rate=1.0).error < plain.error
 
 
-def test_the_same_seed_gives_the_same_layer():
+def test_same_seed_gives_the_same_step():
     weight_AN, moments = layer(600, 64)
     settings = LayerSettings(search_rows=20)
 
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_layer():
     assert run(3) == run(3) != run(0)
 
 
-def test_the_search_looks_at_a_sample_and_charges_the_whole_layer():
+def test_search_uses_a_sample_and_charges_the_whole_layer():
     weight_AN, moments = layer(800, 32)
     calls = []
 
@@ -115,18 +115,18 @@ def test_the_search_looks_at_a_sample_and_charges_the_whole_layer():
     assert calls.count((800, 800, 32)) <= 4
 
 
-def test_a_budget_below_the_fixed_costs_is_a_warning_and_the_coarsest_step(caplog):
+def test_budget_below_the_fixed_costs_warns_and_uses_the_coarsest_step(caplog):
     weight_AN, moments = layer(16, 16)
     with caplog.at_level(logging.WARNING):
         quantized = quantize_weight(weight_AN, moments, bits=2.0, charge=charge, name="model.tiny")
     (record,) = caplog.records
-    assert "model.tiny: 2 bits per weight were asked for" in record.getMessage()
+    assert "model.tiny: 2 bits per weight were requested" in record.getMessage()
     assert "alone cost 4" in record.getMessage()
     assert 0 < quantized.error < 1
     assert quantized.bits < 5.5
 
 
-def test_drift_mode_beats_ignoring_the_drift():
+def test_drift_mode_has_less_error_than_ignoring_the_drift():
     weight_AN, moments = drifted_layer()
     unaware = Moments(cov=moments.cov, tokens=moments.tokens)
     aware = quantize_weight(weight_AN, moments, rate=3.0)
@@ -135,7 +135,7 @@ def test_drift_mode_beats_ignoring_the_drift():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_narrow_weights_are_quantized_as_their_exact_values(dtype):
+def test_low_precision_weights_are_quantized_at_their_exact_values(dtype):
     weight_AN, moments = layer()
     narrow = quantize_weight(weight_AN.to(dtype), moments, rate=2.0)
     wide = quantize_weight(weight_AN.to(dtype).double(), moments, rate=2.0)
@@ -148,7 +148,7 @@ def test_codes_have_the_smallest_dtype_that_holds_them(rate, dtype):
     assert quantize_weight(*layer(), rate=rate).codes_AN.dtype == dtype
 
 
-def test_dead_and_zero_columns_have_no_codes_and_scale_zero():
+def test_dead_and_zero_columns_have_zero_codes_and_scales():
     weight_AN, moments = layer()
     weight_AN[:, 3] = 0
     moments.cov[7] = 0
@@ -169,13 +169,13 @@ def test_dead_and_zero_columns_have_no_codes_and_scale_zero():
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (1, 1), (5, 127), (300, 5)])
 @pytest.mark.parametrize("bits", [0.3, 3.0, 16.0])
-def test_every_shape_has_a_defined_answer(shape, bits):
+def test_every_shape_gives_finite_results(shape, bits):
     weight_AN, moments = layer(*shape)
     assert_finite(quantize_weight(weight_AN, moments, bits=bits, charge=charge))
     assert_finite(quantize_weight(weight_AN, moments, rate=bits))
 
 
-def test_a_single_token_is_enough_to_be_defined():
+def test_a_single_token_gives_finite_results():
     weight_AN, _ = layer()
     sums = MomentAccumulator(64)
     sums.add(torch.randn(1, 64, generator=torch.Generator().manual_seed(0)))
@@ -183,7 +183,7 @@ def test_a_single_token_is_enough_to_be_defined():
 
 
 @pytest.mark.parametrize("with_search", [False, True])
-def test_a_zero_weight_has_zero_codes_and_no_error(with_search):
+def test_zero_weight_has_zero_codes_and_no_error(with_search):
     request = {"bits": 3.0, "charge": charge} if with_search else {"rate": 3.0}
     quantized = quantize_weight(torch.zeros(8, 64), layer()[1], **request)
     assert not bool(quantized.codes_AN.any())
@@ -193,14 +193,14 @@ def test_a_zero_weight_has_zero_codes_and_no_error(with_search):
     assert_finite(quantized)
 
 
-def test_a_step_that_rounds_everything_to_zero_keeps_scales_finite():
+def test_step_that_rounds_everything_to_zero_gives_finite_scales():
     quantized = quantize_weight(*layer(), rate=-8.0)
     assert not bool(quantized.codes_AN.any())
     assert quantized.error == 1
     assert_finite(quantized)
 
 
-def test_without_data_inputs_count_as_white_and_no_square_matrix_is_built():
+def test_identity_covariance_needs_no_square_matrix():
     weight_AN = random_layer(16, 14336 // 64, seed=0)[0].repeat(1, 64).float()
     moments = Moments.identity(14336)
     quantized = quantize_weight(weight_AN, moments, bits=4.5, charge=charge)
@@ -210,7 +210,7 @@ def test_without_data_inputs_count_as_white_and_no_square_matrix_is_built():
     assert quantized.error == pytest.approx(wanted, rel=1e-6)
 
 
-def test_a_diagonal_is_quantized_as_its_matrix():
+def test_diagonal_moment_gives_the_same_codes_as_its_matrix():
     weight_AN, moments = layer()
     power_N = moments.cov.diagonal().clone()
     diagonal = quantize_weight(weight_AN, Moments(cov=power_N, tokens=1), rate=2.0)
@@ -219,14 +219,14 @@ def test_a_diagonal_is_quantized_as_its_matrix():
     assert_close(diagonal.dequantize(), matrix.dequantize(), tolerance=1e-9)
 
 
-def test_inputs_that_are_all_zero_are_an_error():
+def test_all_zero_inputs_raise():
     with pytest.raises(CalibrationError, match="up_proj: the inputs of all 64 columns are zero"):
         quantize_weight(
             layer()[0], Moments(cov=torch.zeros(64, 64), tokens=5), rate=2.0, name="up_proj"
         )
 
 
-def test_entries_that_are_not_finite_are_errors_with_layer_and_count():
+def test_nan_and_infinity_raise_with_layer_and_count():
     weight_AN, moments = layer()
     moments.cov[0, :2] = float("nan")
     with pytest.raises(CalibrationError, match="q: 2 of 4096 entries of cov are not finite"):
@@ -236,13 +236,16 @@ def test_entries_that_are_not_finite_are_errors_with_layer_and_count():
         quantize_weight(weight_AN, layer()[1], rate=2.0, name="q")
 
 
-def test_an_indefinite_covariance_names_the_layer_and_the_tokens():
+def test_indefinite_covariance_raises_with_layer_and_tokens():
     cov_NN = 2 * torch.ones(4, 4) - torch.eye(4)
     with pytest.raises(CalibrationError, match=r"v_proj: .* 9 calibration tokens cannot span 4"):
         quantize_weight(
-            torch.randn(3, 4), Moments(cov=cov_NN, tokens=9), rate=2.0, name="v_proj",
+            torch.randn(3, 4),
+            Moments(cov=cov_NN, tokens=9),
+            rate=2.0,
+            name="v_proj",
             settings=LayerSettings(damping=1e-4),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(
@@ -254,12 +257,12 @@ def test_an_indefinite_covariance_names_the_layer_and_the_tokens():
         (torch.ones(4, 63), "4 x 63, but the moments have 64 columns"),
     ],
 )
-def test_weights_that_cannot_be_quantized_are_refused(weight, message):
+def test_invalid_weights_are_rejected(weight, message):
     with pytest.raises(ValueError, match=f"k_proj: .*{message}"):
         quantize_weight(weight, layer()[1], rate=2.0, name="k_proj")
 
 
-def test_a_residual_of_other_rows_is_refused():
+def test_residual_with_another_number_of_rows_is_rejected():
     moments = Moments(cov=torch.eye(4), tokens=1, residual_AN=torch.ones(3, 4))
     with pytest.raises(ValueError, match="have 4 columns and 3 residual rows"):
         quantize_weight(torch.ones(5, 4), moments, rate=2.0)
@@ -277,19 +280,19 @@ def test_a_residual_of_other_rows_is_refused():
         {"rate": float("inf")},
     ],
 )
-def test_bits_or_rate_must_be_one_sensible_number(request_):
+def test_invalid_bits_or_rate_are_rejected(request_):
     with pytest.raises(ValueError, match="q_proj: "):
         quantize_weight(*layer(), **request_, name="q_proj")
 
 
-def test_settings_are_checked_when_made():
+def test_invalid_settings_are_rejected():
     with pytest.raises(ValueError, match=r"damping is -1\.0"):
         LayerSettings(damping=-1.0)
     with pytest.raises(ValueError, match="search_rows is 0"):
         LayerSettings(search_rows=0)
 
 
-def test_rows_that_count_more_get_finer_steps_and_smaller_errors():
+def test_important_rows_get_finer_steps_and_smaller_errors():
     weight_AN, cov_NN = random_layer(40, 24, seed=0)
     importance_A = torch.ones(40)
     importance_A[::2] = 16.0
@@ -311,7 +314,7 @@ def test_rows_that_count_more_get_finer_steps_and_smaller_errors():
     )
 
 
-def test_equal_importances_change_nothing():
+def test_equal_row_importances_change_nothing():
     weight_AN, cov_NN = random_layer(20, 16, seed=0)
     moments = Moments(cov=cov_NN, tokens=1000)
 
@@ -322,11 +325,14 @@ def test_equal_importances_change_nothing():
 
 
 @pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, float("nan")], [1.0]])
-def test_importances_that_are_not_positive_are_refused(bad):
+def test_invalid_row_importances_are_rejected(bad):
     weight_AN, cov_NN = random_layer(2, 4, seed=0)
 
     with pytest.raises(ValueError, match=r"layer: the row importances have shape"):
         quantize_weight(
-            weight_AN, Moments(cov=cov_NN, tokens=9), rate=2.0,
-            row_importance_A=torch.tensor(bad), name="layer",
-        )  # fmt: skip
+            weight_AN,
+            Moments(cov=cov_NN, tokens=9),
+            rate=2.0,
+            row_importance_A=torch.tensor(bad),
+            name="layer",
+        )

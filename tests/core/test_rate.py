@@ -20,7 +20,7 @@ def test_entropy_does_not_depend_on_the_span_of_the_codes():
     assert pooled_entropy(codes) == pooled_entropy(far) == 1.5
 
 
-def test_dead_columns_pay_their_index_and_no_entropy():
+def test_dead_columns_cost_their_index_and_no_entropy():
     g = torch.Generator().manual_seed(0)
     live_AN = torch.randint(-2, 2, (64, 24), generator=g)
     codes_AN = torch.zeros(64, 32, dtype=torch.int64)
@@ -49,14 +49,14 @@ def soft(step):
 
 @pytest.mark.parametrize("target", [0.05, 0.3, 1.0, 3.0, 8.0, 16.0])
 @pytest.mark.parametrize("start", [1e-3, 0.3, 1.0, 20.0])
-def test_search_reaches_a_smooth_target_from_anywhere(target, start):
+def test_search_reaches_a_smooth_target_from_any_start(target, start):
     bits_at = Counted(soft)
     step = search_step(bits_at, target, start=start, tolerance=1e-3 * target)
     assert soft(step) == pytest.approx(target, rel=1e-3)
     assert step in bits_at.steps
 
 
-def test_search_is_a_secant_where_the_curve_is_a_line():
+def test_search_needs_two_evaluations_on_a_line():
     bits_at = Counted(lambda step: 3 - math.log2(step))
     step = search_step(bits_at, 5.0, start=1.0, tolerance=1e-6)
     assert step == pytest.approx(0.25)
@@ -73,14 +73,14 @@ def test_search_leaves_a_plateau(start):
     assert bits_at(step) == pytest.approx(0.9, abs=0.005)
 
 
-def test_search_takes_the_nearer_side_of_a_jump():
+def test_search_returns_the_nearer_side_of_a_jump():
     bits_at = Counted(lambda step: 2.0 if step < 0.7 else 0.5)
     step = search_step(bits_at, 1.6, start=10.0, tolerance=0.01)
     assert step < 0.7
     assert len(bits_at.steps) <= 12
 
 
-def test_search_survives_noise():
+def test_search_tolerates_noise():
     g = torch.Generator().manual_seed(0)
     noisy = Counted(lambda step: soft(step) + 0.02 * float(torch.randn(1, generator=g)))
     step = search_step(noisy, 2.0, start=1.0, tolerance=0.001)
@@ -89,14 +89,14 @@ def test_search_survives_noise():
 
 
 @pytest.mark.parametrize("bits", [0.0, 1.0, 100.0])
-def test_search_gives_up_on_a_constant_after_a_bounded_number_of_looks(bits):
+def test_search_on_a_constant_stops_after_the_allowed_evaluations(bits):
     bits_at = Counted(lambda step: bits)
     step = search_step(bits_at, 3.0, start=1.0, tolerance=0.01, evaluations=7)
     assert len(bits_at.steps) <= 7
     assert step in bits_at.steps
 
 
-def test_search_returns_the_best_of_what_it_was_allowed():
+def test_search_with_one_evaluation_returns_the_start():
     step = search_step(soft, 9.0, start=1.0, tolerance=1e-9, evaluations=1)
     assert step == 1.0
 

@@ -30,7 +30,7 @@ def objective(codes_AN, spacing_N, row_A, gain_N, *, cov, linear_AN, energy):
 
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("rate", [-1.5, 0.0, 1.0, 3.0, 10.0])
-def test_the_rescaler_never_raises_the_objective(rate, diagonal):
+def test_rescaling_never_increases_the_objective(rate, diagonal):
     for seed in range(3):
         coded, given = problem(rate=rate, diagonal=diagonal, seed=seed)
         codes_AN, spacing_N, shrinkage_N = coded
@@ -42,14 +42,14 @@ def test_the_rescaler_never_raises_the_objective(rate, diagonal):
         assert after <= before * (1 + 1e-6)
 
 
-def test_it_lowers_the_objective_where_there_is_something_to_gain():
+def test_rescaling_lowers_the_objective_at_low_rate():
     coded, given = problem(rate=0.0)
     before = objective(*coded[:2], torch.ones(60).double(), coded[2], **given)
     after = objective(*coded[:2], *rescale(*coded, **given), **given)
     assert after < 0.98 * before
 
 
-def test_rows_have_mean_scale_one():
+def test_row_scales_have_mean_one():
     coded, given = problem()
     row_A, _ = rescale(*coded, **given)
     assert float(row_A.abs().mean()) == pytest.approx(1, rel=1e-12)
@@ -67,7 +67,7 @@ def test_scales_do_not_depend_on_the_units_of_the_weight():
     assert_close(tiny_gain_N, gain_N, tolerance=1e-9)
 
 
-def test_a_diagonal_moment_gives_the_scales_of_its_matrix():
+def test_diagonal_moment_gives_the_scales_of_its_matrix():
     coded, given = problem(diagonal=True)
     row_A, gain_N = rescale(*coded, **given)
     full_row_A, full_gain_N = rescale(*coded, **{**given, "cov": given["cov"].diag()})
@@ -76,7 +76,7 @@ def test_a_diagonal_moment_gives_the_scales_of_its_matrix():
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_a_shift_is_added_to_the_diagonal_of_the_moment(diagonal):
+def test_shift_is_added_to_the_diagonal_of_the_moment(diagonal):
     coded, given = problem(diagonal=diagonal)
     shift = 0.3 * float(given["cov"].mean() if diagonal else given["cov"].diagonal().mean())
     shifted = given["cov"] + (shift if diagonal else shift * torch.eye(40))
@@ -102,7 +102,7 @@ def test_rows_and_columns_without_codes_get_scale_zero():
     assert bool(torch.isfinite(row_A).all() and torch.isfinite(gain_N).all())
 
 
-def test_a_moment_that_is_not_quite_definite_is_solved_all_the_same():
+def test_slightly_indefinite_moment_gives_finite_scales():
     coded, given = problem()
     cov_NN = given["cov"] - 1.0 * torch.eye(40) * torch.linalg.eigvalsh(given["cov"])[5]
     row_A, gain_N = rescale(*coded, **{**given, "cov": cov_NN})

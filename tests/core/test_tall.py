@@ -13,7 +13,7 @@ def tall():
 
 
 @pytest.mark.parametrize("important", [False, True])
-def test_a_tall_weight_by_bands_is_as_good_as_in_one_piece(tall, monkeypatch, important):
+def test_bands_have_the_error_of_the_whole_weight(tall, monkeypatch, important):
     weight_AN, moments = tall
     monkeypatch.setattr("watersic_hf.core.tall.ROWS_PER_BAND", 700)
     importance_A = torch.linspace(0.2, 3, 3000) if important else None
@@ -33,7 +33,7 @@ def test_a_tall_weight_by_bands_is_as_good_as_in_one_piece(tall, monkeypatch, im
         assert errors_A[:500].mean() > 3 * errors_A[-500:].mean()
 
 
-def test_a_weight_that_is_not_tall_is_quantized_as_ever(tall):
+def test_weight_with_few_rows_is_quantized_as_a_whole(tall):
     weight_AN, moments = tall
 
     plain = quantize_weight(weight_AN, moments, bits=3.0, charge=layer_charge)

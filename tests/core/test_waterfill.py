@@ -22,12 +22,12 @@ def gaussian(rows=4096, cols=64, seed=0):
     return weight_AN, torch.linalg.cholesky(root_NN @ root_NN.T + 0.1 * eye_NN)
 
 
-def test_the_shaping_loss_is_a_quarter_bit():
+def test_shaping_loss_is_a_quarter_bit():
     assert pytest.approx(0.2546, abs=1e-4) == SHAPING_LOSS
 
 
 @pytest.mark.parametrize("rate", [3.0, 4.0])
-def test_a_column_costs_the_requested_rate_plus_the_shaping_loss(rate):
+def test_column_costs_the_requested_rate_plus_the_shaping_loss(rate):
     weight_AN, chol_NN = gaussian()
 
     step = step_for_rate(weight_AN, chol_NN, rate)
@@ -43,12 +43,12 @@ def test_every_bit_halves_the_step():
     assert float(ratio) == pytest.approx(2, rel=1e-14)
 
 
-def test_spacings_make_the_whitened_step_the_same_for_all_columns():
+def test_spacings_give_all_columns_the_same_whitened_step():
     _, chol_NN = gaussian(rows=1)
     assert torch.allclose(spacings(chol_NN, 0.3) * chol_NN.diagonal(), torch.tensor(0.3).double())
 
 
-def test_zero_columns_do_not_touch_the_step():
+def test_zero_columns_do_not_change_the_step():
     weight_AN, chol_NN = gaussian(rows=100)
     wide_AN = torch.cat([weight_AN, torch.zeros(100, 3)], 1)
     wide_N = torch.cat([chol_NN.diagonal(), torch.ones(3)])
@@ -56,14 +56,14 @@ def test_zero_columns_do_not_touch_the_step():
     assert float(step_for_rate(wide_AN, wide_N, 2.0)) == pytest.approx(wanted, rel=1e-14)
 
 
-def test_budget_and_rate_give_one_step_while_all_columns_are_above_water():
+def test_budget_and_rate_give_the_same_step_if_all_columns_are_above_water():
     weight_AN, chol_NN = gaussian()
     wanted = float(step_for_rate(weight_AN, chol_NN, 6.0))
     assert float(step_for_budget(weight_AN, chol_NN, 6.0)) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 1.0, 4.0])
-def test_a_budget_is_spent_by_the_columns_above_water(rate):
+def test_budget_is_spent_by_the_columns_above_water(rate):
     weight_AN, chol_NN = gaussian()
     weight_AN = weight_AN * torch.logspace(-9, 0, 64, dtype=torch.float64)
 
@@ -73,7 +73,7 @@ def test_a_budget_is_spent_by_the_columns_above_water(rate):
     assert float((0.5 * over_N.log2()).clamp(min=0).mean()) == pytest.approx(rate, rel=1e-9)
 
 
-def test_shannon_rate_of_equal_components_is_the_textbooks():
+def test_shannon_rate_of_equal_components():
     assert shannon_rate(torch.full((5,), 3.0), 3.0 / 16) == pytest.approx(2.0)
 
 
@@ -85,7 +85,7 @@ def test_shannon_rate_inverts_the_waterfilling():
         assert shannon_rate(variance_N, distortion) == pytest.approx(rate, rel=1e-9)
 
 
-def test_shannon_rate_at_the_ends():
+def test_shannon_rate_of_large_and_zero_distortion():
     variance_N = torch.tensor([0.0, 1.0, 2.0])
     assert shannon_rate(variance_N, 1.0) == 0.0
     assert shannon_rate(variance_N, 5.0) == 0.0

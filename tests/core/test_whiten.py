@@ -15,18 +15,18 @@ from watersic_hf.core.whiten import (
 from watersic_hf.testing import assert_close, random_layer
 
 
-def test_dead_columns_are_those_far_below_the_median():
+def test_columns_far_below_the_median_are_dead():
     power_N = torch.tensor([1e6, 1.0, 2.0, 0.9e-3, 1.1e-3, 0.0, 1.0, 3.0])
     live = [True, True, True, False, True, False, True, True]
     assert live_columns(power_N).tolist() == live
     assert live_columns(power_N.diag()).tolist() == live
 
 
-def test_zero_columns_are_dead_even_when_they_are_most():
+def test_zero_columns_are_dead_even_if_most_are_zero():
     assert live_columns(torch.tensor([0.0, 0.0, 0.0, 1.0])).tolist() == [False, False, False, True]
 
 
-def test_the_factor_is_of_the_damped_moment():
+def test_factor_is_that_of_the_damped_moment():
     _, cov_NN = random_layer(1, 20, seed=0)
     chol_NN, damping = damped_cholesky(cov_NN, 1e-2, tokens=0, name="layer")
     shift = 1e-2 * cov_NN.diagonal().mean()
@@ -36,7 +36,7 @@ def test_the_factor_is_of_the_damped_moment():
     assert_close(chol_N.square(), cov_NN.diagonal() + shift, tolerance=1e-14)
 
 
-def test_a_failed_factorization_is_damped_more_and_said_so(caplog):
+def test_failed_factorization_is_retried_with_more_damping_and_logged(caplog):
     # eigenvalues 1.005 and -0.005; the mean of the diagonal is 0.5
     cov_NN = torch.tensor([[0.5, 0.505], [0.505, 0.5]], dtype=torch.float64)
     with caplog.at_level(logging.WARNING):
@@ -50,14 +50,14 @@ def test_a_failed_factorization_is_damped_more_and_said_so(caplog):
     ]
 
 
-def test_an_indefinite_moment_is_an_error_that_names_the_layer():
+def test_indefinite_moment_raises_with_the_layer():
     cov_NN = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
     with pytest.raises(CalibrationError, match=r"q_proj: .*\(2 x 2\).*damping 0\.1; 7 calibration"):
         damped_cholesky(cov_NN, 1e-4, tokens=7, name="q_proj")
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_drift_without_drift_gives_the_plain_target(with_residual):
+def test_equal_streams_give_the_target_without_drift(with_residual):
     weight_AN, cov_NN = random_layer(30, 20, seed=0)
     residual_AN = 0.01 * random_layer(30, 20, seed=1)[0] if with_residual else None
     chol_NN, damping = damped_cholesky(cov_NN, 1e-4, tokens=0, name="layer")
@@ -75,7 +75,7 @@ def test_drift_without_drift_gives_the_plain_target(with_residual):
     assert_close(whitened_target(weight_AN, drift, chol_NN, damping), plain_AN, tolerance=1e-10)
 
 
-def test_a_diagonal_moment_gives_the_target_of_its_matrix():
+def test_diagonal_moment_gives_the_target_of_its_matrix():
     weight_AN, cov_NN = random_layer(30, 20, seed=0)
     power_N, residual_AN = cov_NN.diagonal(), 0.01 * random_layer(30, 20, seed=1)[0]
     targets = []
@@ -107,7 +107,7 @@ def drifting_streams(tokens=4000, columns=12, rows=5):
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_the_target_is_the_least_squares_weight_on_the_drifted_input(with_residual):
+def test_target_is_the_least_squares_weight_on_the_drifted_input(with_residual):
     x_TN, drifted_TN, residual_TA = drifting_streams()
     weight_AN = torch.randn(5, 12, dtype=torch.float64)
     T = len(x_TN)
@@ -129,7 +129,7 @@ def test_the_target_is_the_least_squares_weight_on_the_drifted_input(with_residu
     assert_close(found_AN, expected_AN, tolerance=1e-9)
 
 
-def test_a_share_of_the_drift_moves_the_target_in_proportion():
+def test_fraction_of_the_drift_moves_the_target_in_proportion():
     x_TN, drifted_TN, residual_TA = drifting_streams()
     T = len(x_TN)
     moments = Moments(
@@ -141,7 +141,7 @@ def test_a_share_of_the_drift_moves_the_target_in_proportion():
     )
     weight_AN = torch.randn(5, 12, dtype=torch.float64)
 
-    linear = [moments.with_drift(share).linear_term(weight_AN) for share in (0.0, 0.25, 1.0)]
+    linear = [moments.with_drift(fraction).linear_term(weight_AN) for fraction in (0.0, 0.25, 1.0)]
 
     assert_close(linear[0], weight_AN @ moments.drifted_cov_NN, tolerance=1e-12)
     assert_close(linear[1], 0.75 * linear[0] + 0.25 * linear[2], tolerance=1e-12)
@@ -168,7 +168,7 @@ def test_mixed_moments_are_the_weighted_mean_of_all_fields():
         assert_close(getattr(mixed, field), getattr(direct, field), tolerance=1e-12)
 
 
-def test_dead_columns_take_no_part_in_a_whitening():
+def test_dead_columns_are_left_out_of_the_whitening():
     weight_AN, cov_NN = random_layer(6, 8, seed=1)
     cov_NN[3] = cov_NN[:, 3] = 0
     x_TN = torch.randn(5, 8)
@@ -184,7 +184,7 @@ def test_dead_columns_take_no_part_in_a_whitening():
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_a_leverage_is_what_a_token_feels_of_errors_that_are_white_in_the_whitened_domain(diagonal):
+def test_leverage_is_the_quadratic_form_of_the_damped_inverse(diagonal):
     x_TN = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
     x_TN[0] *= 100
     cov = x_TN.square().mean(0) if diagonal else x_TN.T @ x_TN / 40
@@ -198,7 +198,7 @@ def test_a_leverage_is_what_a_token_feels_of_errors_that_are_white_in_the_whiten
     assert_close(leverage_T, (x_TN.T * solved_NT).sum(0) / 8, tolerance=1e-10)
 
 
-def test_leverages_are_one_in_the_mean_where_nothing_is_damped():
+def test_mean_leverage_without_damping_is_one():
     x_TN = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
     moments = Moments(cov=x_TN.T @ x_TN / 40, tokens=40)
 
@@ -207,7 +207,7 @@ def test_leverages_are_one_in_the_mean_where_nothing_is_damped():
     assert float(leverage_T.mean()) == pytest.approx(1)
 
 
-def test_the_damping_falls_with_the_tokens_to_the_papers():
+def test_damping_decreases_with_tokens_to_the_minimum():
     power_N = torch.ones(1000)
 
     assert damping_for(power_N, 1000) == pytest.approx(4)
@@ -216,7 +216,7 @@ def test_the_damping_falls_with_the_tokens_to_the_papers():
     assert damping_for(power_N, 0) == 1e-4
 
 
-def test_a_massive_column_does_not_raise_what_is_added_to_the_others():
+def test_massive_column_does_not_raise_the_damping_of_the_others():
     power_N = torch.ones(1000)
     plain = damping_shift(power_N, damping_for(power_N, 100_000))
     power_N[3] = 1e4

@@ -38,7 +38,7 @@ def test_blocked_codes_equal_the_plain_recursion(rows, cols, rate):
     assert torch.allclose(shrinkage_N, wanted_N, rtol=0, atol=1e-10)
 
 
-def test_the_recursion_is_the_papers_with_full_width_updates():
+def test_recursion_equals_the_paper_with_full_width_updates():
     target_AN, chol_NN, step = problem(40, 30, rate=1.0)
     left_AN, wanted_AN = target_AN.clone(), torch.zeros_like(target_AN)
     for i in reversed(range(30)):
@@ -53,13 +53,13 @@ def test_the_recursion_is_the_papers_with_full_width_updates():
     assert torch.equal(codes_AN, wanted_AN.int())
 
 
-def test_what_is_fed_back_is_the_quantized_weight():
+def test_fed_back_values_are_the_quantized_weight():
     target_AN, chol_NN, step = problem(40, 30)
     codes_AN, shrinkage_N, fed_back_AN = plain(target_AN, chol_NN, step)
     assert_close(fed_back_AN, codes_AN * (shrinkage_N * spacings(chol_NN, step)), tolerance=1e-12)
 
 
-def test_a_diagonal_factor_gives_the_codes_of_its_matrix():
+def test_diagonal_factor_gives_the_codes_of_its_matrix():
     target_AN, chol_NN, step = problem(50, 70)
     chol_N = chol_NN.diagonal().clone()
 
@@ -71,7 +71,7 @@ def test_a_diagonal_factor_gives_the_codes_of_its_matrix():
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
-def test_the_target_is_left_alone_in_any_layout(diagonal):
+def test_target_is_not_changed_in_any_layout(diagonal):
     target_AN, chol, step = problem(9, 70)
     chol = chol.diagonal().clone() if diagonal else chol
     row_major_AN, before_AN = target_AN.contiguous(), target_AN.clone()
@@ -84,7 +84,7 @@ def test_the_target_is_left_alone_in_any_layout(diagonal):
     assert torch.equal(row_major_AN, before_AN)
 
 
-def test_every_column_reaches_a_given_block_kernel_once():
+def test_block_step_gets_every_column_once():
     target_AN, chol_NN, step = problem(7, 300)
     widths = []
 
@@ -127,7 +127,7 @@ def test_all_columns_carry_the_same_whitened_distortion_at_high_rate():
     assert torch.allclose(distortion_N / (step**2 / 12), torch.ones(40).double(), atol=0.06)
 
 
-def test_a_step_that_leaves_int32_is_refused():
+def test_step_that_exceeds_int32_is_rejected():
     target_AN, chol_NN, step = problem(4, 4)
     with pytest.raises(ValueError, match="beyond 1073741824; use a lower rate"):
         zsic(target_AN, chol_NN, step * 1e-12)

@@ -8,7 +8,7 @@ would send it elsewhere: an expert's inputs in the two models are those of the s
 is calibrated for what it was made for.
 
 An expert that few tokens reach shrinks towards the pool: the tokens of the whole layer, as if all
-of them went through this expert (`watersic_hf.core.pool_share`).  So every expert is calibrated,
+of them went through this expert (`watersic_hf.core.pool_fraction`).  So every expert is calibrated,
 one without any token on the pool alone.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from watersic_hf.checkpoint import PACKED
-from watersic_hf.core import MomentAccumulator, Moments, pool_share
+from watersic_hf.core import MomentAccumulator, Moments, pool_fraction
 from watersic_hf.nn import SeparateExperts, separate_experts
 from watersic_hf.streams.capture import Side, module_arguments
 from watersic_hf.streams.processes import gather
@@ -49,7 +49,7 @@ def outside(layers: Iterable[str], experts: Iterable[str]) -> list[str]:
 
 def share_of_pool(columns: int, tokens: int) -> float:
     """Share of the pool in the statistics of an expert's matrix; 0 where it can be left out."""
-    share = pool_share(columns, tokens)
+    share = pool_fraction(columns, tokens)
     return share if share >= LEAST_SHARE else 0.0
 
 
@@ -117,7 +117,7 @@ class ExpertMoments:
             return self._measure(expert, matrix, token_S)
         pool = self._pool(expert, matrix)
         if not len(token_S):
-            return pool.for_none()
+            return pool.without_own_tokens()
         return self._measure(expert, matrix, token_S).pooled(pool, share)
 
     def _pool(self, expert: int, matrix: str) -> Moments:

@@ -1,4 +1,4 @@
-"""The checkpoint: which tensors a quantized layer is stored as, and the files that hold them."""
+"""The checkpoint format: the tensors that store a quantized layer, and the files that hold them."""
 
 from watersic_hf.checkpoint.comparison import compare_checkpoints
 from watersic_hf.checkpoint.files import (
@@ -8,13 +8,10 @@ from watersic_hf.checkpoint.files import (
     checksum_of,
     read_headers,
     read_json,
-    read_state,
     read_tensors,
     reading,
     replacing,
-    require_identity,
     write_json,
-    write_state,
     write_tensors,
 )
 from watersic_hf.checkpoint.inspection import (
@@ -49,6 +46,7 @@ from watersic_hf.checkpoint.schema import (
     tensor_specs,
     validate_layer,
 )
+from watersic_hf.checkpoint.states import read_state, require_identity, write_state
 
 __all__ = [
     "FORMAT_VERSION",

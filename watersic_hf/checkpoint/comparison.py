@@ -1,11 +1,9 @@
-"""Two models side by side: which tensors are the same bytes, and how far apart the weights are."""
+"""Compare two model folders: identical tensors, and the differences of the weights."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from watersic_hf import codec
-from watersic_hf.checkpoint.files import checkpoint_files, read_headers, read_tensors
+from watersic_hf.checkpoint.files import (
+    checkpoint_files,
+    read_headers,
+    read_tensors,
+    saved_settings,
+)
 from watersic_hf.checkpoint.schema import (
     CheckpointError,
     PackedLayer,
@@ -21,38 +24,47 @@ from watersic_hf.checkpoint.schema import (
     validate_layer,
 )
 
-#: What config.json says of a quantized model that nobody chose.
+#: Entries of the quantization config that are results and not settings.
 _RESULTS = ("left_dense", "tables")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDifference:
-    """A layer that both models hold, and at least one of them quantized.  Bits are per weight."""
+    """A layer that both models have and at least one has quantized.  Bits are per weight."""
 
     name: str
     weights: int
     bits_a: float
     bits_b: float
     identical: bool
-    """It is stored as the same tensors, byte for byte."""
+    """Whether both models store it as the same tensors, byte for byte."""
     difference: float
-    """Norm of the difference of the dequantized weights, relative to the norm of the first."""
+    """Norm of the difference of the dequantized weights, relative to the norm of the first one."""
 
 
 def compare_checkpoints(a: str | os.PathLike, b: str | os.PathLike) -> dict[str, Any]:
-    """Compare two model folders, a layer at a time in memory; one of them may be dense.
+    """Compare two model folders, one of which may be dense.
+
+    Only one layer at a time is held in memory.
+
+    Args:
+        a: folder of the first model.
+        b: folder of the second model.
 
     Returns:
-        ``layers``: a dict with the fields of `LayerDifference` for each; ``totals``: their weights,
-        the average bits of both, the root mean square of the differences, weighted by weights, and
-        the bytes of the files of both; ``settings``: the two values, by name, of what config.json
-        says differently, if both are quantized; ``tensors``: how many of those that both store are
-        ``identical`` and how many ``different``, and the names of those that are ``only_a`` and
-        ``only_b``.
+        A dict with the entries
+
+        * ``layers``: for every layer, a dict with the fields of `LayerDifference`;
+        * ``totals``: number of layers and weights, average bits of both models, root mean square
+          of the differences (averaged over weights), and bytes of the files of both models;
+        * ``settings``: both values of every quantization setting that differs, by name, if both
+          models are quantized;
+        * ``tensors``: the numbers of common tensors that are ``identical`` and ``different``, and
+          the names of the tensors in ``only_a`` and ``only_b``.
 
     Raises:
-        CheckpointError: a file or layer is damaged, a layer has two shapes, or the two have no
-            layer in common that one of them has quantized.
+        CheckpointError: a file or layer is damaged, a layer has different shapes, or the models
+            have no layer in common that is quantized in one of them.
     """
     first, second = _Folder(a), _Folder(b)
     common = sorted(first.headers.keys() & second.headers.keys())
@@ -64,8 +76,8 @@ def compare_checkpoints(a: str | os.PathLike, b: str | os.PathLike) -> dict[str,
     ]
     if not layers:
         raise CheckpointError(
-            f"{a} and {b} have no layer in common that is quantized in one of them; are they made "
-            f"from the same model, and is one of them quantized?"
+            f"{a} and {b} have no layer in common that is quantized in one of them. Compare two "
+            f"folders of the same model, at least one of them quantized with watersic_hf."
         )
     rows = [
         _difference(name, first, second, same)
@@ -98,34 +110,32 @@ def compare_checkpoints(a: str | os.PathLike, b: str | os.PathLike) -> dict[str,
 
 
 class _Folder:
-    """A model folder of which single layers are read."""
+    """A model folder from which single layers are read."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.headers = read_headers(checkpoint_files(folder))
         self.packed = stored_layers({n: (h.shape, h.dtype) for n, h in self.headers.items()})
         self.file_bytes = sum(f.stat().st_size for f in {h.file for h in self.headers.values()})
-        config = Path(folder) / "config.json"
-        text = config.read_text(encoding="utf-8") if config.is_file() else "{}"
-        self.settings: dict[str, Any] = json.loads(text).get("quantization_config", {})
+        self.settings = saved_settings(folder)
 
     def holds(self, layer: str) -> bool:
-        """Whether there is such a layer, quantized or dense."""
+        """Return whether the folder has a layer, quantized or dense."""
         return f"{layer}.weight" in self.headers
 
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor."""
+        """Return a stored tensor."""
         return read_tensors(self.headers[name].file, [name])[name]
 
     def tensors(self, layer: str) -> list[str]:
-        """Names of the tensors that a layer's weight is stored as."""
+        """Return the names of the tensors that store the weight of a layer."""
         return [f"{layer}.{field}" for field in self.packed.get(layer, ("weight",))]
 
     def bits(self, layer: str, weights: int) -> float:
-        """Stored bits per weight."""
+        """Return the stored bits per weight of a layer."""
         return 8 * sum(self.headers[n].nbytes for n in self.tensors(layer)) / weights
 
     def weight(self, layer: str) -> Tensor:
-        """The weight in float32, dequantized if it is quantized."""
+        """Return the weight of a layer, float32, dequantized if necessary."""
         if layer not in self.packed:
             return self.tensor(f"{layer}.weight").float()
         shapes = self.packed[layer]
@@ -160,14 +170,14 @@ def _difference(name: str, a: _Folder, b: _Folder, same: set[str]) -> LayerDiffe
 
 def _relative_difference(name: str, a: Tensor, b: Tensor) -> float:
     # the dense weight of GPT-2's Conv1D is stored transposed
-    ways = [w for w in (b, b.movedim(-1, 0)) if w.shape == a.shape]
-    if not ways:
+    candidates = [w for w in (b, b.movedim(-1, 0)) if w.shape == a.shape]
+    if not candidates:
         raise CheckpointError(
             f"{name}: the weight is {tuple(a.shape)} in the first model and {tuple(b.shape)} in "
             f"the second; only models of one architecture and size can be compared."
         )
     norm = float(a.norm())
-    distance = min(float((a - way).norm()) for way in ways)
+    distance = min(float((a - candidate).norm()) for candidate in candidates)
     return distance / norm if norm > 0 else math.inf if distance > 0 else 0.0
 
 
@@ -179,5 +189,5 @@ def _different_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts block 2 before block 10."""
+    """Return a sort key that sorts block 2 before block 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,7 +1,7 @@
-"""Safetensors files: what a folder has, what headers say, reading, and states to resume from.
+"""Find, read and write safetensors and JSON files.
 
-What is written here is whole at any time: it is written beside its place, flushed to the disk, and
-then moved there.
+All files are written atomically: to a temporary file in the same folder, which is flushed to the
+disk and then renamed.  A reader never sees an incomplete file.
 """
 
 import contextlib
@@ -15,39 +15,56 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from watersic_hf.checkpoint.schema import CheckpointError
 
 _LENGTH_BYTES = 8
-#: Bytes of a tensor that are handed to the operating system at a time.
+#: Number of bytes of a tensor that are written at a time.
 _CHUNK = 1 << 24
-#: The dtypes of safetensors, in the order in which its files have them.
+#: The dtypes of safetensors, in the order in which it stores tensors.
 _DTYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
-    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class TensorHeader(NamedTuple):
-    """What a file's header says of one tensor."""
+    """The entry of one tensor in the header of a safetensors file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    """Name of the dtype in safetensors, such as ``BF16``."""
     nbytes: int
 
 
 def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
-    """The safetensors files of a model folder, in the order of their names.
+    """Return the safetensors files of a model folder, sorted by name.
+
+    If the folder has an index, only the files that it names are returned.
+
+    Args:
+        folder: folder of the model.
 
     Raises:
-        CheckpointError: there is none, or the index names a file that is not there.
+        CheckpointError: there is no file, or the index names a file that does not exist.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
@@ -59,7 +76,8 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{folder}: {index.name} names {missing}, which are not in the folder."
+            f"{folder}: {index.name} names {missing}, which are not in the folder. Download or "
+            f"copy them too."
         )
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file found; is it a model folder?")
@@ -67,7 +85,7 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
 
 
 def saved_settings(folder: str | os.PathLike) -> dict[str, Any]:
-    """How a model folder says that it was quantized; empty if it does not say."""
+    """Return the ``quantization_config`` of a model folder; empty if it has none."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         return {}
@@ -75,11 +93,14 @@ def saved_settings(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
-    """Headers of all tensors of some files, by name, without reading the data.
+    """Return the headers of all tensors of some files, by name, without reading the data.
+
+    Args:
+        files: safetensors files.
 
     Raises:
-        CheckpointError: a file is no safetensors file, or ends before its last tensor does; the
-            message names the first tensor that is cut.
+        CheckpointError: a file is not a safetensors file, or ends before its last tensor does; the
+            message names the first tensor that is incomplete.
     """
     tensors: dict[str, TensorHeader] = {}
     for file in map(Path, files):
@@ -98,10 +119,14 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
 
 
 def read_tensors(file: str | os.PathLike, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of one file, by name.
+    """Return tensors of one file, by name.
+
+    Args:
+        file: safetensors file.
+        names: names of the tensors to read.
 
     Raises:
-        CheckpointError: the file cannot be read, or has no such tensor.
+        CheckpointError: the file cannot be read, or has no tensor of that name.
     """
     try:
         with safe_open(file, framework="pt") as handle:
@@ -112,10 +137,14 @@ def read_tensors(file: str | os.PathLike, names: Iterable[str]) -> dict[str, Ten
 
 @contextlib.contextmanager
 def reading(what: str, advice: str) -> Iterator[None]:
-    """Read safetensors files by other means than those here.
+    """Convert the errors of other code that reads safetensors files to `CheckpointError`.
+
+    Args:
+        what: what is read, for the message.
+        advice: what to do if it cannot be read, for the message.
 
     Raises:
-        CheckpointError: a file cannot be read; the message says `what`, and has the `advice`.
+        CheckpointError: a file cannot be read.
     """
     try:
         yield
@@ -125,11 +154,14 @@ def reading(what: str, advice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(file: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `file` when it is complete and on the disk.
+    """Open a temporary file that replaces `file` once it is complete and flushed to the disk.
+
+    Args:
+        file: file to replace or to create; its folder is created if necessary.
 
     Raises:
-        CheckpointError: it cannot be written, as when the disk is full; what was there before is
-            there still.
+        CheckpointError: the file cannot be written, for example because the disk is full; an
+            existing file is kept then.
     """
     file = Path(file)
     scratch = file.with_name(f"{file.name}.tmp{os.getpid()}")
@@ -143,8 +175,8 @@ def replacing(file: str | os.PathLike) -> Iterator[BinaryIO]:
         _flush_folder(file.parent)
     except OSError as error:
         raise CheckpointError(
-            f"{file}: cannot be written: {error.strerror or error}. Nothing that was finished is "
-            f"lost: make room or choose another disk, and run the same command again."
+            f"{file}: cannot be written: {error.strerror or error}. Finished work is kept: free "
+            f"some space or choose another disk, and run the same command again."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -152,7 +184,7 @@ def replacing(file: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def read_json(file: str | os.PathLike) -> Any:
-    """What `write_json` wrote.
+    """Return the content of a JSON file.
 
     Raises:
         CheckpointError: the file cannot be read.
@@ -164,22 +196,22 @@ def read_json(file: str | os.PathLike) -> Any:
 
 
 def write_json(file: str | os.PathLike, value: Any) -> None:
-    """Write what JSON holds to a file.
+    """Write a value to a JSON file.
 
     Raises:
-        CheckpointError: as `replacing`.
+        CheckpointError: the file cannot be written; see `replacing`.
     """
     with replacing(file) as handle:
         handle.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 class TensorWriter:
-    """Writes a safetensors file tensor by tensor, with no more than a part of one in memory.
+    """Write a safetensors file tensor by tensor, so that it need not fit into memory.
 
     Args:
-        handle: an empty file.
-        specs: shape and dtype of every tensor, in the order in which they will be added.
-        metadata: of the file.
+        handle: empty file, opened for writing.
+        specs: shape and dtype of every tensor, in the order in which the tensors will be added.
+        metadata: metadata of the file, which may be empty.
     """
 
     def __init__(
@@ -192,9 +224,8 @@ class TensorWriter:
         start = 0
         for name, (shape, dtype) in specs.items():
             end = start + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end],
-            }  # fmt: skip
+            offsets = [start, end]
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
             start = end
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _LENGTH_BYTES)
@@ -202,7 +233,7 @@ class TensorWriter:
         self._handle.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
 
     def add(self, tensor: Tensor) -> int:
-        """Write the next tensor; returns its `checksum_of`."""
+        """Write the next tensor, and return its checksum, as `checksum_of` does."""
         checksum = 0
         for part in _parts(tensor):
             self._handle.write(part)
@@ -215,16 +246,18 @@ def write_tensors(
     file: str | os.PathLike,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """What `safetensors.torch.save_file` writes, to the byte, in little memory.
+    """Write tensors to a safetensors file, with little additional memory.
+
+    The file has the same bytes as one of `safetensors.torch.save_file`.
 
     Args:
-        tensors: by name.  Each is taken out once it is written, so that what is only mapped into
-            memory can be let go.
-        file: the file.
-        metadata: of the file.
+        tensors: tensors by name.  Each is removed from the mapping once it is written, so that
+            memory-mapped tensors can be released.
+        file: file to write.
+        metadata: metadata of the file; default: none.
 
     Raises:
-        CheckpointError: as `replacing`.
+        CheckpointError: the file cannot be written; see `replacing`.
     """
     order = list(_DTYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name.encode()))
@@ -235,109 +268,23 @@ def write_tensors(
             writer.add(tensors.pop(name))
 
 
-def write_state(
-    file: str | os.PathLike, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-) -> None:
-    """Write the state of a computation to one file, which is whole at any time.
-
-    Args:
-        file: the file; its folder is made if it is not there.
-        tensors: by name.
-        facts: what JSON holds; one of them, ``identity``, says which computation this is the state
-            of.
-
-    Raises:
-        CheckpointError: as `replacing`.
-    """
-    facts = dict(facts) | {"checksums": _checksums(tensors)}
-    # in one file with the tensors, so that the two cannot be of different times
-    write_tensors(dict(tensors), file, {"facts": json.dumps(facts)})
-
-
-def read_state(
-    file: str | os.PathLike,
-    *,
-    identity: Mapping[str, Any],
-    advice: str = "Delete it, and what it holds is computed again.",
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts that `write_state` wrote.
-
-    Args:
-        file: the file.
-        identity: of the computation.
-        advice: for the message, what to do about a file that is damaged.
-
-    Raises:
-        CheckpointError: the file cannot be read, is damaged, or is the state of another
-            computation; the message says in what the two differ.
-    """
-    file = Path(file)
-    try:
-        with safe_open(file, framework="pt") as handle:
-            facts = json.loads((handle.metadata() or {}).get("facts", "{}"))
-        tensors = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}. {advice}") from error
-    require_identity(file, facts.get("identity", {}), identity)
-    if facts.pop("checksums", None) != _checksums(tensors):
-        raise CheckpointError(
-            f"{file}: this state is damaged: its bytes do not match their checksum. {advice}"
-        )
-    return tensors, facts
-
-
-def require_identity(
-    file: str | os.PathLike, found: Mapping[str, Any], identity: Mapping[str, Any]
-) -> None:
-    """Refuse the state of another computation.
-
-    Raises:
-        CheckpointError: the two differ; the message says in what.
-    """
-    differing = list(_differences(found, identity))
-    if differing:
-        raise CheckpointError(
-            f"{file}: this state was written with other {' and '.join(differing)}, and cannot be "
-            f"resumed with these. Give what it was started with, or choose another folder."
-        )
-
-
-def _differences(found: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[str]:
-    """What differs, with both values where they are short."""
-    for name, wanted in identity.items():
-        value = found.get(name)
-        if value == wanted:
-            continue
-        if isinstance(value, Mapping) and isinstance(wanted, Mapping):
-            parts = ", ".join(_differences(value, dict.fromkeys(value) | dict(wanted)))
-            yield f"{name} ({parts})"
-        else:
-            texts = [json.dumps(v) for v in (value, wanted)]
-            shown = all(len(text) < 40 for text in texts)
-            yield f"{name} ({texts[0]} instead of {texts[1]})" if shown else name
-
-
 def _parts(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, some at a time."""
+    """Yield the bytes of a tensor in parts of at most `_CHUNK` bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for part in flat.split(_CHUNK):
         yield memoryview(part.cpu().numpy())
 
 
 def checksum_of(tensor: Tensor) -> int:
-    """A checksum of a tensor's bytes."""
+    """Return the CRC-32 of a tensor's bytes."""
     checksum = 0
     for part in _parts(tensor):
         checksum = zlib.crc32(part, checksum)
     return checksum
 
 
-def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    return {name: checksum_of(tensor) for name, tensor in tensors.items()}
-
-
 def _flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk; only where a folder can be opened."""
+    """Flush the entries of a folder to the disk, on systems on which a folder can be opened."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -347,7 +294,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _parse_header(file: Path) -> tuple[dict, int]:
-    """The JSON header of a safetensors file and the position at which its data starts."""
+    """Return the JSON header of a safetensors file, and the offset at which its data starts."""
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")

@@ -1,4 +1,4 @@
-"""What a folder holds: a row per quantized layer, and a check of every byte of it."""
+"""Inspect a model folder: a row per quantized layer, the totals, and a check of every byte."""
 
 import math
 import os
@@ -37,42 +37,48 @@ class LayerRow:
     bits: float
     """Stored bits, everything included."""
     payload_bits: float
-    """Stored bits of the payload: without the scales."""
+    """Stored bits of the payload, without the scales."""
     pooled_entropy: float | None = None
-    """Entropy of one histogram of all codes; None, as all that follows, if nothing was decoded."""
+    """Entropy of the histogram of all codes.  This and the fields below except `table` are None if
+    the codes were not decoded."""
     class_entropy: float | None = None
-    """Entropy given the row and column classes."""
+    """Conditional entropy of the codes, given their row and column classes."""
     row_classes: int | None = None
     column_classes: int | None = None
     escapes: int | None = None
     max_abs_code: int | None = None
     table: bool = False
-    """Whether it is an embedding or an output head, whose bits are its own."""
+    """Whether the layer is a vocabulary matrix (an embedding or an output head).  Its bits are not
+    part of the model's average."""
     profile: ColumnProfile | None = None
-    """What the columns spend, as seen from the codes."""
+    """Rates of the columns, estimated from the codes."""
 
 
 def inspect_checkpoint(
     folder: str | os.PathLike, *, decode: bool = True, renamed: Callable[[str], str] = str
 ) -> dict[str, Any]:
-    """Decode every layer of a model folder, and add up what is stored.
+    """Return the quantized layers of a model folder, the dense matrices, and the stored sizes.
 
     Args:
-        folder: of the model.
-        decode: False reads the files' headers only, and leaves out what takes the codes.
-        renamed: what the model calls a module of the files, to find why it is dense; default: the
-            same.
+        folder: folder of the model.
+        decode: whether to decode the codes; False reads only the headers of the files, and omits
+            entropies, classes and profiles.  Default: True.
+        renamed: function from the name of a module in the files to its name in the model, by which
+            the reasons for dense layers are stored; default: the names are the same.
 
     Returns:
-        ``layers``: a dict per layer with the fields of `LayerRow`; ``totals``: quantized layers
-        and weights, average bits and entropies, all without embeddings and heads; these apart, as
-        ``tables``; the bytes of all quantized and of the dense tensors; and the parameters of the
-        whole model, with the bits that each of them takes;
-        ``dense``: for every name of dense matrices, with ``*`` for numbers in it, how many there
-        are, their bytes, and the reason if it is known.
+        A dict with the entries
+
+        * ``layers``: for every quantized layer, a dict with the fields of `LayerRow`;
+        * ``totals``: number of layers and weights, average bits and entropies, without vocabulary
+          matrices; the numbers for vocabulary matrices (keys with ``table``); bytes of the
+          quantized tensors, of the dense tensors and of the files; number of parameters of the
+          whole model, and stored bits per parameter;
+        * ``dense``: for every name of dense matrices, with ``*`` in place of numbers, their number,
+          their bytes, and the reason why they are dense, if it is known.
 
     Raises:
-        CheckpointError: a file or layer is damaged, or nothing in the folder is quantized.
+        CheckpointError: a file or layer is damaged, or no layer of the folder is quantized.
     """
     headers = read_headers(checkpoint_files(folder))
     settings = saved_settings(folder)
@@ -80,9 +86,10 @@ def inspect_checkpoint(
         rows = [_row(name, layer) for name, layer in _layers(headers)]
     else:
         rows = [_row_of_headers(name, sh, headers) for name, sh in _shapes(headers).items()]
-    names = settings.get("tables", ())
-    rows = [replace(row, table=_named(row.name, names) is not None) for row in rows]
-    layers, tables = ([row for row in rows if row.table is kind] for kind in (False, True))
+    vocabulary_names = settings.get("tables", ())
+    rows = [replace(row, table=_named(row.name, vocabulary_names) is not None) for row in rows]
+    layers = [row for row in rows if not row.table]
+    vocabulary = [row for row in rows if row.table]
     quantized = {f"{row.name}.{field}" for row in rows for field in PackedLayer.__annotations__}
     averages = ("bits", "payload_bits", *(("pooled_entropy", "class_entropy") if decode else ()))
     size = _size(headers)
@@ -90,9 +97,9 @@ def inspect_checkpoint(
         "layers": len(layers),
         "weights": _weights(layers),
         **{field: _average(layers, field) for field in averages},
-        "tables": len(tables),
-        "table_weights": _weights(tables),
-        "table_bits": _average(tables, "bits"),
+        "tables": len(vocabulary),
+        "table_weights": _weights(vocabulary),
+        "table_bits": _average(vocabulary, "bits"),
         "quantized_bytes": sum(h.nbytes for n, h in headers.items() if n in quantized),
         "dense_bytes": sum(h.nbytes for n, h in headers.items() if n not in quantized),
         "file_bytes": sum(file.stat().st_size for file in {h.file for h in headers.values()}),
@@ -108,15 +115,17 @@ def inspect_checkpoint(
 
 
 def experts_together(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for the matrices of one kind of all experts of a module, for a table.
+    """Merge the rows of all experts of a module into one row per kind of matrix.
 
     Args:
-        layers: rows of `inspect_checkpoint`, with ``error`` added, None where it is not known.
+        layers: rows of `inspect_checkpoint`, with an additional entry ``error``, which is None if
+            it is unknown.
 
     Returns:
-        The rows, in their order; an expert's number is ``*``, and how many there are stands behind
-        the name.  Experts have one size, so numbers are plain means, but for the largest code and
-        the number of classes, which are maxima.
+        The merged rows, in the order of the layers.  In their names, ``*`` replaces the number of
+        the expert, and the number of merged rows follows in parentheses.  As the experts of a
+        module have the same size, the numbers are plain means, except for the largest code and the
+        numbers of classes, which are maxima.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in layers:
@@ -139,21 +148,24 @@ def experts_together(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """A model on the disk, quantized or not."""
+    """Size of a model on the disk, quantized or not."""
 
     parameters: int
-    """Weights, biases and all others; a quantized weight counts as what it stands for."""
+    """Number of parameters; a quantized weight counts with its original number of elements."""
     nbytes: int
-    """Bytes of all tensors."""
+    """Bytes of all stored tensors."""
 
     @property
     def bits(self) -> float:
-        """Stored bits per parameter, of the whole model."""
+        """Stored bits per parameter of the whole model."""
         return 8 * self.nbytes / max(1, self.parameters)
 
 
 def model_size(folder: str | os.PathLike) -> ModelSize:
-    """The size of a model folder, read from the headers of its files.
+    """Return the size of the model in a folder, read from the headers of the files.
+
+    Args:
+        folder: folder of the model.
 
     Raises:
         CheckpointError: a file is damaged, or there is none.
@@ -195,10 +207,17 @@ def _dense_rows(
 
 
 def _named(module: str, names: Iterable[str]) -> str | None:
-    """The name among `names` that means a module of the file.
+    """Return the name, of those that the model uses, for a module of the files.
 
-    The file's name may have one prefix less, or some more; ``*`` in a name stands for numbers.  Of
-    models of vision and language, files have the parts of a name in another order, or not all.
+    The name in the files may lack the first component, or have additional ones in front.  In
+    vision-language models it may also lack other components, or have them in another order.
+
+    Args:
+        module: name of the module in the files.
+        names: names in the model, in which ``*`` stands for any number.
+
+    Returns:
+        The matching name, or None if there is none.
     """
     names = list(names)
     for name in names:
@@ -215,13 +234,16 @@ def _named(module: str, names: Iterable[str]) -> str | None:
 
 
 def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
-    """Check every checksum of every layer, and decode all of it.
+    """Check all checksums of all quantized layers, and decode the layers.
+
+    Args:
+        folder: folder of the model.
 
     Returns:
-        How many layers, codes and bytes were checked.
+        The number of ``layers``, ``codes`` and ``bytes`` that were checked.
 
     Raises:
-        CheckpointError: something is damaged; the message names the layer and the part.
+        CheckpointError: a layer is damaged; the message names the layer and the part.
     """
     headers = read_headers(checkpoint_files(folder))
     checked = {"layers": 0, "codes": 0, "bytes": 0}
@@ -232,8 +254,12 @@ def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
         except codec.CodecError as error:
             raise CheckpointError(f"{name}: {error}") from error
         for field, scale in (("row_scale", layer.row_scale), ("col_scale", layer.col_scale)):
-            if not_finite(scale):
-                raise CheckpointError(f"{name}.{field}: the scales are not all finite")
+            bad = not_finite(scale)
+            if bad:
+                raise CheckpointError(
+                    f"{name}.{field}: {bad} of {scale.numel()} scales are not finite. Download or "
+                    f"copy the file again."
+                )
         checked["layers"] += 1
         checked["codes"] += codes.numel()
         checked["bytes"] += layer.stored_bits // 8
@@ -241,22 +267,26 @@ def verify_checkpoint(folder: str | os.PathLike) -> dict[str, int]:
 
 
 def _shapes(headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the tensors of every quantized layer of a checkpoint."""
+    """Return the shapes of the tensors of every quantized layer, after a check."""
     layers = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
     if not layers:
-        raise CheckpointError("the checkpoint holds no layer that watersic_hf quantized")
+        raise CheckpointError(
+            "the checkpoint holds no layer that watersic_hf quantized. Choose the folder of a "
+            "quantized model."
+        )
     for name, shapes in layers.items():
         validate_layer(name, shapes, *_layer_shape(shapes))
     return layers
 
 
 def _layer_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the shape of a layer's weight, given the shapes of its tensors."""
     rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
     return rows, columns
 
 
 def _layers(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer]]:
-    """The quantized layers of a checkpoint, one at a time in memory."""
+    """Yield the names and tensors of the quantized layers, one at a time in memory."""
     layers = _shapes(headers)
     for name, shapes in tqdm(layers.items(), desc="Reading layers", delay=3, leave=False):
         tensors = {}
@@ -282,10 +312,16 @@ def _row(name: str, layer: PackedLayer) -> LayerRow:
     codes_AN = codec.decode(layer.weight)
     statistics = codec.code_statistics(codes_AN)
     return LayerRow(
-        name=name, rows=rows, columns=columns, bits=layer.bits_per_weight,
+        name=name,
+        rows=rows,
+        columns=columns,
+        bits=layer.bits_per_weight,
         payload_bits=8 * len(layer.weight) / max(1, rows * columns),
-        pooled_entropy=statistics.pooled_entropy, class_entropy=statistics.class_entropy,
-        row_classes=statistics.row_classes, column_classes=statistics.col_classes,
-        escapes=statistics.escapes, max_abs_code=statistics.max_abs,
+        pooled_entropy=statistics.pooled_entropy,
+        class_entropy=statistics.class_entropy,
+        row_classes=statistics.row_classes,
+        column_classes=statistics.col_classes,
+        escapes=statistics.escapes,
+        max_abs_code=statistics.max_abs,
         profile=column_profile(codes_AN, codes_AN.float().square_().mean(0).sqrt_()),
-    )  # fmt: skip
+    )

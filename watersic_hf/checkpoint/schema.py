@@ -1,23 +1,23 @@
-"""Names, shapes and dtypes of the tensors that a quantized layer is stored as.
+"""The checkpoint format: names, shapes and dtypes of the tensors that store a quantized layer.
 
 Shapes: A = out_features (rows), N = in_features (columns).
 
-A layer ``L`` with A rows and N columns is three tensors (and its bias, if it has one):
+A layer ``L`` with A rows and N columns is stored as three tensors (and its bias, if it has one):
 
 ==================  =========  ========  =====================================================
-``L.weight``        (bytes,)   uint8     the codec's payload (`watersic_hf/codec/FORMAT.md`)
+``L.weight``        (bytes,)   uint8     payload of the codec (`watersic_hf/codec/FORMAT.md`)
 ``L.row_scale``     (A,)       float16   scale of every row
-``L.col_scale``     (N,)       float16   step of every column times its gain; 0 = dead column
+``L.col_scale``     (N,)       float16   spacing times gain of every column; 0 = dead column
 ==================  =========  ========  =====================================================
 
-and its weight is ``diag(row_scale) @ codes @ diag(col_scale)``.  The payload stands under the name
-of the dense weight, as a vector of bytes, so that a reader without this package finds a tensor of
-the wrong shape and refuses the file, instead of not finding the weight and inventing one.  The
-payload's header carries a checksum of the two scales.
+Its weight is ``diag(row_scale) @ codes @ diag(col_scale)``.  The payload has the name of the dense
+weight, so that a reader without this package finds a tensor of the wrong shape and refuses the
+file.  Under another name the weight would be missing, and such a reader would initialize it at
+random.  The header of the payload has a checksum of the two scales.
 
-A module of experts ``M`` holds a matrix for every expert and projection, stored as layers
-``M.packed.<expert>.gate_up`` (or ``up``) and ``M.packed.<expert>.down`` in the place of the model's
-fused ``M.gate_up_proj`` and ``M.down_proj``.
+A module of experts ``M`` has a matrix for every expert and projection.  They are stored as layers
+``M.packed.<expert>.gate_up`` (or ``up``) and ``M.packed.<expert>.down`` and replace the fused
+``M.gate_up_proj`` and ``M.down_proj`` of the model.
 """
 
 import math
@@ -30,14 +30,15 @@ from torch import Tensor
 from watersic_hf import codec
 from watersic_hf.core import not_finite
 
-#: Version of the checkpoint: the names, shapes, dtypes and meaning of the tensors above.
+#: Version of the checkpoint format: names, shapes, dtypes and meaning of the tensors above.
 FORMAT_VERSION = 1
 
-#: Name, in a module of experts, of what holds the matrices of each.
+#: Name of the submodule of a module of experts that holds the matrices of the experts.
 PACKED = "packed"
 
 _SCALE_DTYPE = torch.float16
 _SCALE_BITS = 16
+#: Row scales have a median within 2^-10 .. 2^10.
 _ROW_EXPONENT_LIMIT = 10
 
 
@@ -48,7 +49,13 @@ class CheckpointError(ValueError):
 def tensor_specs(
     rows: int, columns: int, payload_bytes: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every stored tensor of a layer, by its name within the layer."""
+    """Return the shape and dtype of every stored tensor of a layer, by its name within the layer.
+
+    Args:
+        rows: number of rows A.
+        columns: number of columns N.
+        payload_bytes: size of the payload in bytes.
+    """
     return {
         "weight": ((payload_bytes,), torch.uint8),
         "row_scale": ((rows,), _SCALE_DTYPE),
@@ -66,28 +73,31 @@ class PackedLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(A, N) of the layer's weight."""
+        """Shape (A, N) of the layer's weight."""
         return len(self.row_scale), len(self.col_scale)
 
     @property
     def stored_bits(self) -> int:
-        """Bits that the three tensors take on the disk."""
+        """Size of the three tensors on the disk, in bits."""
         return 8 * sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per weight, scales, tables, classes, offsets and checksums included."""
+        """Stored bits per weight, including scales, tables, classes, offsets and checksums."""
         return self.stored_bits / max(1, math.prod(self.shape))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by name within the layer."""
+        """Return the stored tensors, by name within the layer."""
         return {"weight": self.weight, "row_scale": self.row_scale, "col_scale": self.col_scale}
 
     def verify(self, name: str) -> None:
-        """Check every checksum, of the payload and of the scales.
+        """Check the checksums of the payload and of the scales.
+
+        Args:
+            name: name of the layer, for the message.
 
         Raises:
-            CheckpointError: something is damaged; the message names the layer and the part.
+            CheckpointError: a tensor is damaged; the message names the layer and the part.
         """
         try:
             codec.verify(self.weight, associated=_scale_bytes(self.row_scale, self.col_scale))
@@ -99,33 +109,48 @@ class PackedLayer:
         if (header.rows, header.cols) != self.shape:
             raise CheckpointError(
                 f"{name}: the payload holds a {header.rows} x {header.cols} matrix, but the scales "
-                f"are those of a {self.shape[0]} x {self.shape[1]} layer; the file mixes layers."
+                f"are those of a {self.shape[0]} x {self.shape[1]} layer; the file mixes layers. "
+                f"Download or copy it again."
             )
 
 
 def pack_layer(
     codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, *, name: str
 ) -> PackedLayer:
-    """Encode the codes, round the scales to 16 bits, and prove that the codes come back.
+    """Encode the codes, round the scales to float16, and check that the payload decodes.
+
+    Args:
+        codes_AN: codes, any integer dtype.
+        row_scale_A: scale of every row.
+        col_scale_N: scale of every column.
+        name: name of the layer, for messages.
 
     Raises:
-        CheckpointError: a scale is not finite, or too large or small for float16 in any split
-            between rows and columns.
+        CheckpointError: a scale is not finite, or the scales are too large or too small for float16
+            however they are balanced between rows and columns.
     """
     row_scale, col_scale = _balanced_half_scales(row_scale_A, col_scale_N, name)
     codes_AN = codes_AN.cpu()
     payload = codec.encode(codes_AN, associated=_scale_bytes(row_scale, col_scale))
     if not torch.equal(codec.decode(payload), codes_AN.to(torch.int32)):
-        raise CheckpointError(f"{name}: the codec did not give the codes back; please report this.")
+        raise CheckpointError(
+            f"{name}: the payload does not decode to its codes; please report this."
+        )
     return PackedLayer(weight=payload, row_scale=row_scale, col_scale=col_scale)
 
 
 def rescale_layer(
     packed: PackedLayer, row_scale_A: Tensor, col_scale_N: Tensor, *, name: str
 ) -> PackedLayer:
-    """The same codes under other scales, rounded to 16 bits; no tensor changes its size.
+    """Return a layer with the same codes and other scales, of the same size.
 
-    The split between rows and columns stays as it is given.
+    The scales are rounded to float16 as they are, without balancing rows and columns.
+
+    Args:
+        packed: layer to take the codes from.
+        row_scale_A: new scale of every row.
+        col_scale_N: new scale of every column.
+        name: name of the layer, for messages.
 
     Raises:
         CheckpointError: a scale is not finite in float16; the message names the layer.
@@ -145,7 +170,12 @@ def rescale_layer(
 
 
 def layer_charge(codes_AN: Tensor, rows: int) -> float:
-    """Stored bits per weight of a layer of `rows` rows whose codes look like `codes_AN`."""
+    """Return the predicted bits per weight of a stored layer; see `watersic_hf.core.rate.Charge`.
+
+    Args:
+        codes_AN: all codes of the layer, or a sample of its rows.
+        rows: number of rows of the layer.
+    """
     columns = codes_AN.shape[1]
     bits = codec.payload_bits(codes_AN, rows=rows) + _SCALE_BITS * (rows + columns)
     return bits / max(1, rows * columns)
@@ -154,14 +184,16 @@ def layer_charge(codes_AN: Tensor, rows: int) -> float:
 def stored_layers(
     headers: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The layers of which a checkpoint holds at least one packed tensor, in its order.
+    """Return the quantized layers of a checkpoint, in its order.
+
+    A layer is quantized if the checkpoint has at least one of its three tensors.
 
     Args:
         headers: shape and safetensors dtype of every tensor, by name.
 
     Returns:
-        For each layer the shapes of its packed tensors, by name within the layer: all three of
-        them, unless the checkpoint is incomplete.  A dense ``weight`` is none of them.
+        For each layer, the shapes of its tensors by name within the layer.  In an incomplete
+        checkpoint some of the three may be missing.  A dense ``weight`` is not included.
     """
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, (shape, dtype) in headers.items():
@@ -178,13 +210,13 @@ def validate_layer(
     """Check the shapes of a layer's stored tensors against the layer of the model.
 
     Args:
-        name: the layer, for the messages.
-        found: shape of each stored tensor, by its name within the layer.
-        rows: A of the model's layer.
-        columns: N of the model's layer.
+        name: name of the layer, for messages.
+        found: shape of every stored tensor, by its name within the layer.
+        rows: number of rows A of the model's layer.
+        columns: number of columns N of the model's layer.
 
     Raises:
-        CheckpointError: a tensor is missing, or its shape is not that of the model's layer.
+        CheckpointError: a tensor is missing, or has a different shape than the model's layer.
     """
     payload_bytes = found.get("weight", (0,))[0]
     for field, (shape, _) in tensor_specs(rows, columns, payload_bytes).items():
@@ -201,12 +233,12 @@ def validate_layer(
 
 
 def _scale_bytes(row_scale: Tensor, col_scale: Tensor) -> bytes:
-    """The bytes that a payload's checksum binds to its codes (little-endian, rows first)."""
+    """Return the bytes of the scales for the checksum in the payload: little-endian, rows first."""
     return b"".join(t.cpu().numpy().astype("<f2").tobytes() for t in (row_scale, col_scale))
 
 
 def _median(scale: Tensor) -> float:
-    """Median magnitude of the scales that are not zero; 1 if all are."""
+    """Return the median magnitude of the non-zero scales; 1 if all are zero."""
     magnitudes = scale[scale != 0].double().abs()
     return float(magnitudes.median()) if magnitudes.numel() else 1.0
 
@@ -218,11 +250,11 @@ def _median_exponent(scale: Tensor) -> int:
 def _balanced_half_scales(
     row_scale_A: Tensor, col_scale_N: Tensor, name: str
 ) -> tuple[Tensor, Tensor]:
-    """Round both scales to float16, after a power of two moved between them.
+    """Round both scales to float16, after moving a power of two between them.
 
-    The split between rows and columns is free, and a power of two changes no mantissa.  Columns
-    differ most, so their median goes to 1, far from both ends of float16, as long as the rows,
-    which take the rest, stay within 2^-10 .. 2^10.
+    Only the products of row and column scales matter, and a power of two changes no mantissa.  The
+    column scales vary most.  Their median is moved to about 1, far from both ends of the range of
+    float16, as long as the median of the row scales stays within 2^-10 .. 2^10.
     """
     for field, scale in (("row_scale", row_scale_A), ("col_scale", col_scale_N)):
         bad = not_finite(scale)

@@ -1,4 +1,4 @@
-"""Lossless entropy coding of integer matrices: codes <-> one payload of bytes."""
+"""Lossless entropy coding of integer matrices: codes <-> a payload of bytes."""
 
 from watersic_hf.codec.coder import (
     CodeStatistics,

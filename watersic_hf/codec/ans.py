@@ -1,12 +1,13 @@
 """Lane-interleaved rANS: the steps of a block, vectorised over all lanes of a group of chunks.
 
-A state x is in [2^16, 2^32); the 16-bit words that the lanes of a chunk take in one step lie in the
-stream in lane order, so there is neither padding nor an offset per lane.  The encoder starts with
-x = 2^16 in every lane and walks backwards, so the decoder ends there.  A code with a shift s > 0
-has s low bits, which the decoder takes from the state right after the symbol.
+A state x is in [2^16, 2^32).  The 16-bit words that the lanes of a chunk read in one step are
+stored in lane order, so the stream needs neither padding nor an offset per lane.  The encoder
+starts with x = 2^16 in every lane and processes the steps backwards, so the decoder must end with
+x = 2^16.  A code with a shift s > 0 has s low bits, which the decoder takes from the state right
+after the symbol.
 
 Shapes: L = active lanes, T = steps of a block, C = chunks; `edges` holds the first lane of every
-chunk and the number of lanes.
+        chunk, and the number of lanes at the end.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ import numpy as np
 
 from watersic_hf.codec.model import PRECISION, TOTAL
 
-#: Lower end of the states, and the state in which the encoder starts.
+#: Smallest state, and the state in which the encoder starts.
 STATE_MIN = 1 << 16
 
-# numpy 1.26 computes in 64 bits where an array meets an untyped zero-dimensional operand
+# typed, because numpy 1.26 promotes to 64 bits for an untyped zero-dimensional operand
 _SLOT = np.uint32(TOTAL - 1)
 _TOTAL = np.uint32(TOTAL)
 _PRECISION = np.uint32(PRECISION)
@@ -31,13 +32,13 @@ _ONE = np.uint32(1)
 
 @dataclass
 class Encoder:
-    """States of the active lanes, and the words that they gave off, last ones first.
+    """The states of the active lanes, and the words that they have emitted.
 
     Attributes:
-        states_L: uint32, changed in place.
-        edges: first lane of every chunk, and the number of lanes.
-        words: uint16 arrays, in lane order each.
-        counts: number of words of each array by chunk.
+        states_L: states, uint32, changed in place.
+        edges: first lane of every chunk, and the number of lanes at the end.
+        words: emitted words, one uint16 array in lane order per emission, in encoding order.
+        counts: number of words per chunk, for each array of `words`.
     """
 
     states_L: np.ndarray
@@ -48,7 +49,13 @@ class Encoder:
     def steps(
         self, entries_TL: np.ndarray, low_TL: np.ndarray | None, shift_TL: np.ndarray | None
     ) -> None:
-        """Code a block of steps, the last one first; entries are those of `encoder_table`."""
+        """Encode a block of steps, the last one first.
+
+        Args:
+            entries_TL: entries of `CodeModel.encoder_table` for the symbols, uint32.
+            low_TL: low bits of every code, uint32, or None if no code of the block has any.
+            shift_TL: number of low bits of every code, uint32, or None like `low_TL`.
+        """
         states_L = self.states_L
         frequency_TL = entries_TL & _SLOT
         divisor_TL = frequency_TL.astype(np.float64)
@@ -62,7 +69,7 @@ class Encoder:
                 self._low_bits(low_TL[t], shift_TL[t])
             np.right_shift(states_L, _HEADROOM, out=head_L)
             np.greater_equal(head_L, frequency_TL[t], out=full_L)
-            self._give(full_L)
+            self._emit(full_L)
             # exact: a float64 quotient of integers below 2^32 never rounds up to the next integer
             np.divide(states_L, divisor_TL[t], out=quotient_L)
             np.copyto(head_L, quotient_L, casting="unsafe")
@@ -71,14 +78,14 @@ class Encoder:
             np.add(states_L, start_TL[t], out=states_L)
 
     def _low_bits(self, low_L: np.ndarray, shift_L: np.ndarray) -> None:
-        """Code low bits with equal probabilities; a lane with shift 0 stays as it is."""
+        """Encode low bits with equal probabilities; a lane with shift 0 does not change."""
         room_L = _STATE_BITS - np.maximum(shift_L, _ONE)
-        self._give(((self.states_L >> room_L) != 0) & (shift_L != 0))
+        self._emit(((self.states_L >> room_L) != 0) & (shift_L != 0))
         np.left_shift(self.states_L, shift_L, out=self.states_L)
         np.bitwise_or(self.states_L, low_L, out=self.states_L)
 
-    def _give(self, full_L: np.ndarray) -> None:
-        """Take a word off every state that is too large for what it is about to code."""
+    def _emit(self, full_L: np.ndarray) -> None:
+        """Emit a word from every state that is too large for the next symbol."""
         lane = full_L.nonzero()[0]
         if len(lane):
             states = self.states_L.take(lane)
@@ -90,12 +97,12 @@ class Encoder:
 
 @dataclass
 class Decoder:
-    """States of the active lanes, and where the chunks read on.
+    """The states of the active lanes, and the read positions of the chunks.
 
     Attributes:
-        states_L: uint32, changed in place.
-        edges: first lane of every chunk, and the number of lanes.
-        words: uint16 words of all chunks.
+        states_L: states, uint32, changed in place.
+        edges: first lane of every chunk, and the number of lanes at the end.
+        words: words of all chunks, uint16.
         cursor_C: index of the next word of every chunk, changed in place.
     """
 
@@ -114,12 +121,12 @@ class Decoder:
         """Decode a block of steps.
 
         Args:
-            table: what `CodeModel.decoder_table` returns.
-            offset_TL: intp, 4096 times the key.
-            shift_TL: uint32, or None if no code of the block has low bits.
+            table: result of `CodeModel.decoder_table`.
+            offset_TL: first entry of the key's table, which is 4096 times the key, intp.
+            shift_TL: number of low bits, uint32, or None if no code of the block has any.
 
         Returns:
-            The table's entries (uint32 [T, L]) and the low bits (uint32 [T, L] or None).
+            The entries of the table, uint32 [T, L], and the low bits, uint32 [T, L] or None.
         """
         states_L = self.states_L
         entries_TL = np.empty(offset_TL.shape, np.uint32)
@@ -144,7 +151,7 @@ class Decoder:
         return entries_TL, low_TL
 
     def _take_words(self) -> None:
-        """Append a word to every state below 2^16, in lane order within a chunk."""
+        """Read a word into every state below 2^16, in lane order within a chunk."""
         np.less(self.states_L, _STATE_MIN, out=self._needy_L)
         lane = self._needy_L.nonzero()[0]
         if len(lane):
@@ -154,7 +161,7 @@ class Decoder:
             index += self._count_L[: len(lane)]
             states = self.states_L.take(lane)
             np.left_shift(states, _WORD_BITS, out=states)
-            # a corrupt chunk may read on into its neighbour; its end is checked by the caller
+            # a damaged chunk may read words of its neighbour; the caller checks where it ends
             np.bitwise_or(states, self.words.take(index, mode="clip"), out=states)
             self.states_L[lane] = states
             self.cursor_C += count_C

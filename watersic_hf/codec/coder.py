@@ -1,6 +1,6 @@
-"""The codec's functions: integer codes <-> one self-contained payload.
+"""The functions of the codec: a matrix of integer codes <-> one self-contained payload.
 
-Shapes: A = rows, N = columns.
+Shapes: A = rows, N = columns, U = single rows to decode.
 """
 
 import zlib
@@ -16,8 +16,8 @@ from watersic_hf.codec.payload import CodecError, EncodedCodes, Header, build, h
 from watersic_hf.codec.statistics import CodeStatistics, codes_statistics
 from watersic_hf.codec.stream import StreamError, decode_chunks, encode_chunks
 
-#: Bits that a lane costs beyond its codes: 16 of the state in which the encoder starts, and about 8
-#: by which the state at the head is longer than what it holds.
+#: Cost of a lane beyond its codes, in bits: 16 for the state in which the encoder starts, and about
+#: 8 by which the 32 bits of the start state exceed the information in it.
 LANE_BITS = 24
 
 
@@ -25,19 +25,19 @@ def _codes_array(codes_AN: Tensor) -> np.ndarray:
     """Return codes as an int32 array on the CPU.
 
     Raises:
-        CodecError: not a matrix of integers, or a value does not fit.
+        CodecError: the codes are not a matrix of integers, or a value does not fit into 32 bits.
     """
     if codes_AN.ndim != 2 or codes_AN.dtype.is_floating_point or codes_AN.dtype.is_complex:
         raise CodecError(
-            f"codes: found {codes_AN.dtype} of shape {tuple(codes_AN.shape)}; "
-            "needed is a matrix of integers"
+            f"codes: found {codes_AN.dtype} of shape {tuple(codes_AN.shape)}, but a matrix of "
+            "integers is needed"
         )
     codes = codes_AN.detach().cpu().numpy()
     if codes.size and codes.dtype.itemsize >= 4 and codes.dtype != np.int32:
         low, high = codes.min(), codes.max()
         if low < -(2**31) or high >= 2**31:
             raise CodecError(
-                f"codes: found values from {low} to {high}; needed are 32-bit integers"
+                f"codes: found values from {low} to {high}, but they must fit into 32-bit integers"
             )
     return codes.astype(np.int32, copy=False)
 
@@ -46,7 +46,8 @@ def _payload_array(payload: Tensor) -> np.ndarray:
     """Return a payload as a contiguous uint8 array on the CPU."""
     if payload.ndim != 1 or payload.dtype != torch.uint8:
         raise CodecError(
-            f"payload: found {payload.dtype} of shape {tuple(payload.shape)}; needed is 1-D uint8"
+            f"payload: found {payload.dtype} of shape {tuple(payload.shape)}, but a payload is 1-D "
+            "uint8"
         )
     return payload.detach().cpu().contiguous().numpy()
 
@@ -55,12 +56,12 @@ def encode(codes_AN: Tensor, *, associated: bytes = b"") -> Tensor:
     """Encode a matrix of codes without loss.
 
     Args:
-        codes_AN: integers of any type whose values fit 32 bits.
-        associated: bytes that belong to the codes and are stored elsewhere; the payload holds their
-            checksum, and `verify` checks it.
+        codes_AN: codes, any integer dtype; the values must fit into 32 bits.
+        associated: bytes that belong to the codes but are stored elsewhere.  The payload holds
+            their checksum, which `verify` checks.  Default: none.
 
     Returns:
-        The payload, 1-D uint8 on the CPU; the same bytes for the same codes on every run.
+        The payload, 1-D uint8 on the CPU.  It is deterministic: equal codes give equal bytes.
 
     Raises:
         CodecError: `codes_AN` is not a matrix of 32-bit integers.
@@ -80,14 +81,16 @@ def decode(payload: Tensor, *, rows: slice | None = None) -> Tensor:
     """Decode a payload, or some consecutive rows of it.
 
     Args:
-        payload: what `encode` returned.
-        rows: a slice with step 1; only the chunks that it touches are read and checked.
+        payload: result of `encode`.
+        rows: slice with step 1; only the chunks that hold these rows are read and checked.
+            Default: all rows.
 
     Returns:
         The codes, int32, on the CPU.
 
     Raises:
         CodecError: the payload is damaged, cut off, or of an unknown kind.
+        ValueError: the step of `rows` is not 1.
     """
     encoded = EncodedCodes.parse(_payload_array(payload))
     geometry = encoded.header.geometry
@@ -115,7 +118,7 @@ def decode(payload: Tensor, *, rows: slice | None = None) -> Tensor:
             chunk += first * geometry.segments + error.chunk
             raise CodecError(f"payload: chunk {chunk}: {error.reason}") from error
     codes_AN = torch.from_numpy(codes_AN)
-    # a copy of a part, as the view would keep the rest alive
+    # a part is copied, as a view would keep the memory of all bands alive
     return codes_AN if len(codes_AN) == stop - start else codes_AN[start - top : stop - top].clone()
 
 
@@ -123,21 +126,21 @@ def decode_rows(payload: Tensor, rows_U: Tensor) -> Tensor:
     """Decode single rows of a payload; only the chunks that hold them are read and checked.
 
     Args:
-        payload: what `encode` returned.
-        rows_U: numbers of rows, rising.
+        payload: result of `encode`.
+        rows_U: indices of rows, in ascending order.
 
     Returns:
-        The codes, U x N, int32, on the CPU.
+        The codes (U, N), int32, on the CPU.
 
     Raises:
-        IndexError: there is no row of a number.
+        IndexError: an index is out of range.
         CodecError: the payload is damaged, cut off, or of an unknown kind.
     """
     encoded = EncodedCodes.parse(_payload_array(payload))
     geometry, rows_U = encoded.header.geometry, rows_U.numpy()
     if len(rows_U) and not 0 <= rows_U[0] <= rows_U[-1] < geometry.rows:
         raise IndexError(
-            f"rows {rows_U[0]} to {rows_U[-1]} were asked for, but the payload has {geometry.rows}"
+            f"rows {rows_U[0]} to {rows_U[-1]} were requested, but the payload has {geometry.rows}"
         )
     codes_UN = np.empty((len(rows_U), geometry.cols), np.int32)
     table = encoded.model.decoder_table()
@@ -147,13 +150,13 @@ def decode_rows(payload: Tensor, rows_U: Tensor) -> Tensor:
         codes_AN = _decode_bands(encoded, together, table)
         mine_U = (first <= band_U) & (band_U < first + len(together))
         # only the last band of a matrix is smaller than the others
-        place = (band_U[mine_U] - first) * geometry.band_rows + rows_U[mine_U] % geometry.band_rows
-        codes_UN[mine_U] = codes_AN[place]
+        row = (band_U[mine_U] - first) * geometry.band_rows + rows_U[mine_U] % geometry.band_rows
+        codes_UN[mine_U] = codes_AN[row]
     return torch.from_numpy(codes_UN)
 
 
 def _decode_bands(encoded: EncodedCodes, bands: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The rows of some bands, one after another, decoded as a matrix of their own."""
+    """Return the codes of some bands, decoded as one matrix of their rows."""
     geometry = encoded.header.geometry
     rows_A = (bands[:, None] * geometry.band_rows + np.arange(geometry.band_rows)).ravel()
     rows_A = rows_A[rows_A < geometry.rows]
@@ -177,11 +180,11 @@ def verify(payload: Tensor, *, associated: bytes | None = None) -> None:
     """Check all checksums of a payload without decoding it.
 
     Args:
-        payload: what `encode` returned.
-        associated: the bytes that were passed to `encode`; None leaves them unchecked.
+        payload: result of `encode`.
+        associated: bytes that were passed to `encode`; default: they are not checked.
 
     Raises:
-        CodecError: the payload is damaged, or made for other associated bytes.
+        CodecError: the payload is damaged, or was made for other associated bytes.
     """
     encoded = EncodedCodes.parse(_payload_array(payload))
     encoded.check_chunks()
@@ -195,36 +198,38 @@ def verify(payload: Tensor, *, associated: bytes | None = None) -> None:
 
 
 def reassociate(payload: Tensor, associated: bytes) -> Tensor:
-    """The same codes, bound to other associated bytes: all but two checksums stays as it is.
+    """Return a payload with the same codes, bound to other associated bytes.
+
+    Only two checksums differ between the payloads.
 
     Args:
-        payload: what `encode` returned.
-        associated: as in `encode`.
+        payload: result of `encode`; its chunks are not checked.
+        associated: new associated bytes, as for `encode`.
 
     Returns:
         A new payload of the same length, on the CPU.
 
     Raises:
-        CodecError: the payload is damaged in its head, cut off, or of an unknown kind.
+        CodecError: the head of the payload is damaged, cut off, or of an unknown kind.
     """
     return torch.from_numpy(rebind(_payload_array(payload), associated))
 
 
 def read_header(payload: Tensor) -> Header:
-    """Return the fixed header of a payload; nothing behind it is checked.
+    """Return the fixed header of a payload; nothing after it is checked.
 
     Raises:
-        CodecError: the payload is cut off in the header, or of an unknown kind.
+        CodecError: the header is cut off, or of an unknown kind.
     """
     return Header.parse(_payload_array(payload))
 
 
 def payload_bits(codes_AN: Tensor, *, rows: int | None = None) -> float:
-    """Predict the bits of the payload of a matrix without encoding it.
+    """Predict the size of a payload in bits, without encoding the codes.
 
     Args:
-        codes_AN: the codes, or some rows of them.
-        rows: rows of the matrix for which `codes_AN` stands; by default its own.
+        codes_AN: all codes of the matrix, or a sample of its rows.
+        rows: number of rows of the whole matrix; default: the number of rows of `codes_AN`.
     """
     codes = _codes_array(codes_AN)
     sampled, cols = codes.shape
@@ -242,16 +247,17 @@ def code_statistics(codes_AN: Tensor) -> CodeStatistics:
 
 
 class Parts(NamedTuple):
-    """What a decoder on another device needs of a payload."""
+    """The parts of a payload that a decoder on another device needs."""
 
     header: Header
     tensors: tuple[Tensor, ...]
-    """The words (int16), the first word of every chunk and the number of words (int64), classes of
-    rows and of columns (int32), `CodeModel.decoder_table` and the shifts of the keys (int32)."""
+    """In this order: the words (int16); the index of the first word of every chunk, and the number
+    of words at the end (int64); the classes of the rows and of the columns (int32);
+    `CodeModel.decoder_table` (int32); the shifts of the keys (int32)."""
 
 
 def take_apart(payload: Tensor) -> Parts:
-    """Check every checksum of a payload, and return its parts.
+    """Check all checksums of a payload, and return its parts.
 
     Raises:
         CodecError: the payload is damaged, cut off, or of an unknown kind.

@@ -1,8 +1,9 @@
 """Fit the model of a payload to a matrix of codes: classes, tables, and what they cost.
 
-This is the encoder's freedom: any classes and tables decode, these are meant to be short.  Sums
-that decide something are sums of integers (in float64, exact), so the order of summation and the
-number of threads do not change a payload.
+The encoder is free in this choice: a decoder accepts any classes and tables, and the ones that are
+chosen here give short payloads.  All sums that a choice depends on are sums of integers, which are
+exact in float64, so that neither the order of summation nor the number of threads changes a
+payload.
 
 Shapes: A = rows, N = columns, K = keys, S = 256 symbols, T = tables.
 """
@@ -27,17 +28,17 @@ from watersic_hf.codec.model import (
     to_symbols,
 )
 
-#: log2 of the smallest and the largest standard deviation that has a class.
+#: log2 of the smallest and the largest standard deviation of a column class.
 SCALE_RANGE = (-3.0, 31.0)
-#: log2 of the smallest and the largest factor of a row.
+#: log2 of the smallest and the largest factor of a row class.
 ROW_RANGE = (-6.0, 6.0)
-#: A magnitude counts up to this multiple of its column's mean in the column's scale.
+#: Bound of a magnitude in the estimate of its column's scale, as a multiple of the column's mean.
 COL_BOUND = 8
-#: It counts up to this multiple of that bound in the row's factor.
+#: Bound of a magnitude in the estimate of its row's factor, as a multiple of the column's bound.
 ROW_BOUND = 8
-#: Rounds that settle the column's bound, on rows with about so many codes.
+#: Number of iterations for the bounds of the columns, and number of codes in the sample for them.
 COL_ROUNDS, SAMPLE = 2, 1 << 20
-#: Elements that are worked on together.
+#: Number of codes that are processed at a time.
 BLOCK = 1 << 15
 
 
@@ -51,39 +52,40 @@ def rounded_magnitude(scale: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _magnitude_curve() -> tuple[np.ndarray, np.ndarray]:
-    """Return log2 of scales, ascending, and their `rounded_magnitude`."""
+    """Return log2 of a range of scales, in ascending order, and their `rounded_magnitude`."""
     log_scale = np.arange(-80, 32 * 16) / 16
     return log_scale, rounded_magnitude(2.0**log_scale)
 
 
 def row_blocks(codes_AN: np.ndarray) -> list[slice]:
-    """Split the rows into blocks that stay in cache."""
+    """Return blocks of consecutive rows that are small enough for the cache."""
     size = max(1, BLOCK // max(1, codes_AN.shape[1]))
     return [slice(i, i + size) for i in range(0, codes_AN.shape[0], size)]
 
 
 def _magnitudes(codes_AN: np.ndarray, bound_N: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield blocks of rows and their min(|code|, bound), float64."""
+    """Yield blocks of rows, and min(|code|, bound) for them, float64."""
     for rows in row_blocks(codes_AN):
         magnitude = np.abs(codes_AN[rows].astype(np.float64))
         yield rows, np.minimum(magnitude, bound_N, out=magnitude)
 
 
 def _column_means(codes_AN: np.ndarray, bound_N: np.ndarray) -> np.ndarray:
-    """Return the mean bounded magnitude of every column; its sum is exact."""
+    """Return the mean of the bounded magnitudes of every column; the sums are exact."""
     return sum(block.sum(0) for _, block in _magnitudes(codes_AN, bound_N)) / len(codes_AN)
 
 
 def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """Return integers r_A, c_N such that a code has scale 2^((r_i + c_j) / resolution).
 
-    Scales are estimated from mean magnitudes: first the columns', then the rows' as factors on
-    them.  A few huge codes must not lift the class of a whole line, so magnitudes are bounded by a
-    multiple of the column's mean, which takes some rounds to settle.
+    The scales are estimated from mean magnitudes: first those of the columns, then those of the
+    rows, as factors relative to the columns.  A few huge codes must not raise the class of a whole
+    row or column, so magnitudes are bounded by a multiple of the column's mean.  The bounds depend
+    on the means and are found by iteration.
 
     Args:
-        codes_AN: int32, not empty.
-        resolution: classes per octave.
+        codes_AN: codes, int32, not empty.
+        resolution: number of classes per octave.
     """
     A, N = codes_AN.shape
     log_scale, magnitude = _magnitude_curve()
@@ -94,7 +96,7 @@ def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np
     mean_N = _column_means(codes_AN, bound_N)
     level_N = np.interp(mean_N, magnitude, log_scale).clip(*SCALE_RANGE)
     col_class_N = np.rint(resolution * level_N).astype(np.int64)
-    # whole numbers, so that the sums are exact; a nearly empty column says little about a row
+    # whole numbers, so that the sums are exact; capped, as nearly empty columns say little of a row
     weight_N = np.rint(4096 * 2.0 ** -np.maximum(level_N, -2))
     sum_A = np.empty(A)
     for rows, magnitude_BN in _magnitudes(codes_AN, ROW_BOUND * bound_N):
@@ -110,12 +112,12 @@ def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np
 
 @dataclass(frozen=True)
 class Fit:
-    """A model, and how often its keys have each symbol.
+    """A model of codes, and the frequencies of the symbols.
 
     Attributes:
         model: classes, tables and shifts.
-        count_KS: float64 whole numbers; codes of a key by symbol byte, those with |symbol| > 127
-            under the escape's.
+        count_KS: number of codes of each key by symbol byte, whole numbers in float64; codes with
+            |symbol| > 127 count as escapes.
     """
 
     model: CodeModel
@@ -123,30 +125,35 @@ class Fit:
 
     @property
     def code_bits(self) -> float:
-        """Bits of all codes under their tables, low bits and escaped values included."""
-        price_KS = _prices(self.model.escape_words)[:, self.model.table_K].T
+        """Size of all codes in bits, including low bits and escaped values."""
+        cost_KS = _costs(self.model.escape_words)[:, self.model.table_K].T
         count_K = self.count_KS.sum(1)
-        return float((self.count_KS * price_KS).sum() / COST_UNIT + count_K @ self.model.shift_K)
+        return float((self.count_KS * cost_KS).sum() / COST_UNIT + count_K @ self.model.shift_K)
 
     @property
     def escapes(self) -> int:
-        """Number of codes that their tables do not hold."""
+        """Number of codes that are not in the symbol table of their key."""
         return int(self.count_KS[library().outside_ST[:, self.model.table_K].T].sum())
 
 
-def _prices(escape_words: int) -> np.ndarray:
-    """Return the price of every symbol in every table, float64 [256, T], in units of 2^-16 bit."""
+def _costs(escape_words: int) -> np.ndarray:
+    """Return the cost of every symbol in every table, float64 [256, T], in units of 2^-16 bit."""
     return library().cost_ST + COST_UNIT * WORD_BITS * escape_words * library().outside_ST
 
 
 def fit_model(codes_AN: np.ndarray, cells: int) -> Fit:
-    """Fit a model to codes (int32) that stand for a matrix of `cells` codes."""
+    """Return a model for a matrix of codes, and the frequencies of its symbols.
+
+    Args:
+        codes_AN: all codes of the matrix or a sample of its rows, int32.
+        cells: number of codes of the whole matrix.
+    """
     A, N = codes_AN.shape
     if A * N == 0:
         none = np.zeros(0, np.uint8)
         zeros = np.zeros(A, np.int64), np.zeros(N, np.int64)
         return Fit(CodeModel(*zeros, none, none, 1), np.zeros((0, SYMBOLS)))
-    # half the step costs a bit more per row and column and saves 0.005 bit per code
+    # twice the resolution costs one more bit per row and column, and saves 0.005 bit per code
     resolution = 8 if cells >= LARGE else 4
     row_class_A, col_class_N = scale_classes(codes_AN, resolution)
     lowest = int(row_class_A.min() + col_class_N.min())
@@ -157,20 +164,20 @@ def fit_model(codes_AN: np.ndarray, cells: int) -> Fit:
     escape_words = 1 if -(2**15) <= codes_AN.min() <= codes_AN.max() < 2**15 else 2
     model = CodeModel(row_class_A, col_class_N, np.zeros(keys, np.uint8), shift_K, escape_words)
     count_KS = _count(codes_AN, model)
-    table_K = (count_KS @ _prices(escape_words)).argmin(1).astype(np.uint8)
+    table_K = (count_KS @ _costs(escape_words)).argmin(1).astype(np.uint8)
     return Fit(dataclasses.replace(model, table_K=table_K), count_KS)
 
 
 def _shifts(level_K: np.ndarray) -> np.ndarray:
-    """Return the low bits for scales 2^level: symbols get a scale of at most 8."""
+    """Return the number of low bits for scales 2^level, so that symbols have a scale up to 8."""
     shift_K = np.ceil(level_K - 3).clip(0, None)
-    # scales that no shift brings into the tables' range are left to the escape
+    # at scales beyond the largest shift, codes are escaped
     shift_K[shift_K > MAX_SHIFT] = 0
     return shift_K.astype(np.uint8)
 
 
 def _count(codes_AN: np.ndarray, model: CodeModel) -> np.ndarray:
-    """Count the symbols of every key, float64 [K, 256]."""
+    """Return the number of codes of every key by symbol, float64 [K, 256]."""
     count = np.zeros(len(model.shift_K) * SYMBOLS)
     for rows in row_blocks(codes_AN):
         keys = model.row_class_A[rows, None] + model.col_class_N

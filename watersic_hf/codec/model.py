@@ -1,12 +1,12 @@
 """The probability model of format version 1: a fixed library of symbol tables, in integers.
 
-Every symbol of a support has non-zero frequency; the frequencies of a table sum to exactly 2^12;
-no symbol has probability one.
+A symbol is one byte: a value -127 .. 127 in two's complement, or -128, the escape.  A table is a
+discrete Gaussian, or a mixture of it with Gaussians of 2 and 4 times its standard deviation.  All
+symbols of its support have non-zero frequencies, which sum to exactly 2^12, and no symbol has
+probability one.
 
-A symbol is one byte: the values -127..127 in two's complement, and -128, the escape.  A table is a
-discrete Gaussian, or a mixture with wider ones of 2 and 4 times its standard deviation.  All of it
-is Python integer arithmetic, so every machine has the same tables to the last bit; FORMAT.md states
-the recipe.
+The tables are computed in Python's integer arithmetic, so they are identical on all machines.
+FORMAT.md defines the computation.
 
 Shapes: A = rows, N = columns, K = keys (row class + column class), T = tables, S = 256 symbols.
 """
@@ -27,9 +27,9 @@ SYMBOLS = 256
 ESCAPE = 0x80
 #: Largest magnitude that a symbol can hold.
 LIMIT = 127
-#: Low bits that may follow a symbol.
+#: Largest number of low bits of a code.
 MAX_SHIFT = 16
-#: Bits of a word; an escaped value has one or two words at the end of its chunk.
+#: Bits of a word; an escaped value takes one or two words at the end of its chunk.
 WORD_BITS = 16
 
 #: Heights of the Gaussians with 1, 2 and 4 times the standard deviation of a table.
@@ -40,13 +40,13 @@ SCALES = 48
 FRACTION_BITS = 15
 #: A symbol belongs to the support if its weight is at least 2^-16 of the sum of all weights.
 SUPPORT_BITS = 16
-#: Weights are summed up to this magnitude.
+#: Largest magnitude that enters the sum of the weights.
 SUM_LIMIT = 511
 
 
 @functools.lru_cache(maxsize=1)
 def _roots() -> tuple[int, ...]:
-    """Return c_i = 2^(64 - 2^-i), rounded down step by step, for i = 0..FRACTION_BITS."""
+    """Return c_i = 2^(64 - 2^-i), rounded down in each step, for i = 0 .. FRACTION_BITS."""
     roots = [1 << 63]
     for _ in range(FRACTION_BITS):
         roots.append(math.isqrt(roots[-1] << 64))
@@ -54,7 +54,7 @@ def _roots() -> tuple[int, ...]:
 
 
 def power(exponent: int) -> int:
-    """Return 2^62 * 2^(-exponent / 2^15), rounded down step by step."""
+    """Return 2^62 * 2^(-exponent / 2^15), rounded down in each step."""
     whole, fraction = exponent >> FRACTION_BITS, exponent & ((1 << FRACTION_BITS) - 1)
     if whole > 62:
         return 0
@@ -67,17 +67,21 @@ def power(exponent: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _gaussian(scale: int, doublings: int) -> list[int]:
-    """Return ``power(e v^2 / 4^doublings)`` for v = 0..SUM_LIMIT and the exponent e of a scale."""
+    """Return ``power(e v^2 / 4^doublings)`` for v = 0 .. SUM_LIMIT, with e of a scale."""
     unit = (7 - scale % 4) << (FRACTION_BITS + 1 - scale // 4)
     return [power(unit * v * v >> 2 * doublings) for v in range(SUM_LIMIT + 1)]
 
 
 def table_frequencies(table: int) -> list[int]:
-    """Return the frequencies of one table in coding order: the escape, then -limit..limit.
+    """Return the frequencies of a table in coding order: the escape, then -limit .. limit.
 
     The weight of a value v is the sum of ``height * power(e v^2 / width^2)`` over the widths 1, 2
-    and 4; the escape gets what lies outside the support.  Weights are raised to 1/4096 of their
-    sum, so that rounding the cumulative sum leaves no symbol without frequency.
+    and 4.  The weight of the escape is the sum over the values outside the support.  Weights below
+    1/4096 of the sum are raised to it, so that no frequency becomes 0 when the cumulative sum is
+    rounded.
+
+    Args:
+        table: number of the table in the library.
     """
     scale, heights = table // len(SHAPES), SHAPES[table % len(SHAPES)]
     parts = [_gaussian(scale, i) for i in range(len(heights))]
@@ -100,15 +104,16 @@ def table_frequencies(table: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Library:
-    """The symbol tables as arrays; a symbol outside a table's support has frequency 0.
+    """The symbol tables as arrays.
 
     Attributes:
-        frequency_TS: uint16, indexed by the symbol's byte.
-        start_TS: uint16, sum of the frequencies before the symbol.
-        limit_T: int64, largest magnitude in the support.
-        outside_ST: bool, the symbol is escaped: not in the support, or the escape itself.
-        cost_ST: float64, price of a symbol in units of 2^-16 bit (whole numbers, so that sums of
-            them are exact in any order), without the words of an escaped value.
+        frequency_TS: frequency by symbol byte, uint16; 0 outside the support of the table.
+        start_TS: sum of the frequencies of the preceding symbols, uint16.
+        limit_T: largest magnitude in the support, int64.
+        outside_ST: bool, True for symbols that are escaped: those outside the support, and the
+            escape itself.
+        cost_ST: cost of a symbol in units of 2^-16 bit, without the words of an escaped value;
+            float64 whole numbers, so that their sums are exact in any order.
     """
 
     frequency_TS: np.ndarray
@@ -118,13 +123,13 @@ class Library:
     cost_ST: np.ndarray
 
 
-#: Units of `Library.cost_ST` in a bit.
+#: Units of `Library.cost_ST` per bit.
 COST_UNIT = 1 << 16
 
 
 @functools.lru_cache(maxsize=1)
 def library() -> Library:
-    """Build the library once."""
+    """Return the library of symbol tables, which is built on the first call."""
     tables = SCALES * len(SHAPES)
     frequency_TS = np.zeros((tables, SYMBOLS), np.uint16)
     start_TS = np.zeros((tables, SYMBOLS), np.uint16)
@@ -143,19 +148,20 @@ def library() -> Library:
 
 
 def symbols_in_order(limit: int) -> np.ndarray:
-    """Return the bytes of a support in coding order: the escape, then -limit..limit."""
+    """Return the symbols of a support in coding order: the escape, then -limit .. limit."""
     return np.r_[ESCAPE, np.arange(-limit, limit + 1) & 0xFF].astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class CodeModel:
-    """What a payload says about the distribution of its codes.
+    """The model of the distribution of codes that a payload holds.
 
     Attributes:
-        row_class_A, col_class_N: int64, not negative; their sum is the key of a code.
-        table_K: uint8, the library table of a key.
-        shift_K: uint8, low bits of a key that are stored beside the symbol.
-        escape_words: words of an escaped value, 1 or 2.
+        row_class_A, col_class_N: classes of the rows and columns, int64, not negative; the sum of
+            both is the key of a code.
+        table_K: library table of every key, uint8.
+        shift_K: number of low bits that are stored separately from the symbol, by key, uint8.
+        escape_words: number of words of an escaped value, 1 or 2.
     """
 
     row_class_A: np.ndarray
@@ -165,16 +171,19 @@ class CodeModel:
     escape_words: int
 
     def rows(self, rows: slice | np.ndarray) -> "CodeModel":
-        """Return the model of some rows."""
+        """Return the model of some of the rows."""
         return dataclasses.replace(self, row_class_A=self.row_class_A[rows])
 
     @property
     def first_shifted_key(self) -> int:
-        """The first key with low bits, or the number of keys."""
+        """The first key with low bits, or the number of keys if none has any."""
         return int(np.flatnonzero(np.append(self.shift_K, 1))[0])
 
     def decoder_table(self) -> np.ndarray:
-        """Return uint32 [K * 4096]: symbol << 24 | (slot - start) << 12 | frequency."""
+        """Return the lookup table for decoding, with an entry for every key and slot.
+
+        An entry is symbol << 24 | (slot - start) << 12 | frequency; uint32 [K * 4096].
+        """
         tables = library()
         distinct, index_K = np.unique(self.table_K, return_inverse=True)
         pages = np.empty((len(distinct), TOTAL), np.uint32)
@@ -188,7 +197,10 @@ class CodeModel:
         return pages[index_K].ravel()
 
     def encoder_table(self) -> np.ndarray:
-        """Return uint32 [K * 256]: escaped << 24 | start << 12 | frequency."""
+        """Return the lookup table for encoding, with an entry for every key and symbol.
+
+        An entry is escaped << 24 | start << 12 | frequency; uint32 [K * 256].
+        """
         tables = library()
         frequency_KS = tables.frequency_TS[self.table_K].astype(np.uint32)
         start_KS = tables.start_TS[self.table_K].astype(np.uint32)
@@ -199,9 +211,10 @@ class CodeModel:
 
 
 def split_values(values: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split codes into symbols (uint8) and low bits (uint32): the inverse of `join_values`.
+    """Split codes into symbols (uint8) and low bits (uint32); `join_values` is the inverse.
 
-    A code rounds to the nearest multiple of 2^shift; what no symbol can hold becomes the escape.
+    A code is rounded to the nearest multiple of 2^shift.  If the multiple does not fit into a
+    symbol, the symbol is the escape.
     """
     # numpy 1.26 would compute a scalar shifted by uint8 in uint8
     shift = np.asarray(shift, np.int64)
@@ -211,7 +224,8 @@ def split_values(values: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def to_symbols(values: np.ndarray) -> np.ndarray:
-    """Return the symbol of each value as uint8; both clipped ends are the escape's byte."""
+    """Return the symbols of values, uint8; values beyond +-127 become the escape."""
+    # -128 and 128 have the same byte
     return np.clip(values, -LIMIT - 1, LIMIT + 1).astype(np.uint8)
 
 

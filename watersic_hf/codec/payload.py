@@ -1,7 +1,8 @@
-"""The bytes of a payload: header, model, directory of chunks, words.  FORMAT.md has the byte table.
+"""The bytes of a payload: header, model, directory of chunks, words; FORMAT.md defines them.
 
-Parsing trusts nothing: sizes are checked against the length of the payload before anything of that
-size is allocated, and the checksum over everything but the words before the rest is looked at.
+A payload may be damaged or malicious.  The parser therefore checks sizes against the length of the
+payload before it allocates memory for them, and the checksum of the head before it uses the rest of
+the head.
 """
 
 import struct
@@ -17,15 +18,15 @@ from watersic_hf.codec.model import MAX_SHIFT, CodeModel, library
 
 MAGIC = b"WSIC"
 FORMAT_VERSION = 1
-#: Reconstruction rule "scalar": a code is its own value.
+#: Reconstruction rule "scalar": the value of a code is the code itself.
 RULE_SCALAR = 1
-#: More keys than the widest range of scales has at eight classes per octave.
+#: Largest number of keys; the widest range of scales has fewer at eight classes per octave.
 MAX_KEYS = 1024
 
 _HEADER = struct.Struct("<4sHHIIIIHHHHBBHIIII")
-#: The last four bytes of the fixed header: checksum of the head without these bytes.
+#: The last four bytes of the fixed header: the checksum of the head without these bytes.
 _CHECKSUM = slice(_HEADER.size - 4, _HEADER.size)
-#: The four bytes before them: checksum of the associated bytes.
+#: The four bytes before them: the checksum of the associated bytes.
 _ASSOCIATED = slice(_CHECKSUM.start - 4, _CHECKSUM.start)
 
 
@@ -39,20 +40,20 @@ def _fail(found: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Header:
-    """What the fixed part of a payload says.
+    """The fixed header of a payload.
 
     Attributes:
         version, rule: format version and reconstruction rule.
-        rows, cols: shape of the codes.
+        rows, cols: shape of the matrix of codes.
         rows_per_lane, cols_per_chunk: geometry of the chunks.
-        keys: number of keys, that is of symbol tables in use.
-        first_shifted_key: keys from here on have a shift.
-        row_centre, col_centre: the classes around which classes are stored.
-        row_parameter, col_parameter: Rice parameters.
-        escape_words: words of an escaped value.
-        row_bytes, col_bytes: lengths of the classes' codes.
+        keys: number of keys; every key has a symbol table.
+        first_shifted_key: first key that has a shift.
+        row_centre, col_centre: class that is subtracted from the classes before they are stored.
+        row_parameter, col_parameter: Rice parameters of the classes.
+        escape_words: number of words of an escaped value.
+        row_bytes, col_bytes: number of bytes of the Rice codes of the classes.
         associated_checksum: CRC-32 of the bytes that belong to the codes but are stored elsewhere.
-        head_checksum: CRC-32 of everything before the words, but this field.
+        head_checksum: CRC-32 of everything before the words, except this field.
     """
 
     version: int
@@ -75,9 +76,16 @@ class Header:
 
     @classmethod
     def parse(cls, payload: np.ndarray) -> "Header":
-        """Read the fixed header and check that every field can be meant."""
+        """Read the fixed header, and check that every field has an allowed value.
+
+        Args:
+            payload: bytes of the payload, uint8.
+
+        Raises:
+            CodecError: the header is cut off or has a value that is not allowed.
+        """
         if len(payload) < _HEADER.size:
-            _fail(f"{len(payload)} bytes are fewer than the {_HEADER.size} of the header")
+            _fail(f"cut off: {len(payload)} bytes are fewer than the {_HEADER.size} of the header")
         magic, *fields = _HEADER.unpack_from(payload)
         if magic != MAGIC:
             _fail(f"starts with {magic!r}, not with {MAGIC!r}")
@@ -92,28 +100,35 @@ class Header:
         return header
 
     def _check(self, size: int) -> None:
-        """Check sizes against the payload's before anything is allocated."""
+        """Check the fields, and the sizes against the number of bytes of the payload."""
         steps = self.rows_per_lane * self.cols_per_chunk
         if not 1 <= steps <= MAX_STEPS:
-            _fail(f"{steps} steps per lane; needed are 1 to {MAX_STEPS}")
+            _fail(f"{steps} steps per lane; 1 to {MAX_STEPS} are allowed")
         if self.keys > MAX_KEYS or self.first_shifted_key > self.keys:
-            _fail(f"{self.keys} keys, shifted from {self.first_shifted_key}; at most {MAX_KEYS}")
+            _fail(
+                f"{self.keys} keys, shifted from {self.first_shifted_key}; at most {MAX_KEYS} keys "
+                f"are allowed"
+            )
         if max(self.row_parameter, self.col_parameter) > rice.MAX_PARAMETER:
-            _fail(f"Rice parameters {self.row_parameter} and {self.col_parameter}; at most 15")
+            _fail(
+                f"Rice parameters {self.row_parameter} and {self.col_parameter}; at most "
+                f"{rice.MAX_PARAMETER} is allowed"
+            )
         if self.escape_words not in (1, 2):
-            _fail(f"{self.escape_words} words per escaped value; needed are 1 or 2")
+            _fail(f"{self.escape_words} words per escaped value; 1 or 2 are allowed")
         if self.rows > 8 * self.row_bytes or self.cols > 8 * self.col_bytes:
             _fail(
-                f"{self.rows} x {self.cols} classes in {self.row_bytes} and {self.col_bytes} bytes"
+                f"{self.rows} x {self.cols} classes in {self.row_bytes} and {self.col_bytes} "
+                f"bytes; a class takes at least one bit"
             )
         if self.model_end > size:
-            _fail(f"{size} bytes, but the classes alone end at byte {self.model_end}")
+            _fail(f"cut off: {size} bytes, but the classes alone end at byte {self.model_end}")
         if self.words_start > size:
-            _fail(f"{size} bytes, but the chunk directory ends at byte {self.words_start}")
+            _fail(f"cut off: {size} bytes, but the chunk directory ends at byte {self.words_start}")
 
     @property
     def geometry(self) -> Geometry:
-        """Shape of the matrix and its chunks."""
+        """Shape of the matrix and of its chunks."""
         return Geometry(self.rows, self.cols, self.rows_per_lane, self.cols_per_chunk)
 
     @property
@@ -124,12 +139,12 @@ class Header:
 
     @property
     def directory_start(self) -> int:
-        """First byte of the directory: a multiple of 4."""
+        """First byte of the directory, a multiple of 4."""
         return -(-self.model_end // 4) * 4
 
     @property
     def words_start(self) -> int:
-        """First byte of the words: the byte after the directory."""
+        """First byte of the words, which follow the directory."""
         return self.directory_start + 8 * self.geometry.chunks
 
 
@@ -138,14 +153,14 @@ def _head_checksum(head: np.ndarray) -> int:
 
 
 def _pack_classes(classes: np.ndarray) -> tuple[int, int, bytes]:
-    """Return centre, Rice parameter and code of a vector of classes."""
+    """Return the centre, the Rice parameter and the Rice code of a vector of classes."""
     centre, folded = _fold(classes)
     parameter = rice.best_parameter(folded)
     return centre, parameter, rice.pack(folded, parameter)
 
 
 def _fold(classes: np.ndarray) -> tuple[int, np.ndarray]:
-    """Return the median class, and the zigzag distances from it."""
+    """Return the median class, and the zigzag values of the differences from it."""
     centre = int(np.sort(classes)[len(classes) // 2]) if len(classes) else 0
     return centre, rice.zigzag(classes - centre)
 
@@ -153,7 +168,7 @@ def _fold(classes: np.ndarray) -> tuple[int, np.ndarray]:
 def _unpack_classes(
     code: np.ndarray, count: int, centre: int, parameter: int, name: str
 ) -> np.ndarray:
-    """Return a vector of classes, all of them >= 0."""
+    """Return a vector of classes, which are all within 0 .. `MAX_KEYS` - 1."""
     try:
         classes = rice.unzigzag(rice.unpack(code, count, parameter)) + centre
     except ValueError as error:
@@ -161,13 +176,18 @@ def _unpack_classes(
     if count and not 0 <= classes.min() <= classes.max() < MAX_KEYS:
         _fail(
             f"{name} classes from {classes.min()} to {classes.max()}; "
-            f"needed are 0 to {MAX_KEYS - 1}"
+            f"0 to {MAX_KEYS - 1} are allowed"
         )
     return classes
 
 
 def head_bits(model: CodeModel, geometry: Geometry) -> float:
-    """Return the bits before the words, for a model of some rows of the matrix."""
+    """Return the number of bits before the words.
+
+    Args:
+        model: model of all rows of the matrix, or of a sample of them.
+        geometry: shape of the whole matrix and of its chunks.
+    """
     row_bits, col_bits = (
         rice.code_bits(folded, rice.best_parameter(folded))
         for _, folded in (_fold(model.row_class_A), _fold(model.col_class_N))
@@ -179,14 +199,14 @@ def head_bits(model: CodeModel, geometry: Geometry) -> float:
 
 @dataclass(frozen=True)
 class EncodedCodes:
-    """A payload taken apart.
+    """The parts of a payload.
 
     Attributes:
-        header: the fixed header.
+        header: fixed header.
         model: classes of rows and columns, table and shift of every key.
-        words: uint16, the words of all chunks.
-        offsets: int64, first word of every chunk, and the number of words.
-        checksums: uint32, CRC-32 of the words of every chunk.
+        words: words of all chunks, uint16.
+        offsets: index of the first word of every chunk, and the number of words at the end, int64.
+        checksums: CRC-32 of the words of every chunk, uint32.
     """
 
     header: Header
@@ -197,10 +217,13 @@ class EncodedCodes:
 
     @classmethod
     def parse(cls, payload: np.ndarray) -> "EncodedCodes":
-        """Take a payload (1-D uint8) apart and check everything but the words.
+        """Parse a payload, and check everything except the words.
+
+        Args:
+            payload: bytes of the payload, 1-D uint8.
 
         Raises:
-            CodecError: the payload is damaged or of an unknown kind.
+            CodecError: the payload is damaged, cut off, or of an unknown kind.
         """
         header = Header.parse(payload)
         head = payload[: header.words_start]
@@ -226,7 +249,7 @@ class EncodedCodes:
 
     @staticmethod
     def _parse_model(header: Header, head: np.ndarray) -> CodeModel:
-        """Read tables, shifts and classes; each code must have a key, each key a table."""
+        """Return the tables, shifts and classes; check that every code has a key and a table."""
         at = _HEADER.size
         parts = []
         for size in (
@@ -247,10 +270,10 @@ class EncodedCodes:
         )
         shift_K = np.append(np.zeros(header.first_shifted_key, np.uint8), shifts)
         if (shift_K > MAX_SHIFT).any():
-            _fail(f"a shift of {shift_K.max()} bits; at most {MAX_SHIFT}")
+            _fail(f"a shift of {shift_K.max()} bits; at most {MAX_SHIFT} are allowed")
         tables = len(library().limit_T)
         if (table_K >= tables).any():
-            _fail(f"symbol table {table_K.max()}; version {header.version} has {tables}")
+            _fail(f"symbol table {table_K.max()}; version {header.version} has 0 to {tables - 1}")
         if padding.any():
             _fail("the bytes before the chunk directory are not zero")
         if header.rows and header.cols and row_class_A.max() + col_class_N.max() >= header.keys:
@@ -259,7 +282,11 @@ class EncodedCodes:
         return CodeModel(row_class_A, col_class_N, table_K, shift_K, header.escape_words)
 
     def check_chunks(self, first: int = 0, stop: int | None = None) -> None:
-        """Check the checksums of the chunks first..stop-1, by default of all.
+        """Check the checksums of the chunks first .. stop - 1.
+
+        Args:
+            first: first chunk; default: 0.
+            stop: chunk after the last one; default: the number of chunks.
 
         Raises:
             CodecError: the words of a chunk are damaged.
@@ -281,7 +308,14 @@ def build(
     groups: list[tuple[np.ndarray, np.ndarray]],
     associated: bytes,
 ) -> np.ndarray:
-    """Return the payload (uint8) of groups of chunks: their words, and how many each chunk has."""
+    """Return a payload, uint8.
+
+    Args:
+        model: model of the codes.
+        geometry: shape of the matrix and of its chunks.
+        groups: for consecutive groups of chunks, their words and the number of words per chunk.
+        associated: bytes that belong to the codes but are stored elsewhere.
+    """
     first_shifted = model.first_shifted_key
     row_centre, row_parameter, row_code = _pack_classes(model.row_class_A)
     col_centre, col_parameter, col_code = _pack_classes(model.col_class_N)
@@ -320,7 +354,11 @@ def build(
 
 
 def rebind(payload: np.ndarray, associated: bytes) -> np.ndarray:
-    """Return a copy of a payload whose checksum of associated bytes is that of `associated`.
+    """Return a copy of a payload that is bound to other associated bytes.
+
+    Args:
+        payload: bytes of the payload, uint8.
+        associated: new associated bytes.
 
     Raises:
         CodecError: the payload is damaged or of an unknown kind.

@@ -1,7 +1,7 @@
-"""Rice code of a vector of small integers, both directions without a loop.
+"""Rice code of a vector of small integers, vectorised in both directions.
 
 Layout, least significant bit of a byte first: the low `parameter` bits of every element, element
-after element, then every quotient q as q zeros and a one, then zeros up to a byte.
+after element; then every quotient q as q zeros and a one; then padding with zeros to a full byte.
 """
 
 import numpy as np
@@ -20,17 +20,17 @@ def unzigzag(values: np.ndarray) -> np.ndarray:
 
 
 def best_parameter(values: np.ndarray) -> int:
-    """Return the parameter with the shortest code."""
+    """Return the Rice parameter with the shortest code for integers >= 0."""
     return min(range(MAX_PARAMETER + 1), key=lambda p: len(values) * p + int((values >> p).sum()))
 
 
 def code_bits(values: np.ndarray, parameter: int) -> int:
-    """Return the length of the code of `values` before it is filled up to a byte."""
+    """Return the number of bits of the code of `values`, before it is padded to a full byte."""
     return len(values) * (parameter + 1) + int((values >> parameter).sum())
 
 
 def pack(values: np.ndarray, parameter: int) -> bytes:
-    """Return the code of a vector of integers >= 0."""
+    """Return the Rice code of a vector of integers >= 0."""
     remainders = (values[:, None] >> np.arange(parameter)) & 1
     unary = np.zeros(code_bits(values, parameter) - remainders.size, np.uint8)
     unary[np.cumsum((values >> parameter) + 1) - 1] = 1
@@ -40,10 +40,15 @@ def pack(values: np.ndarray, parameter: int) -> bytes:
 
 
 def unpack(code: np.ndarray, count: int, parameter: int) -> np.ndarray:
-    """Return the `count` integers of a code (uint8).
+    """Return the integers of a Rice code.
+
+    Args:
+        code: bytes of the code, uint8.
+        count: number of integers.
+        parameter: Rice parameter.
 
     Raises:
-        ValueError: the code is not one that `pack` gives for `count` elements.
+        ValueError: the code is not a result of `pack` for `count` elements.
     """
     bits = np.unpackbits(code, bitorder="little")
     planes, unary = bits[: count * parameter], bits[count * parameter :]

@@ -1,4 +1,4 @@
-"""Entropies of a matrix of codes, to compare a payload with.
+"""Entropies of a matrix of codes, as a reference for the size of its payload.
 
 Shapes: A = rows, N = columns, K = keys.
 """
@@ -9,21 +9,21 @@ import numpy as np
 
 from watersic_hf.codec.fit import fit_model, row_blocks
 
-#: Magnitude up to which values are counted in a table; the few beyond are sorted.
+#: Magnitude up to which values are counted in a histogram; the few larger ones are sorted.
 COUNTED = 2047
 
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """What the distribution of codes looks like to the codec; entropies in bits per code.
+    """Statistics of the distribution of codes; entropies are in bits per code.
 
     Attributes:
         pooled_entropy: entropy of the histogram of all codes.
         class_entropy: mean entropy of the histograms of the codes with the same key.
-        row_classes, col_classes: number of different classes.
+        row_classes, col_classes: number of different classes of the rows and of the columns.
         tables: number of different symbol tables in use.
-        escapes: codes that their tables do not hold.
-        max_abs: largest magnitude.
+        escapes: number of codes that are not in the symbol table of their key.
+        max_abs: largest magnitude of a code.
     """
 
     pooled_entropy: float
@@ -36,7 +36,7 @@ class CodeStatistics:
 
 
 def codes_statistics(codes_AN: np.ndarray) -> CodeStatistics:
-    """Return the statistics of int32 codes."""
+    """Return the statistics of a matrix of int32 codes."""
     if codes_AN.size == 0:
         return CodeStatistics(0.0, 0.0, 0, 0, 0, 0, 0)
     fit = fit_model(codes_AN, codes_AN.size)
@@ -55,7 +55,10 @@ def codes_statistics(codes_AN: np.ndarray) -> CodeStatistics:
 
 
 def _entropy(codes_AN: np.ndarray, row_class_A: np.ndarray, col_class_N: np.ndarray) -> float:
-    """Return the mean entropy of the histograms of the keys, in bits per code."""
+    """Return the mean entropy of the histograms of the keys, in bits per code.
+
+    The key of a code is the sum of its row class and its column class.
+    """
     keys, width = int(row_class_A.max() + col_class_N.max()) + 1, 2 * COUNTED + 1
     count = np.zeros(keys * width)
     beyond = []

@@ -1,8 +1,8 @@
-"""Chunks <-> their words: what surrounds the rANS steps.
+"""Encode and decode chunks: the layout of their words around the rANS steps.
 
-Words of a chunk: the start states of its lanes (low word, high word, lane after lane), the words
-that the steps take, and the escaped values backwards: the i-th escape, counted in coding order
-(step, then lane), is the i-th value from the chunk's end; a value is one word, or low word and high
+The words of a chunk are the start states of its lanes (low word, high word, lane after lane), the
+words that the steps read, and the escaped values in reverse: the i-th escape in coding order (step,
+then lane) is the i-th value from the end of the chunk.  A value is one word, or a low and a high
 word.
 
 Shapes: L = lanes of a span (segment, band, lane), T = steps of a block, C = chunks (segment, band).
@@ -25,16 +25,16 @@ from watersic_hf.codec.model import (
     to_symbols,
 )
 
-#: Entries of the encoder's table from here on belong to escaped symbols.
+#: Smallest entry of the encoder's table for escaped symbols.
 _ESCAPED = 1 << 24
 
 
 class StreamError(ValueError):
-    """A chunk does not end where and as it must.
+    """A chunk does not end at the right word, or in the right state.
 
     Attributes:
-        chunk: number of the chunk within the matrix that was decoded.
-        reason: what was found.
+        chunk: index of the chunk in the matrix that was decoded.
+        reason: description of what was found.
     """
 
     def __init__(self, chunk: int, reason: str):
@@ -44,12 +44,12 @@ class StreamError(ValueError):
 
 @dataclass(frozen=True)
 class _Record:
-    """What the encoder gave off in one block of steps, in coding order.
+    """The words that one block of steps has emitted, in coding order.
 
     Attributes:
-        words: uint16.
-        count_MC: words per chunk, for every time that words were given off.
-        escaped, escaped_chunk: values of the escapes and their chunks.
+        words: emitted words, uint16.
+        count_MC: number of words per chunk, for each of the M emissions.
+        escaped, escaped_chunk: escaped values and their chunks.
     """
 
     words: np.ndarray
@@ -59,7 +59,13 @@ class _Record:
 
 
 def _escape_at(end_C: np.ndarray, chunk: np.ndarray, width: int) -> np.ndarray:
-    """Return the index of the first word of every escape, given their chunks in coding order."""
+    """Return the index of the first word of every escaped value.
+
+    Args:
+        end_C: index after the last word of every chunk.
+        chunk: chunk of every escaped value, in coding order.
+        width: number of words of an escaped value.
+    """
     order = chunk.argsort(kind="stable")
     count_C = np.bincount(chunk, minlength=len(end_C))
     rank = np.empty_like(chunk)
@@ -70,7 +76,16 @@ def _escape_at(end_C: np.ndarray, chunk: np.ndarray, width: int) -> np.ndarray:
 def encode_chunks(
     codes_AN: np.ndarray, model: CodeModel, geometry: Geometry
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode a matrix; return the words (uint16) and how many each chunk has."""
+    """Encode a matrix.
+
+    Args:
+        codes_AN: codes, int32.
+        model: model of these codes.
+        geometry: shape of the matrix and of its chunks.
+
+    Returns:
+        The words of all chunks, uint16, and the number of words of every chunk.
+    """
     table = model.encoder_table()
     states_SL = np.full((geometry.segments, int(geometry.lanes_B.sum())), STATE_MIN, np.uint32)
     records = []
@@ -90,14 +105,14 @@ def encode_chunks(
             keys_TL += symbols_TL
             entries_TL = table.take(keys_TL)
             encoder.steps(entries_TL, low_TL, shift_TL)
-            row, col, chunk = block.places(np.flatnonzero(entries_TL >= _ESCAPED))
+            row, col, chunk = block.positions(np.flatnonzero(entries_TL >= _ESCAPED))
             records.append(_record(encoder, codes_AN[row, col], chunk, geometry.chunks))
         states_SL[: span.segments, span.active] = states_L.reshape(span.segments, -1)
     return _assemble(states_SL, records[::-1], geometry.lanes_B, model.escape_words)
 
 
 def _record(encoder: Encoder, escaped: np.ndarray, chunk: np.ndarray, chunks: int) -> _Record:
-    """Take the words of a block out of the encoder."""
+    """Move the words of a block from the encoder to a record."""
     count_MC = np.zeros((len(encoder.counts), chunks), np.intp)
     if encoder.counts:
         count_MC[:, : len(encoder.edges) - 1] = encoder.counts[::-1]
@@ -110,7 +125,7 @@ def _record(encoder: Encoder, escaped: np.ndarray, chunk: np.ndarray, chunks: in
 def _assemble(
     states_SL: np.ndarray, records: list[_Record], lanes_B: np.ndarray, escape_words: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put the words of every chunk in their order, and the chunks in theirs."""
+    """Return the words of all chunks in the order of the format, and the number per chunk."""
     segments, bands = len(states_SL), len(lanes_B)
     lanes_C = np.tile(lanes_B, segments)
     chunk = np.concatenate([record.escaped_chunk for record in records])
@@ -136,20 +151,20 @@ def _assemble(
 
 
 def _put(words: np.ndarray, at: np.ndarray, values: np.ndarray, width: int) -> None:
-    """Write uint32 values as one word or as low and high word."""
+    """Write uint32 values to words at the given indices, as one word or as low and high word."""
     for i in range(width):
         words[at + i] = (values >> np.uint32(WORD_BITS * i)).astype(np.uint16)
 
 
 def _get(words: np.ndarray, at: np.ndarray, width: int) -> np.ndarray:
-    """Read what `_put` wrote as int32; one word is signed."""
+    """Return the int32 values that `_put` has written; a single word is signed."""
     if width == 1:
         return words[at].view(np.int16).astype(np.int32)
     return (words[at] | words[at + 1].astype(np.uint32) << np.uint32(WORD_BITS)).view(np.int32)
 
 
 def _head_words(start_C: np.ndarray, lanes_C: np.ndarray) -> np.ndarray:
-    """Return the index of the low word of every lane's start state."""
+    """Return the index of the low word of the start state, for every lane."""
     first_C = lanes_C.cumsum() - lanes_C
     return (start_C - 2 * first_C).repeat(lanes_C) + 2 * np.arange(int(lanes_C.sum()))
 
@@ -165,15 +180,15 @@ def decode_chunks(
     """Decode a matrix from its chunks.
 
     Args:
-        words: uint16 words, at least those of the chunks.
-        offsets: first word of every chunk, and the word after the last chunk.
-        model: classes and keys.
-        table: what `CodeModel.decoder_table` returns; a caller with many parts builds it once.
-        geometry: shape of the matrix and its chunks.
-        codes_AN: int32, where the codes go.
+        words: words that contain those of the chunks, uint16.
+        offsets: index of the first word of every chunk, and the index after the last chunk.
+        model: model of the codes.
+        table: result of `CodeModel.decoder_table`, which is built once for many parts.
+        geometry: shape of the matrix and of its chunks.
+        codes_AN: output, codes, int32.
 
     Raises:
-        StreamError: a chunk does not end where and as it must.
+        StreamError: a chunk does not end at the right word, or in the right state.
     """
     escapes = []
     start_C, end_C = _by_segment(offsets[:-1], geometry), _by_segment(offsets[1:], geometry)
@@ -191,7 +206,7 @@ def decode_chunks(
             keys_TL *= TOTAL
             entries_TL, low_TL = decoder.steps(table, keys_TL, shift_TL)
             codes_TL = entries_TL.view(np.int32) >> np.int32(24)
-            escapes.append(block.places(np.flatnonzero(codes_TL == -LIMIT - 1)))
+            escapes.append(block.positions(np.flatnonzero(codes_TL == -LIMIT - 1)))
             if shifted:
                 codes_TL = join_values(codes_TL, low_TL.view(np.int32), shift_TL.view(np.int32))
             block.scatter(codes_TL, codes_AN)
@@ -215,7 +230,7 @@ def _check_ends(
     escaped_C: np.ndarray,
     geometry: Geometry,
 ) -> None:
-    """Check that every chunk is used up and every lane is where the encoder started."""
+    """Check that all words are read, and that every lane ends in `STATE_MIN`."""
     moved = np.append(0, (states_SL.ravel() != STATE_MIN).cumsum())
     upto_C = lanes_C.cumsum()
     moved_C = moved[upto_C] - moved[upto_C - lanes_C]
@@ -223,6 +238,6 @@ def _check_ends(
         segment, band = divmod(int(at), geometry.bands)
         raise StreamError(
             band * geometry.segments + segment,
-            f"{left_C[at]} words left for {escaped_C[at]} of escaped values, and "
-            f"{moved_C[at]} lanes away from their start",
+            f"{left_C[at]} words left, but the escaped values take {escaped_C[at]}; {moved_C[at]} "
+            f"lanes do not end in the start state of the encoder; the chunk is damaged",
         )

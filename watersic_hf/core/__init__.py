@@ -1,12 +1,12 @@
-"""The paper's method on plain tensors: it knows no files, no modules and no models."""
+"""The method of the paper on plain tensors, independent of files, modules and models."""
 
+from watersic_hf.core.accumulator import MomentAccumulator
 from watersic_hf.core.metrics import gap_to_bound, relative_output_error
 from watersic_hf.core.moments import (
     CalibrationError,
-    MomentAccumulator,
     Moments,
     not_finite,
-    pool_share,
+    pool_fraction,
 )
 from watersic_hf.core.profile import (
     BINS_PER_BIT,
@@ -15,7 +15,7 @@ from watersic_hf.core.profile import (
     column_profile,
 )
 from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
-from watersic_hf.core.rate import narrow
+from watersic_hf.core.rate import to_smallest_dtype
 from watersic_hf.core.tall import ROWS_PER_BAND, quantize_tall
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import Whitening
@@ -36,12 +36,12 @@ __all__ = [
     "column_deviations",
     "column_profile",
     "gap_to_bound",
-    "narrow",
     "not_finite",
-    "pool_share",
+    "pool_fraction",
     "quantize_tall",
     "quantize_weight",
     "rate_at_level",
     "relative_output_error",
+    "to_smallest_dtype",
     "zsic_block",
 ]

@@ -1,4 +1,4 @@
-r"""What the columns of a quantized weight spend, in numbers few enough to keep for every layer.
+r"""Summarize the rates of the columns of a quantized weight in a few numbers per layer.
 
 Shapes: A = out_features (rows), N = in_features (columns).
 Units:  rates are bits per weight; the water level is the distortion c^2 / 12, whitened.
@@ -14,32 +14,40 @@ from torch import Tensor
 
 from watersic_hf.core.rate import column_entropies
 
-#: Groups of columns that a profile keeps.
+#: Number of groups of columns in a profile.
 GROUPS = 32
-#: Bins of the histogram in a bit.
+#: Histogram bins per bit.
 BINS_PER_BIT = 4
-#: Columns further below the water level than this, in bits, count as this far.
+#: Lower bound of the waterfilling height, in bits: an all-zero column would have minus infinity.
 DEEPEST = -3.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnProfile:
-    r"""The columns of one weight, from the strongest to the weakest."""
+    r"""Rates of the columns of one weight, from the column of largest variance to the smallest."""
 
     waterfilling: tuple[float, ...]
-    r"""What reverse waterfilling gives, :math:`\tfrac12 \log_2(12 \sigma_i^2 / c^2)`, as the means
-    of up to `GROUPS` groups of columns; below 0 a column is under water, and costs nothing."""
+    r"""Height above the water level, :math:`\tfrac12 \log_2(12 \sigma_i^2 / c^2)` bits: the rate
+    that reverse waterfilling assigns, averaged over each of at most `GROUPS` groups of columns.  A
+    column below 0 is under water and has rate 0."""
     entropies: tuple[float, ...]
-    """What the codes of the same groups cost, if every column has a model of its own."""
+    """Mean entropy of the codes of the same groups, in bits per code, if every column has its own
+    entropy model."""
     histogram: tuple[int, ...]
-    """Columns by the entropy of their codes, `BINS_PER_BIT` bins in a bit, from 0 on."""
+    """Number of columns by the entropy of their codes: bin i starts at i / `BINS_PER_BIT` bits."""
 
 
 def column_deviations(weight_AN: Tensor, row_scale_A: Tensor, spacing_N: Tensor) -> Tensor:
     r"""Return :math:`\sigma_i / c`, the root mean square of every column in units of its spacing.
 
     The whitened standard deviation is :math:`s_i \ell_{ii}` and the spacing :math:`c / \ell_{ii}`,
-    so the statistics of the inputs cancel.  Rows of scale 0, and columns of spacing 0, count as 0.
+    so the statistics of the inputs cancel.  Rows with scale 0 and columns with spacing 0 count as
+    0.
+
+    Args:
+        weight_AN: original weight, any float dtype.
+        row_scale_A: scale of every row; the weight is divided by it.
+        spacing_N: lattice spacing of every column, in weight units.
     """
     row_scale_A = torch.where(row_scale_A == 0, math.inf, row_scale_A.float())
     deviation_N = (weight_AN.float() / row_scale_A[:, None]).square_().mean(0).sqrt_()
@@ -47,12 +55,12 @@ def column_deviations(weight_AN: Tensor, row_scale_A: Tensor, spacing_N: Tensor)
 
 
 def column_profile(codes_AN: Tensor, deviation_N: Tensor) -> ColumnProfile:
-    """Sum up the columns of a weight.
+    """Return the profile of a quantized weight.
 
     Args:
-        codes_AN: integers.
-        deviation_N: standard deviation of every column in units of its spacing; for the codes
-            alone, their root mean square.
+        codes_AN: codes Z, any integer dtype.
+        deviation_N: root mean square of every column in units of its spacing, from
+            `column_deviations`; if only the codes are known, the root mean square of the codes.
     """
     filling_N = (math.sqrt(12) * deviation_N.double()).log2().clamp(min=DEEPEST)
     entropy_N = column_entropies(codes_AN)

@@ -1,7 +1,7 @@
-"""Quantize one weight: the whole method as one straight line.
+"""Quantize one weight: the whole method as one sequence of calls.
 
 Shapes: A = out_features (rows), N = in_features (columns).
-Units:  bits are per weight of the layer, dead columns included; steps are in whitened units.
+Units:  bits are per weight of the layer, including dead columns; steps are in whitened units.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from watersic_hf.core.metrics import relative_output_error
 from watersic_hf.core.moments import CalibrationError, Moments, not_finite, times
-from watersic_hf.core.rate import Charge, CodedLayer, LayerSearch, code_layer, insert_columns
+from watersic_hf.core.rate import (
+    Charge,
+    CodedLayer,
+    LayerSearch,
+    WhitenedLayer,
+    insert_columns,
+)
 from watersic_hf.core.rescale import rescale
 from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
 from watersic_hf.core.whiten import (
@@ -27,23 +33,23 @@ from watersic_hf.core.whiten import (
 )
 from watersic_hf.core.zsic import BlockStep, zsic_block
 
-#: Share of the rows that the rate search looks at.
+#: Fraction of the rows that the rate search uses, if that is more than `search_rows`.
 SEARCH_FRACTION = 0.1
-#: Shannon rate of the coarsest step that is still of use, for budgets that nothing can meet.
+#: Shannon rate of the coarsest useful step, which is taken if no step can meet the budget.
 COARSEST_RATE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """How a layer is quantized, apart from its rate."""
+    """Settings for the quantization of a layer, apart from its rate."""
 
     damping: float | None = None
-    """Added to the diagonal of the input covariance, relative to the diagonal's mean; None is
-    `damping_for` the columns and the number of tokens."""
+    """Value that is added to the diagonal of the input covariance, relative to the mean of the
+    diagonal; None: the value of `damping_for`, which depends on the number of tokens."""
     rescale: bool = True
-    """Fit row and column scales to the finished codes."""
+    """Whether to fit row and column scales to the finished codes."""
     search_rows: int = 256
-    """The rate search looks at this many rows, or a tenth of all rows if that is more."""
+    """Number of rows that the rate search uses, or a tenth of all rows if that is more."""
 
     def __post_init__(self) -> None:
         if self.damping is not None and not 0 < self.damping < math.inf:
@@ -60,28 +66,30 @@ class QuantizedWeight:
     r"""A quantized weight, :math:`\hat W = \diag(\text{row\_scale}) Z \diag(\text{col\_scale})`."""
 
     codes_AN: Tensor
-    """Z, in the smallest of int8, int16 and int32 that holds it; zero in dead columns."""
+    """Codes Z, in the smallest of int8, int16 and int32 that holds them; 0 in dead columns."""
     row_scale_A: Tensor
-    """t, float64, mean absolute value 1; 0 for rows whose codes are all zero."""
+    """Row scales t, float64, with mean absolute value 1 before the row importances are divided
+    out; 0 for rows whose codes are all zero."""
     col_scale_N: Tensor
-    """Spacing times rescaled gain, float64; 0 in dead columns."""
+    """Column scales alpha g (spacing times rescaled gain), float64; 0 in dead columns."""
     step: float
-    """c."""
+    """Lattice step c, whitened units."""
     spacing_N: Tensor
-    """alpha, float64; 0 in dead columns."""
+    """Lattice spacing alpha of every column, weight units, float64; 0 in dead columns."""
     shrinkage_N: Tensor
-    """gamma, the least-squares gain of each column in the recursion, float64."""
+    """Gain gamma of every column in the recursion, float64; 0 in dead columns."""
     live_N: Tensor
-    """True for columns that have codes: their input carries signal, their weight is not all 0."""
+    """Bool, True for the columns that have codes: their input carries signal and their weights are
+    not all zero."""
     damping: float
-    """The damping that was used, after retries."""
+    """Damping that was used, after retries."""
     bits: float | None
-    """What `charge` says of the final codes; None if the rate was given."""
+    """Cost of the final codes by `charge`, bits per weight; None if the rate was given."""
     error: float
     """Mean square error of the output relative to the output; see `relative_output_error`."""
 
     def dequantize(self) -> Tensor:
-        """Return the weight that the codes and scales stand for, float64."""
+        """Return the dequantized weight, float64."""
         return self.codes_AN * self.col_scale_N * self.row_scale_A[:, None]
 
 
@@ -101,22 +109,24 @@ def quantize_weight(
     """Quantize a weight to integer codes with one scale per row and per column.
 
     Args:
-        weight_AN: weight, any float dtype.
-        moments: second moments of its input, on the same device.
-        bits: bits per weight to spend, searched with `charge`.
-        rate: instead of `bits`, the Shannon rate R of `step_for_rate`; the codes cost more.
-        charge: what codes cost; see `Charge`.
-        row_importance_A: what the squared error of each row counts for, positive; only ratios
-            matter.  A row of importance w gets a step of its own, ``step / sqrt(w)``: waterfilling
-            over rows as over columns.  Default: all rows count the same.
-        settings: everything else.
-        generator: draws the rows that the search looks at; default is seed 0.
-        block_step: quantizes a block of columns; see `zsic`.
-        name: of the layer, for messages.
+        weight_AN: weight to quantize, any float dtype.
+        moments: second moments of the layer's input, on the device of the weight.
+        bits: stored bits per weight to spend; the step that meets them is searched with `charge`.
+        rate: alternative to `bits`: Shannon rate R of `step_for_rate` in bits per weight.  The
+            codes cost more than R.
+        charge: function that returns the cost of codes, see `Charge`; required with `bits`.
+        row_importance_A: positive weight of the squared error of each row; only ratios matter.  A
+            row with importance w gets the step ``step / sqrt(w)``: waterfilling over rows, as over
+            columns.  Default: all rows count the same.
+        settings: damping, rescaling and search settings; default: `DEFAULT_SETTINGS`.
+        generator: random generator that draws the sample of rows for the search; default: a
+            generator with seed 0.
+        block_step: function that quantizes a block of columns, see `zsic`; default: `zsic_block`.
+        name: name of the layer, for messages.
 
     Raises:
         CalibrationError: the moments are not finite, all zero or not positive definite.
-        ValueError: the weight is not a finite float matrix, or arguments contradict each other.
+        ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     _check_request(bits, rate, charge, name)
     _check_inputs(weight_AN, moments, name)
@@ -130,20 +140,22 @@ def quantize_weight(
     chol, damping = damped_cholesky(
         live_moments.layer_cov, damping, tokens=moments.tokens, name=name
     )
-    target_AN = whitened_target(live_AN, live_moments, chol, damping)
+    layer = WhitenedLayer(
+        target_AN=whitened_target(live_AN, live_moments, chol, damping),
+        chol=chol,
+        live_N=live_N,
+        block_step=block_step,
+    )
     if bits is None:
-        step = float(step_for_rate(live_AN, chol, rate))
-        run = code_layer(target_AN, chol, live_N, step, block_step=block_step)
+        run = layer.code(float(step_for_rate(live_AN, chol, rate)))
     else:
         sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
-        run = _search(live_AN, target_AN, chol, live_N, sample, bits, charge, block_step, name)
+        run = _search(layer, live_AN, bits, charge=charge, sample=sample, name=name)
     spacing_N = spacings(chol, run.step)
-    del target_AN, chol
-    # the paper's damping is for the factorization alone, and its scales are those without it
-    excess = max(0.0, damping - LEAST_DAMPING)
-    shift = float(damping_shift(live_moments.layer_cov, excess))
+    # free the memory for the rescaler
+    del layer, chol
     row_scale_A, gain_N = _fit_scales(
-        run, spacing_N, live_AN, live_moments, live_N, shift, settings
+        run, spacing_N, live_AN, live_moments, live_N=live_N, damping=damping, settings=settings
     )
     row_scale_A = row_scale_A / emphasis_A1[:, 0]
     col_scale_N = insert_columns(spacing_N * gain_N, live_N)
@@ -163,20 +175,18 @@ def quantize_weight(
 
 
 def _search(
+    layer: WhitenedLayer,
     live_AN: Tensor,
-    target_AN: Tensor,
-    chol: Tensor,
-    live_N: Tensor,
-    sample: Tensor,
     bits: float,
+    *,
     charge: Charge,
-    block_step: BlockStep,
+    sample: Tensor,
     name: str,
 ) -> CodedLayer:
-    """Return the codes that cost `bits`, starting from the theory of Gaussian columns."""
-    start = step_for_budget(live_AN, chol, max(bits - SHAPING_LOSS, COARSEST_RATE))
-    coarsest = step_for_budget(live_AN, chol, COARSEST_RATE)
-    search = LayerSearch(target_AN, chol, live_N, charge, sample.to(live_AN.device), block_step)
+    """Return the codes that cost `bits`; the search starts at the step for Gaussian columns."""
+    start = step_for_budget(live_AN, layer.chol, max(bits - SHAPING_LOSS, COARSEST_RATE))
+    coarsest = step_for_budget(live_AN, layer.chol, COARSEST_RATE)
+    search = LayerSearch(layer, charge, sample.to(live_AN.device))
     return search.run(bits, start=float(start), coarsest=float(coarsest), name=name)
 
 
@@ -185,30 +195,35 @@ def _fit_scales(
     spacing_N: Tensor,
     live_AN: Tensor,
     live_moments: Moments,
+    *,
     live_N: Tensor,
-    shift: float,
+    damping: float,
     settings: LayerSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Return t and g: rescaled, or t = 1 and the gains of the recursion.
+    """Return the row scales t and column gains g; without rescaling, t = 1 and g = gamma.
 
-    Rescaled for damped moments, as the codes are: what few tokens say is not to be fitted here.
+    The fit uses damped moments, as the codes do: otherwise the scales would fit the noise of few
+    tokens that the damping keeps out of the codes.
     """
-    if settings.rescale and bool((run.codes_AN != 0).any()):
-        energy = (times(live_AN, live_moments.cov) * live_AN).sum() + shift * live_AN.square().sum()
-        return rescale(
-            run.codes_AN[:, live_N],
-            spacing_N,
-            run.shrinkage_N,
-            cov=live_moments.layer_cov,
-            linear_AN=live_moments.linear_term(live_AN).add_(live_AN, alpha=shift),
-            energy=float(energy),
-            shift=shift,
-        )
-    return live_AN.new_ones(len(live_AN)), run.shrinkage_N
+    if not settings.rescale or not bool((run.codes_AN != 0).any()):
+        return live_AN.new_ones(len(live_AN)), run.shrinkage_N
+    # the paper uses its damping of 1e-4 for the factorization only, and fits scales without it
+    excess = max(0.0, damping - LEAST_DAMPING)
+    shift = float(damping_shift(live_moments.layer_cov, excess))
+    energy = (times(live_AN, live_moments.cov) * live_AN).sum() + shift * live_AN.square().sum()
+    return rescale(
+        run.codes_AN[:, live_N],
+        spacing_N,
+        run.shrinkage_N,
+        cov=live_moments.layer_cov,
+        linear_AN=live_moments.linear_term(live_AN).add_(live_AN, alpha=shift),
+        energy=float(energy),
+        shift=shift,
+    )
 
 
 def _emphasis(weight_AN: Tensor, row_importance_A: Tensor | None, name: str) -> Tensor:
-    """Return the factor of every row, (A, 1), root mean square 1."""
+    """Return the factor that each row is multiplied by, (A, 1), with root mean square 1."""
     rows = len(weight_AN)
     if row_importance_A is None:
         return torch.ones(rows, 1, dtype=torch.float64, device=weight_AN.device)
@@ -229,7 +244,7 @@ def _zero_weight(
     charge: Charge | None,
     settings: LayerSettings,
 ) -> QuantizedWeight:
-    """Return the exact answer for a weight that is zero wherever its input is not."""
+    """Return the exact result for a weight that is zero in all columns that carry signal."""
     codes_AN = torch.zeros_like(weight_AN, dtype=torch.int8)
     zeros_N = torch.zeros_like(live_N, dtype=torch.float64)
     return QuantizedWeight(
@@ -247,18 +262,18 @@ def _zero_weight(
 
 
 def _live_columns(weight_AN: Tensor, moments: Moments, name: str) -> Tensor:
-    """Return the columns to quantize; a column whose weights are all zero needs no codes."""
+    """Return the columns to quantize: those that carry signal and are not all zero."""
     live_N = live_columns(moments.cov)
     if not bool(live_N.any()):
         raise CalibrationError(
             f"{name}: the inputs of all {len(live_N)} columns are zero, so no column matters. Use "
-            f"calibration text that reaches this layer, or leave the layer out."
+            f"calibration text that reaches this layer, or leave the layer dense."
         )
     return live_N & (weight_AN != 0).any(0)
 
 
 def _sample_rows(rows: int, least: int, generator: torch.Generator | None) -> Tensor:
-    """Draw the rows that the rate search looks at."""
+    """Return the indices of a random sample of rows for the rate search."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     count = max(int(SEARCH_FRACTION * rows), min(rows, least))
@@ -302,7 +317,7 @@ def _check_inputs(weight_AN: Tensor, moments: Moments, name: str) -> None:
         bad = not_finite(value)
         if bad:
             kind, advice = (
-                (ValueError, "Repair the checkpoint, or leave the layer out.")
+                (ValueError, "Repair the checkpoint, or leave the layer dense.")
                 if label == "weight"
                 else (CalibrationError, "Collect the moments again, in bfloat16 or float32.")
             )

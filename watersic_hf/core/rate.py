@@ -1,6 +1,7 @@
-"""Say what codes cost, and find the lattice step that costs what was asked for.
+"""Measure the cost of codes, and search the lattice step that meets a budget of bits.
 
-Units: bits per weight; steps are searched on a scale of octaves (log2).
+Shapes: A = out_features (rows), N = in_features (columns), S = sampled rows.
+Units:  bits are per weight; steps are searched on a scale of octaves (log2).
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from watersic_hf.core.zsic import LARGEST_CODE, BlockStep, zsic, zsic_block
 
 logger = logging.getLogger(__name__)
 
-#: ``charge(codes_AN, rows)``: stored bits per weight, everything included, of a layer of `rows`
-#: rows whose codes are distributed like `codes_AN`, which may be a subset of them.
+#: ``charge(codes_AN, rows)`` returns the stored bits per weight, everything included, of a layer
+#: with `rows` rows whose codes are distributed like `codes_AN`, which may hold only some rows.
 Charge = Callable[[Tensor, int], float]
 
 #: Bits that the paper charges for each row scale and each column scale.
 SCALE_BITS = 16
-#: Magnitude up to which the values of a column are counted one by one.
+#: Magnitude up to which `column_entropies` counts values separately.
 COUNTED = 2047
-#: Columns that are counted at a time.
+#: Number of columns that are counted at a time.
 COLUMNS_PER_BLOCK = 256
-#: The search stays within this many octaves of where it starts.
+#: Largest distance of a step from the start of the search, in octaves.
 MAX_OCTAVES = 24.0
-#: The longest move between two evaluations, in octaves.
+#: Largest distance between two consecutive steps of an extrapolation, in octaves.
 MAX_STRIDE = 4.0
-#: Bits per octave below which two evaluations count as a plateau.
+#: Slope, in bits per octave, below which two evaluations count as a plateau.
 FLAT = 0.1
-#: Relative error of the bits that the search on a subset of the rows stops at.
+#: Relative error of the bits at which the search on a sample of the rows stops.
 SEARCH_TOLERANCE = 3e-3
-#: Relative error of the bits of the finished layer below which it is not run again.
+#: Relative error of the bits at which the correction on all rows stops.
 FINAL_TOLERANCE = 8e-3
-#: Runs over all rows, corrections included.
+#: Largest number of runs over all rows, including the corrections.
 FULL_RUNS = 4
 
 
@@ -50,14 +51,15 @@ def pooled_entropy(codes: Tensor) -> float:
         counts = torch.bincount(codes.flatten().long() - low)
     else:
         counts = torch.unique(codes, return_counts=True)[1]
-    share = counts[counts > 0].double() / codes.numel()
-    return float(-(share * share.log2()).sum())
+    probability = counts[counts > 0].double() / codes.numel()
+    return float(-(probability * probability.log2()).sum())
 
 
 def column_entropies(codes_AN: Tensor) -> Tensor:
     """Return the empirical entropy of every column, in bits per code, float64.
 
-    Codes beyond `COUNTED` in magnitude count as one value on either side.
+    Codes beyond `COUNTED` in magnitude count as one value on each side, so that a single huge code
+    does not need a huge histogram.
     """
     entropies = []
     for codes_AB in codes_AN.split(COLUMNS_PER_BLOCK, dim=1):
@@ -66,15 +68,19 @@ def column_entropies(codes_AN: Tensor) -> Tensor:
         index_AB = codes_AB.long().clamp_(low, high) - low
         index_AB += width * torch.arange(columns, device=codes_AB.device)
         counts = torch.bincount(index_AB.flatten(), minlength=width * columns)
-        share_BV = counts.view(columns, width).double() / len(codes_AB)
-        entropies.append(-torch.special.xlogy(share_BV, share_BV).sum(1) / math.log(2))
+        probability_BV = counts.view(columns, width).double() / len(codes_AB)
+        entropies.append(-torch.special.xlogy(probability_BV, probability_BV).sum(1) / math.log(2))
     return torch.cat(entropies).clamp_(min=0)
 
 
 def paper_rate(codes_AN: Tensor, live_N: Tensor | None = None) -> float:
-    """Return the rate by the paper's account: pooled entropy of the live codes, and the scales.
+    """Return the rate as the paper counts it: pooled entropy of the live codes, plus the scales.
 
-    Every row and every column pays `SCALE_BITS`: for a dead column, that is its index.
+    Every row and every column costs `SCALE_BITS`; for a dead column, this pays for its index.
+
+    Args:
+        codes_AN: codes of all columns, any integer dtype.
+        live_N: bool, True for the live columns; default: all columns are live.
     """
     rows, columns = codes_AN.shape
     live_codes_AN = codes_AN if live_N is None else codes_AN[:, live_N]
@@ -91,22 +97,23 @@ def search_step(
     finest: float = 0.0,
     evaluations: int = 12,
 ) -> float:
-    """Find a step whose codes cost `target` bits per weight.
+    """Return a step whose codes cost about `target` bits per weight.
 
-    A secant in log2(step), because at high rate the bits fall by one per octave.  Between a step
-    that is too fine and one that is too coarse it never leaves the bracket; on a plateau it doubles
-    its stride.
+    The search is a secant method in log2(step), because at high rate the bits fall by one per
+    octave.  Once it has found a step that is too fine and one that is too coarse, it stays between
+    them; on a plateau it doubles its stride.
 
     Args:
-        bits_at: what a step costs; falls with the step, but need neither be smooth nor exact.
-        target: bits per weight.
-        start: the first step to try.
-        tolerance: bits per weight that count as reached.
-        finest: no step below this one is tried.
-        evaluations: the most that may be spent.
+        bits_at: function that returns the cost of a step, in bits per weight.  It must decrease
+            with the step, but need not be smooth or exact.
+        target: bits per weight to spend.
+        start: first step to try.
+        tolerance: deviation from the target, in bits per weight, at which the search stops.
+        finest: smallest step that is tried; default: no limit.
+        evaluations: largest number of calls of `bits_at`; default: 12.
 
     Returns:
-        Of all the steps tried, the one that came closest.
+        The step, of all those that were tried, whose cost is closest to the target.
     """
     start = max(start, finest)
     lowest = max(-MAX_OCTAVES, math.log2(finest / start)) if finest > 0 else -MAX_OCTAVES
@@ -125,6 +132,7 @@ def search_step(
 
 
 def _next_octave(tried: list[tuple[float, float]]) -> float:
+    """Return the next octave to try, given pairs of octaves and excess bits."""
     too_fine = [octave for octave, excess in tried if excess > 0]
     too_coarse = [octave for octave, excess in tried if excess <= 0]
     if not too_fine or not too_coarse:
@@ -139,7 +147,7 @@ def _next_octave(tried: list[tuple[float, float]]) -> float:
 
 
 def _extrapolate(tried: list[tuple[float, float]]) -> float:
-    """Continue from points that all lie on one side of the target."""
+    """Return the next octave if all points lie on one side of the target."""
     last, excess = tried[-1]
     if len(tried) == 1:
         stride = excess
@@ -153,63 +161,81 @@ def _extrapolate(tried: list[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class CodedLayer:
-    """The codes of one step, all columns, and what they cost."""
+    """The codes of a layer at one lattice step, and their cost."""
 
     step: float
+    """Lattice step c, whitened units."""
     codes_AN: Tensor
+    """Codes Z of all columns, in the smallest integer dtype; 0 in dead columns."""
     shrinkage_N: Tensor
+    """Gains of the live columns."""
     bits: float | None
+    """Stored bits per weight by `Charge`; None if the codes were not charged."""
 
 
-def code_layer(
-    target_AN: Tensor,
-    chol: Tensor,
-    live_N: Tensor,
-    step: float,
-    charge: Charge | None = None,
-    *,
-    block_step: BlockStep = zsic_block,
-) -> CodedLayer:
-    """Run the recursion over all rows."""
-    codes_AN, shrinkage_N = zsic(target_AN, chol, step, block_step=block_step)
-    codes_AN = narrow(insert_columns(codes_AN, live_N))
-    spent = None if charge is None else charge(codes_AN, len(codes_AN))
-    return CodedLayer(step=step, codes_AN=codes_AN, shrinkage_N=shrinkage_N, bits=spent)
+@dataclass(frozen=True, kw_only=True)
+class WhitenedLayer:
+    """The lattice problem of one layer in the whitened domain, over its live columns."""
+
+    target_AN: Tensor
+    """Target Y."""
+    chol: Tensor
+    """Lower Cholesky factor L of the damped moment, (N, N) or its diagonal (N,)."""
+    live_N: Tensor
+    """Bool over all columns of the layer, True for those that the target holds."""
+    block_step: BlockStep = zsic_block
+    """Function that quantizes a block of columns; see `zsic`."""
+
+    def code(self, step: float, charge: Charge | None = None) -> CodedLayer:
+        """Quantize all rows with one lattice step.
+
+        Args:
+            step: lattice step c, whitened units.
+            charge: cost of the codes; default: they are not charged.
+        """
+        codes_AN, shrinkage_N = zsic(self.target_AN, self.chol, step, block_step=self.block_step)
+        codes_AN = to_smallest_dtype(insert_columns(codes_AN, self.live_N))
+        spent = None if charge is None else charge(codes_AN, len(codes_AN))
+        return CodedLayer(step=step, codes_AN=codes_AN, shrinkage_N=shrinkage_N, bits=spent)
 
 
 class LayerSearch:
-    """The step for a number of bits: first on a sample of the rows, then corrected on all."""
+    """Search the lattice step at which a layer costs a given number of bits.
 
-    def __init__(
-        self,
-        target_AN: Tensor,
-        chol: Tensor,
-        live_N: Tensor,
-        charge: Charge,
-        sample: Tensor,
-        block_step: BlockStep,
-    ) -> None:
-        self.target_AN = target_AN
-        self.chol = chol
-        self.live_N = live_N
+    The search runs on a sample of the rows in float32; its result is corrected on all rows.
+
+    Args:
+        layer: layer to quantize.
+        charge: cost of codes.
+        sample: indices of the rows in the sample.
+    """
+
+    def __init__(self, layer: WhitenedLayer, charge: Charge, sample: Tensor) -> None:
+        self.layer = layer
         self.charge = charge
-        self.block_step = block_step
-        self.sample_SN = target_AN[sample].float()
-        self.sample_chol = chol.float()
+        self.sample_SN = layer.target_AN[sample].float()
+        self.sample_chol = layer.chol.float()
         self.runs: dict[float, CodedLayer] = {}
 
     def run(self, bits: float, *, start: float, coarsest: float, name: str) -> CodedLayer:
-        """Return the run over all rows that comes closest to `bits`."""
-        rows, columns = len(self.target_AN), len(self.live_N)
+        """Return the run over all rows whose cost is closest to `bits`.
+
+        Args:
+            bits: stored bits per weight to spend.
+            start: first step to try.
+            coarsest: step to use if the fixed costs alone exceed `bits`.
+            name: name of the layer, for the log.
+        """
+        rows, columns = len(self.layer.target_AN), len(self.layer.live_N)
         zeros = torch.zeros(
-            len(self.sample_SN), columns, dtype=torch.int32, device=self.live_N.device
+            len(self.sample_SN), columns, dtype=torch.int32, device=self.layer.live_N.device
         )
         floor = self.charge(zeros, rows)
         if floor >= bits:
             logger.warning(
-                "%s: %g bits per weight were asked for, but scales and headers of a %d x %d layer "
-                "alone cost %.4g; using the coarsest useful step. Ask for more, or leave the layer "
-                "out.",
+                "%s: %g bits per weight were requested, but the scales and headers of a %d x %d "
+                "layer alone cost %.4g; using the coarsest useful step. Request more bits, or "
+                "leave the layer dense.",
                 name,
                 bits,
                 rows,
@@ -218,8 +244,8 @@ class LayerSearch:
             )
             self.bits_of_all_rows(coarsest)
             return self.runs[coarsest]
-        # a tiny layer may not be able to spend its bits, however fine the step
-        finest = 2 * float(self.target_AN.abs().max()) / LARGEST_CODE
+        # a tiny layer may be unable to spend its bits at any step that keeps the codes in int32
+        finest = 2 * float(self.layer.target_AN.abs().max()) / LARGEST_CODE
         step = search_step(
             self.bits_of_sample,
             bits,
@@ -238,27 +264,30 @@ class LayerSearch:
         return self.runs[step]
 
     def bits_of_sample(self, step: float) -> float:
-        """Return what the whole layer would cost, judged by the sample and in float32."""
-        codes_SN, _ = zsic(self.sample_SN, self.sample_chol, step, block_step=self.block_step)
-        return self.charge(insert_columns(codes_SN, self.live_N), len(self.target_AN))
+        """Return the cost of the whole layer at a step, estimated from the sample."""
+        codes_SN, _ = zsic(self.sample_SN, self.sample_chol, step, block_step=self.layer.block_step)
+        return self.charge(insert_columns(codes_SN, self.layer.live_N), len(self.layer.target_AN))
 
     def bits_of_all_rows(self, step: float) -> float:
-        """Return what the layer costs, and keep the run."""
-        self.runs[step] = code_layer(
-            self.target_AN, self.chol, self.live_N, step, self.charge, block_step=self.block_step
-        )
+        """Return the cost of the layer at a step, and keep the run."""
+        self.runs[step] = self.layer.code(step, self.charge)
         return self.runs[step].bits
 
 
 def insert_columns(live_values: Tensor, live_N: Tensor) -> Tensor:
-    """Put the values of the live columns among zeros for the dead ones."""
+    """Return the values of the live columns at their columns, with zeros for the dead columns.
+
+    Args:
+        live_values: values of the live columns, along the last dimension.
+        live_N: bool over all columns, True for the live ones.
+    """
     values = live_values.new_zeros(*live_values.shape[:-1], len(live_N))
     values[..., live_N] = live_values
     return values
 
 
-def narrow(codes_AN: Tensor) -> Tensor:
-    """Return the codes in the smallest signed integer dtype that holds them."""
+def to_smallest_dtype(codes_AN: Tensor) -> Tensor:
+    """Return the codes in the smallest of int8, int16 and their own dtype that holds them."""
     low, high = (int(end) for end in codes_AN.aminmax()) if codes_AN.numel() else (0, 0)
     for dtype in (torch.int8, torch.int16):
         limits = torch.iinfo(dtype)

@@ -1,4 +1,4 @@
-r"""Fit one scale per row and one per column to finished codes, by alternating least squares.
+r"""Fit one scale per row and one per column to finished codes by alternating least squares.
 
 Shapes: A = out_features (rows), N = in_features (columns); a 1-D moment is a diagonal.
 The weight is :math:`\hat W = T Z \diag(\alpha) G` with T = diag(t), G = diag(g); with A = Z
@@ -20,15 +20,15 @@ from watersic_hf.core.moments import factorize_, times
 MAX_ITERATIONS = 1000
 #: Relative change of the objective below which the iteration has converged.
 TOLERANCE = 3e-4
-#: Relative rise of the objective that counts as rounding.
+#: Relative increase of the objective that is tolerated as a rounding error.
 RISE = 1e-6
 #: Ridge of both least-squares problems, relative to their mean diagonal.
 RIDGE = 1e-8
-#: Parts of the way to the best gains that are tried.
+#: Fractions of the step to the best gains that are tried, in this order.
 FRACTIONS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
-#: Range of the column gains after a column step.
+#: Range to which the column gains are clipped after a column step.
 GAIN_RANGE = (-0.1, 1.5)
-#: Rows that are expanded at a time.
+#: Number of rows whose codes are converted to float64 at a time.
 ROWS_PER_BLOCK = 2048
 
 
@@ -42,16 +42,19 @@ def rescale(
     energy: float,
     shift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return t and g, at least as good as t = 1 and g = `shrinkage_N`, with mean abs(t) = 1.
+    r"""Return t and g that are at least as good as t = 1 and g = `shrinkage_N`.
 
     Args:
-        codes_AN: Z, any integer dtype.
-        spacing_N: :math:`\alpha`, float64.
-        shrinkage_N: :math:`\gamma`, where g starts.
-        cov: S, the moment of what the layer sees; (N, N) or, a diagonal, (N,).
-        linear_AN: C, from `Moments.linear_term`.
-        energy: tr(W S_X W^T).  A residual term makes J inexact by a constant, so J may be negative.
-        shift: is added to the diagonal of S.
+        codes_AN: codes Z, any integer dtype.
+        spacing_N: lattice spacing :math:`\alpha` of every column, float64.
+        shrinkage_N: gain :math:`\gamma` of every column, the initial value of g.
+        cov: moment S of the input that the quantized layer receives, (N, N) or its diagonal (N,).
+        linear_AN: linear term C, from `Moments.linear_term`.
+        energy: tr(W S_X W^T).  With a residual term J is off by a constant, and may be negative.
+        shift: value that is added to the diagonal of S; default: 0.
+
+    Returns:
+        The row scales t, normalized so that the mean of abs(t) is 1, and the column gains g.
     """
     problem = _Problem(codes_AN, spacing_N, cov, linear_AN, energy, shift)
     row_A = torch.ones(codes_AN.shape[0], dtype=torch.float64, device=codes_AN.device)
@@ -76,9 +79,9 @@ def rescale(
 def _better_gains(
     problem: _Problem, row_A: Tensor, gain_N: Tensor, value: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best gains for some row scales, and their row terms.
+    """Return the best column gains for the given row scales, and their row terms.
 
-    If rounding or the range of gains makes them worse than `gain_N`, go only part of the way.
+    If rounding or clipping to `GAIN_RANGE` makes them worse than `gain_N`, the step is shortened.
     """
     solution_N = problem.best_gains(row_A)
     for fraction in FRACTIONS:
@@ -90,7 +93,7 @@ def _better_gains(
 
 
 class _Problem:
-    """The two least-squares problems, for codes that do not change."""
+    """The least-squares problems of the row scales and of the column gains, for fixed codes."""
 
     def __init__(
         self,
@@ -113,10 +116,10 @@ class _Problem:
         gram, linear_N = self._column_terms(row_A)
         if gram.ndim == 1:
             return linear_N / gram
-        # positive semidefinite by Schur's product theorem
+        # F is positive semidefinite by the Schur product theorem
         chol_NN = factorize_(gram)
         if chol_NN is None:
-            # moments that are so only up to rounding
+            # rounding has made F indefinite; it was overwritten, so build it again
             return torch.linalg.solve(self._column_terms(row_A)[0], linear_N)
         half_N1 = torch.linalg.solve_triangular(chol_NN, linear_N[:, None], upper=False)
         return torch.linalg.solve_triangular(chol_NN.T, half_N1, upper=True)[:, 0]
@@ -140,7 +143,7 @@ class _Problem:
         return gram, linear_N
 
     def row_terms(self, gain_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return <C_r, M_r> and M_r S M_r^T for every row of M = A diag(g)."""
+        """Return <C_r, M_r> and M_r S M_r^T for every row r of M = A diag(g)."""
         linear_A = torch.empty(len(self.codes_AN), dtype=torch.float64, device=gain_N.device)
         power_A = torch.empty_like(linear_A)
         for rows, scaled_BN in self._scaled_rows():
@@ -151,19 +154,21 @@ class _Problem:
         return linear_A, power_A
 
     def value(self, row_A: Tensor, linear_A: Tensor, power_A: Tensor) -> float:
-        """Return J from the terms of the rows."""
+        """Return the objective J, given the row terms."""
         return self.energy + float((row_A * power_A - 2 * linear_A) @ row_A)
 
     def _scaled_rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows, and A = Z diag(alpha) for them."""
         for start in range(0, len(self.codes_AN), ROWS_PER_BLOCK):
             rows = slice(start, start + ROWS_PER_BLOCK)
             yield rows, self.codes_AN[rows] * self.spacing_N
 
 
 def _allowed(value: float) -> float:
+    """Return the largest objective that counts as no worse than `value`."""
     return value + RISE * abs(value)
 
 
 def _ridge(diagonal: Tensor) -> Tensor:
-    """Return a ridge that is relative, and positive even for a problem that is all zero."""
+    """Return a ridge relative to the mean diagonal, and positive even if the diagonal is zero."""
     return (RIDGE * diagonal.abs().mean()).clamp(min=torch.finfo(torch.float64).tiny)

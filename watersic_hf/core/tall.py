@@ -1,16 +1,18 @@
-"""Quantize a weight with very many rows, as a table of embeddings, in bounded memory.
+"""Quantize a weight with very many rows, such as a vocabulary matrix, in bounded memory.
 
 Shapes: A = out_features (rows), N = in_features (columns), B = rows of one band.
 
-Rows of a weight disturb each other only through what they share: the step and the gains of the
-columns.  Both are found on a sample of the rows; then every band is quantized by itself.  Sample
-and bands are drawn at random, since the rows of a table are ordered, frequent tokens first.
+The rows of a weight depend on each other only through what they have in common: the step and the
+gains of the columns.  Both are determined on a sample of the rows; then every band of rows is
+quantized independently.  The sample and the bands are random, because the rows of a vocabulary
+matrix are ordered: frequent tokens come first.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,15 +25,15 @@ from watersic_hf.core.quantize import (
     QuantizedWeight,
     quantize_weight,
 )
-from watersic_hf.core.rate import FULL_RUNS, Charge, insert_columns, narrow
+from watersic_hf.core.rate import FULL_RUNS, Charge, insert_columns, to_smallest_dtype
 from watersic_hf.core.whiten import damped_cholesky, whitened_target
 from watersic_hf.core.zsic import BlockStep, zsic, zsic_block
 
-#: Rows that the step and the gains of the columns are found on.
+#: Number of rows that determine the step and the gains of the columns.
 SAMPLE_ROWS = 8192
-#: Rows that are quantized at a time.
+#: Number of rows that are quantized at a time.
 ROWS_PER_BAND = 8192
-#: Relative error of the bits below which the rows are not quantized again.
+#: Relative error of the bits at which the correction of the step stops.
 TOLERANCE = 5e-3
 
 
@@ -48,48 +50,58 @@ def quantize_tall(
     sample_rows: int = SAMPLE_ROWS,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """`quantize_weight` for a weight whose float64 copies would not fit in memory.
+    """Quantize a weight whose float64 copies would not fit into memory.
 
-    Besides the weight and its codes only bands of rows are held.  A weight of at most twice
-    `sample_rows` rows is left to `quantize_weight`.
+    Besides the weight and its codes, only one band of rows is held in memory.  A weight with at
+    most twice `sample_rows` rows is passed to `quantize_weight`.
 
     Args:
         weight_AN, moments, bits, charge, row_importance_A, settings, generator, block_step, name:
-            as for `quantize_weight`; the moments have no residual.
-        sample_rows: rows that the step and the gains are found on.
+            as for `quantize_weight`; the moments must not have a residual.
+        sample_rows: number of rows that determine the step and the gains; default: `SAMPLE_ROWS`.
 
     Raises:
         CalibrationError: the moments are not finite, all zero or not positive definite.
-        ValueError: the weight is not a finite float matrix, or arguments contradict each other.
+        ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     rows = len(weight_AN)
     if row_importance_A is not None:
         row_importance_A = row_importance_A.to(weight_AN.device, torch.float64)
-    options = {
-        "bits": bits, "settings": settings, "generator": generator, "block_step": block_step,
-        "name": name,
-    }  # fmt: skip
+    quantize = functools.partial(
+        quantize_weight,
+        moments=moments,
+        bits=bits,
+        settings=settings,
+        generator=generator,
+        block_step=block_step,
+        name=name,
+    )
     if rows <= 2 * sample_rows:
-        return quantize_weight(
-            weight_AN, moments, charge=charge, row_importance_A=row_importance_A, **options
-        )
+        return quantize(weight_AN, charge=charge, row_importance_A=row_importance_A)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     order_A = torch.randperm(rows, generator=generator).to(weight_AN.device)
     sample = order_A[:sample_rows]
-    pilot = quantize_weight(
-        weight_AN[sample], moments,
+    pilot = quantize(
+        weight_AN[sample],
         charge=lambda codes_SN, sampled: charge(codes_SN, round(rows * sampled / sample_rows)),
         row_importance_A=None if row_importance_A is None else row_importance_A[sample],
-        **options,
-    )  # fmt: skip
+    )
     emphasis_A1 = torch.ones(rows, 1, dtype=torch.float64, device=weight_AN.device)
     if row_importance_A is not None:
+        # as in the pilot, whose factors have root mean square 1 over the sample
         emphasis_A1 = (row_importance_A / row_importance_A[sample].mean()).sqrt()[:, None]
-    bands = _Bands(weight_AN, moments, emphasis_A1, order_A, pilot, settings, block_step, name)
+    bands = _Bands(
+        _Rows(weight_AN=weight_AN, emphasis_A1=emphasis_A1, order_A=order_A),
+        moments,
+        pilot,
+        rescale=settings.rescale,
+        block_step=block_step,
+        name=name,
+    )
     step, spent = pilot.step, bits
     for _ in range(FULL_RUNS):
-        # a bit is an octave
+        # at high rate one bit is one octave of the step
         step *= 2.0 ** (spent - bits)
         codes_AN, row_scale_A, error = bands.run(step)
         spent = charge(codes_AN, rows)
@@ -107,56 +119,66 @@ def quantize_tall(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows of a weight, and the order in which they are quantized."""
+
+    weight_AN: Tensor
+    emphasis_A1: Tensor
+    """Factor of every row, the square root of its importance."""
+    order_A: Tensor
+    """Permutation of the row indices."""
+
+    def bands(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the weight and the factors of one band after the other, in the given order."""
+        for rows_B in self.order_A.split(ROWS_PER_BAND):
+            yield self.weight_AN[rows_B], self.emphasis_A1[rows_B]
+
+
 class _Bands:
-    """A weight that is quantized some rows at a time, with what a sample of them has settled."""
+    """Quantize a weight band by band, with the gains of the columns that a sample determined."""
 
     def __init__(
         self,
-        weight_AN: Tensor,
+        rows: _Rows,
         moments: Moments,
-        emphasis_A1: Tensor,
-        order_A: Tensor,
         pilot: QuantizedWeight,
-        settings: LayerSettings,
+        *,
+        rescale: bool,
         block_step: BlockStep,
         name: str,
     ) -> None:
-        self.weight_AN, self.moments, self.pilot = weight_AN, moments, pilot
-        self.emphasis_A1, self.order_A = emphasis_A1, order_A
+        self.rows, self.moments, self.pilot = rows, moments, pilot
         self.live_moments = moments.select(pilot.live_N)
         self.chol, self.damping = damped_cholesky(
             self.live_moments.layer_cov, pilot.damping, tokens=moments.tokens, name=name
         )
-        self.rescale, self.block_step = settings.rescale, block_step
+        self.rescale, self.block_step = rescale, block_step
         self.gain_N = (pilot.col_scale_N / pilot.spacing_N)[pilot.live_N]
 
     def run(self, step: float) -> tuple[Tensor, Tensor, float]:
-        """The codes of all rows with one step, their row scales, and the relative error."""
+        """Quantize all rows with one step; return codes, row scales and the relative error."""
         live_N = self.pilot.live_N
         scale_N = self.gain_N * self.pilot.spacing_N[live_N] * (step / self.pilot.step)
         codes_AN, row_scale_A, error, energy = [], [], 0.0, 0.0
-        for weight_BN, emphasis_B1 in self._bands():
+        for weight_BN, emphasis_B1 in self.rows.bands():
             live_BN = weight_BN[:, live_N].double() * emphasis_B1
             target_BN = whitened_target(live_BN, self.live_moments, self.chol, self.damping)
             codes_BN, _ = zsic(target_BN, self.chol, step, block_step=self.block_step)
             row_B = self._row_scales(codes_BN * scale_N, live_BN) / emphasis_B1[:, 0]
-            codes_AN.append(narrow(insert_columns(codes_BN, live_N)))
+            codes_AN.append(to_smallest_dtype(insert_columns(codes_BN, live_N)))
             row_scale_A.append(row_B)
             dequantized_BN = insert_columns(codes_BN * scale_N * row_B[:, None], live_N)
             parts = output_error(weight_BN, dequantized_BN, self.moments)
             error, energy = error + parts[0], energy + parts[1]
-        place_A = self.order_A.argsort()
-        codes_AN, row_scale_A = torch.cat(codes_AN)[place_A], torch.cat(row_scale_A)[place_A]
+        position_A = self.rows.order_A.argsort()
+        codes_AN, row_scale_A = torch.cat(codes_AN)[position_A], torch.cat(row_scale_A)[position_A]
         return codes_AN, row_scale_A, max(error, 0.0) / energy if energy else 0.0
 
     def _row_scales(self, scaled_BN: Tensor, live_BN: Tensor) -> Tensor:
-        """The least-squares scale of every row, 0 where all codes are; 1 without rescalers."""
+        """Return the least-squares scale of every row: 0 if its codes are 0, 1 if not rescaled."""
         if not self.rescale:
             return torch.ones_like(scaled_BN[:, 0])
         linear_B = (scaled_BN * self.live_moments.linear_term(live_BN)).sum(1)
         power_B = (times(scaled_BN, self.live_moments.layer_cov) * scaled_BN).sum(1)
         return torch.where(power_B > 0, linear_B / power_B.clamp(min=1e-300), 0.0)
-
-    def _bands(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows_B in self.order_A.split(ROWS_PER_BAND):
-            yield self.weight_AN[rows_B], self.emphasis_A1[rows_B]

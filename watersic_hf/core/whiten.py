@@ -1,6 +1,7 @@
-"""Go from weights and moments to the domain in which every column has the same lattice step.
+"""Transform weights to the whitened domain, in which all columns have the same lattice step.
 
-Shapes: A = out_features (rows), N = in_features (columns); a 1-D moment or factor is a diagonal.
+Shapes: A = out_features (rows), N = in_features (columns), T = tokens; a 1-D moment or factor is a
+        diagonal.
 Units:  moments are means over tokens; `damping` is relative to the mean of the moment's diagonal.
 """
 
@@ -17,21 +18,27 @@ from watersic_hf.core.waterfill import whitened_variance
 
 logger = logging.getLogger(__name__)
 
-#: A column is dead when its mean square is below this fraction of the median column's.
+#: A column is dead if its mean square is below this fraction of the median over the columns.
 DEAD_FRACTION = 1e-3
-#: Damping of moments that were measured on many tokens; the paper's.
+#: Smallest damping, the value of the paper; used for moments of very many tokens.
 LEAST_DAMPING = 1e-4
-#: Damping for every column there is per token, relative to the median power of a column.
+#: Damping at one column per token, relative to the median mean square of a column.
 DAMPING_PER_COLUMN = 4.0
-#: How often a failed factorization is tried again, each time with ten times the damping.
+#: Number of times that a failed factorization is retried, each time with ten times the damping.
 RETRIES = 3
 
 
 def live_columns(cov: Tensor) -> Tensor:
-    """Return which columns carry signal: mean square at least `DEAD_FRACTION` of the median.
+    """Return which columns carry signal: a mean square of at least `DEAD_FRACTION` of the median.
 
-    The median and not the mean, because the inputs of gated MLPs are so heavy-tailed that a
-    threshold at a fraction of the mean would remove most of their columns.
+    The threshold is relative to the median and not to the mean, because the inputs of gated MLPs
+    are so heavy-tailed that a fraction of the mean would remove most of their columns.
+
+    Args:
+        cov: second moment S of the inputs, (N, N) or its diagonal (N,).
+
+    Returns:
+        Bool (N,), True for the columns to keep.
     """
     power_N = cov if cov.ndim == 1 else cov.diagonal()
     return (power_N >= DEAD_FRACTION * power_N.abs().median()) & (power_N > 0)
@@ -41,13 +48,14 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
     r"""Factor :math:`L L^T = S + \delta I` with :math:`\delta = d \operatorname{mean}(\diag S)`.
 
     Args:
-        cov: S, float64; for a 1-D S the factor is the 1-D square root.
-        damping: d.
-        tokens: calibration tokens behind S, for the error message.
-        name: layer, for messages.
+        cov: second moment S, float64.  For a 1-D S the factor is the 1-D square root.
+        damping: damping d, relative to the mean of the diagonal.
+        tokens: number of calibration tokens behind S, for the error message.
+        name: name of the layer, for messages.
 
     Returns:
-        L and the damping that was used: `damping`, or up to 1000 times as much after retries.
+        The lower Cholesky factor L, and the damping that was used: `damping`, or 10, 100 or 1000
+        times as much after retries.
 
     Raises:
         CalibrationError: S is not positive definite even with the strongest damping.
@@ -78,11 +86,20 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
 
 
 def damping_for(cov: Tensor, tokens: int) -> float:
-    """Return the damping for second moments that were measured on `tokens`.
+    """Return the default damping for second moments that were measured on few or many tokens.
 
-    The noise of the moments grows with columns over tokens; the paper's 1e-4 belongs to its
-    millions of tokens, and is the least there is.  What is added to the diagonal is measured by the
-    median column: a few massive ones, which can have nearly all of the power, do not raise it.
+    The noise of the moments grows with N / T, so the damping does too, with a minimum of 1e-4: the
+    value of the paper, which uses millions of tokens.  The value that is added to the diagonal is
+    proportional to the median over the columns, as a few massive columns, which can hold nearly all
+    the power, would raise the mean and damp the other columns away.
+
+    Args:
+        cov: second moment S, (N, N) or its diagonal (N,).
+        tokens: number of calibration tokens T; with 0, for moments that were not measured, the
+            minimum is returned.
+
+    Returns:
+        The damping d, relative to the mean of the diagonal, as `damped_cholesky` takes it.
     """
     power_N = cov if cov.ndim == 1 else cov.diagonal()
     if not tokens or not len(power_N):
@@ -92,26 +109,27 @@ def damping_for(cov: Tensor, tokens: int) -> float:
 
 
 def damping_shift(cov: Tensor, damping: float) -> Tensor:
-    r"""Return :math:`\delta`, what the damping adds to every diagonal entry."""
+    r"""Return :math:`\delta`, the value that a relative damping adds to every diagonal entry."""
     return damping * (cov if cov.ndim == 1 else cov.diagonal()).mean()
 
 
 def whitened_target(weight_AN: Tensor, moments: Moments, chol: Tensor, damping: float) -> Tensor:
-    r"""Return Y, the point that the lattice codes shall approach.
+    r"""Return Y, the weight in the whitened domain that the lattice codes approximate.
 
     .. math:: Y = (W S_C + \delta W + S_R) L^{-T}
 
-    in drift mode and :math:`Y = W L + S_R L^{-T}` otherwise; the two agree when the streams do.
-    The damping multiplies W: it pulls towards the original weight, not towards zero.
+    in drift mode and :math:`Y = W L + S_R L^{-T}` otherwise; the two agree if both streams are
+    equal.  The damping :math:`\delta` multiplies W, so it pulls towards the original weight and not
+    towards zero.
 
     Args:
-        weight_AN: weight, float64, live columns only (as are the moments).
-        moments: S_C and S_R.
+        weight_AN: weight W, float64, live columns only.
+        moments: moments of the live columns.
         chol: lower Cholesky factor L of the damped ``moments.layer_cov``.
-        damping: the damping in `chol`.
+        damping: relative damping with which `chol` was computed.
 
     Returns:
-        Y as an (A, N) view whose columns are contiguous, the layout that `zsic` works in.
+        Y (A, N), as a view whose columns are contiguous: the layout in which `zsic` works.
     """
     if chol.ndim == 1:
         target_AN = weight_AN * chol
@@ -131,29 +149,25 @@ def whitened_target(weight_AN: Tensor, moments: Moments, chol: Tensor, damping: 
 
 @dataclass(frozen=True)
 class Whitening:
-    """The domain of one layer's inputs in which every column has the same lattice step.
-
-    Source: the whitening of WaterSIC (method of arXiv 2603.04956), here to ask what steps would
-    cost before anything is quantized.
-    """
+    """The whitening of one layer's inputs, for cost estimates before the layer is quantized."""
 
     live_N: Tensor
-    """Which columns carry signal; the others take no part."""
+    """Bool, True for the columns that carry signal; the others are left out."""
 
     chol: Tensor
-    """Factor of the damped moment of the live columns."""
+    """Lower Cholesky factor of the damped moment of the live columns."""
 
     @classmethod
     def of(cls, moments: Moments, damping: float | None, *, name: str) -> Whitening:
-        """The whitening of a layer's inputs.
+        """Return the whitening of a layer's inputs.
 
         Args:
-            moments: of the inputs.
-            damping: as that of `damped_cholesky`; None is that of `damping_for`.
-            name: layer, for messages.
+            moments: second moments of the inputs.
+            damping: damping relative to the mean of the diagonal; None: that of `damping_for`.
+            name: name of the layer, for messages.
 
         Raises:
-            CalibrationError: the moments cannot be factored.
+            CalibrationError: the moments cannot be factored even with the strongest damping.
         """
         live_N = live_columns(moments.cov)
         cov = moments.select(live_N).layer_cov
@@ -162,25 +176,32 @@ class Whitening:
         return cls(live_N, chol)
 
     def variances(self, weight_AN: Tensor) -> Tensor:
-        """Variance of every column of a weight, (N,); 0 for those that are not live.
+        """Return the whitened variance of every column of a weight, (N,); 0 for dead columns.
 
-        The rate that a layer needs for a distortion depends on nothing else; see
+        They determine the rate that the layer needs for a distortion; see
         `waterfill.rate_at_level`.
+
+        Args:
+            weight_AN: weight with all columns, any float dtype.
         """
         variance_N = torch.zeros_like(self.live_N, dtype=torch.float64)
         variance_N[self.live_N] = whitened_variance(weight_AN[:, self.live_N].double(), self.chol)
         return variance_N
 
     def leverages(self, x_TN: Tensor) -> Tensor:
-        r"""What every token feels of a step: :math:`x^T (S + \delta I)^{-1} x / N`, (T,).
+        r"""Return the leverage :math:`x^T (S + \delta I)^{-1} x / N` of every token, (T,).
 
-        A step c makes errors in the weight that are white in this domain.  In the output of a token
-        they are :math:`c^2 / 12` times N times its leverage: its share in the moments, for which
-        the errors were shaped.  The mean over tokens is 1 where nothing is damped.
+        With a step c, the errors of the weight have the covariance :math:`c^2 / 12 \cdot I` in the
+        whitened domain.  A token's output then has the mean square error :math:`N c^2 / 12` times
+        its leverage, in every row.  Without damping, the mean leverage over the calibration tokens
+        is 1.
+
+        Args:
+            x_TN: inputs of the layer with all columns, any float dtype.
         """
         live_TN = x_TN[:, self.live_N].double()
         if self.chol.ndim == 1:
-            white_NT = (live_TN / self.chol).T
+            whitened_NT = (live_TN / self.chol).T
         else:
-            white_NT = torch.linalg.solve_triangular(self.chol, live_TN.T, upper=False)
-        return white_NT.square().sum(0) / max(1, len(white_NT))
+            whitened_NT = torch.linalg.solve_triangular(self.chol, live_TN.T, upper=False)
+        return whitened_NT.square().sum(0) / max(1, len(whitened_NT))

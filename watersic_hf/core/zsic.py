@@ -1,7 +1,7 @@
-r"""Successive interference cancellation on the integer lattice, with a least-squares gain.
+r"""Round to the integer lattice by successive interference cancellation, with least-squares gains.
 
 Shapes: A = out_features (rows), N = in_features (columns), B = columns of one block.
-Units:  targets and `step` are in whitened units, the fed-back values in weight units.
+Units:  targets and `step` are in whitened units, the values that are fed back in weight units.
 Transposed copies (`_NA`) keep one column of the weight contiguous.
 """
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from watersic_hf.core.moments import not_finite
 
-#: Columns that the plain recursion handles at a time; the rest of the work is matrix products.
+#: Number of columns that the plain recursion handles; everything else is matrix products.
 BLOCK = 32
-#: Largest code magnitude that is still safe in int32.
+#: Largest code magnitude that is allowed in int32.
 LARGEST_CODE = 2**30
 
 #: ``block_step(target_BA, chol_BB, step, codes_BA, shrinkage_B)``: see `zsic_block`.
@@ -26,21 +26,21 @@ BlockStep = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
 def zsic_block(
     target_NA: Tensor, chol_NN: Tensor, step: float, codes_NA: Tensor, shrinkage_N: Tensor
 ) -> None:
-    r"""Quantize columns from last to first, each cancelling its error from those still to come.
+    r"""Quantize columns from last to first, and cancel the error of each in the remaining ones.
 
     .. math:: z = \operatorname{round}(Y_i / c), \quad
               \gamma_i = \frac{\langle z, Y_i \rangle}{c \langle z, z \rangle}, \quad
               Y \leftarrow Y - \gamma_i \alpha_i z L_{i,:}, \quad \alpha_i = c / \ell_{ii}.
 
-    A column whose codes are all zero has gain 0 and cancels nothing.
+    A column whose codes are all zero has gain 0 and changes no other column.
 
     Args:
-        target_NA: Y, one row per column of the weight.  Overwritten: on return row i holds
-            :math:`\gamma_i \alpha_i z`, which the caller feeds back to the columns before these.
-        chol_NN: lower Cholesky factor L.
-        step: c.
-        codes_NA: receives z, int32.
-        shrinkage_N: receives :math:`\gamma`, in the dtype of the target.
+        target_NA: target Y, one row per column of the weight.  It is overwritten: on return, row i
+            holds :math:`\gamma_i \alpha_i z`, which the caller subtracts from preceding columns.
+        chol_NN: lower Cholesky factor L of these columns, in the dtype of the target.
+        step: lattice step c.
+        codes_NA: output, codes z, int32.
+        shrinkage_N: output, gains :math:`\gamma`, in the dtype of the target.
     """
     for i in reversed(range(len(target_NA))):
         y_A = target_NA[i]
@@ -56,25 +56,26 @@ def zsic_block(
 def zsic(
     target_AN: Tensor, chol: Tensor, step: float, *, block_step: BlockStep = zsic_block
 ) -> tuple[Tensor, Tensor]:
-    """Return the codes and gains of `zsic_block`, with nearly all work in matrix products.
+    """Return the codes and gains of `zsic_block`, with nearly all the work in matrix products.
 
-    The columns are halved recursively: the right half is quantized, its values are fed back to the
-    left half with one product, then the left half follows.  Arithmetic is in the dtype of the
-    target; besides it, one copy of it and the codes are held.
+    The columns are halved recursively: the right half is quantized, its values are subtracted from
+    the left half with one matrix product, and then the left half is quantized.  Arithmetic is done
+    in the dtype of the target.  The function allocates a copy of the target and the codes.
 
     Args:
-        target_AN: Y, any layout; not changed.
-        chol: lower Cholesky factor L in the dtype of the target.  A 1-D factor is a diagonal: no
-            column disturbs another, and plain rounding is the recursion.
-        step: c.
-        block_step: quantizes up to `BLOCK` columns with the contract of `zsic_block`.
+        target_AN: target Y, any memory layout; it is not changed.
+        chol: lower Cholesky factor L, in the dtype of the target.  A 1-D factor is a diagonal; the
+            columns are then independent, and the recursion is plain rounding.
+        step: lattice step c.
+        block_step: function that quantizes up to `BLOCK` columns, with the contract of
+            `zsic_block`; default: `zsic_block`.
 
     Returns:
-        codes_AN (int32) and shrinkage_N (dtype of the target).
+        The codes (A, N), int32, and the gains (N,), in the dtype of the target.
 
     Raises:
-        RuntimeError: a gain is not finite, as a kernel says that it did not work.
-        ValueError: the step is so fine that the codes leave int32.
+        RuntimeError: a gain is not finite, which is how a `block_step` kernel reports a failure.
+        ValueError: the step is so fine that the codes would not fit into int32.
     """
     largest = float(target_AN.abs().max()) / step if target_AN.numel() else 0.0
     if not largest < LARGEST_CODE:
@@ -96,8 +97,8 @@ def zsic(
     bad = not_finite(shrinkage_N)
     if bad:
         raise RuntimeError(
-            f"zsic: the gains of {bad} columns are not finite at step {step:g}, as those of a "
-            f"kernel whose programs do not meet. Quantize without it: WATERSIC_BACKEND=reference."
+            f"zsic: the gains of {bad} columns are not finite at step {step:g}, which means that "
+            f"the kernel failed. Set WATERSIC_BACKEND=reference to quantize without it."
         )
     return codes_NA.T, shrinkage_N
 
@@ -110,16 +111,16 @@ def _quantize_columns(
     shrinkage_N: Tensor,
     block_step: BlockStep,
 ) -> None:
-    """Quantize columns, the right half first.
+    """Quantize columns in place, the right half first.
 
-    No function within `zsic`: one that calls itself holds all of this in memory until the garbage
-    collector finds it.
+    This is not a nested function of `zsic`: a nested function that calls itself is a reference
+    cycle, and would keep the tensors alive until the garbage collector runs.
     """
     N = len(target_NA)
     if N <= BLOCK:
         block_step(target_NA, chol, step, codes_NA, shrinkage_N)
         return
-    # the right half is a multiple of BLOCK, so that only one block is ragged
+    # the right half is a multiple of BLOCK, so that at most one block is smaller
     middle = N - BLOCK * max(1, N // (2 * BLOCK))
     left, right = slice(0, middle), slice(middle, N)
     for half in (right, left):
@@ -131,7 +132,7 @@ def _quantize_columns(
 
 
 def _round_columns(target_BA: Tensor, step: float, codes_BA: Tensor, shrinkage_B: Tensor) -> None:
-    """Quantize columns that do not disturb each other."""
+    """Quantize columns that are independent of each other."""
     z_BA = (target_BA / step).round_()
     energy_B = z_BA.square().sum(1).clamp(min=1)
     codes_BA.copy_(z_BA)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from watersic_hf import codec
-from watersic_hf.core import narrow
+from watersic_hf.core import to_smallest_dtype
 from watersic_hf.nn import PackedMatrix, WaterSICLinear, packed_layers, replace_module
 
 
@@ -64,7 +64,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, layer: PackedMatrix) -> None:
         super().__init__()
         device = layer.row_scale.device
-        self.codes = narrow(codec.decode(layer.weight.data)).to(device)
+        self.codes = to_smallest_dtype(codec.decode(layer.weight.data)).to(device)
         self.row_scale, self.col_scale = layer.row_scale.data.float(), layer.col_scale.data.float()
         self.row_factor = nn.Parameter(torch.ones_like(self.row_scale))
         self.col_factor = nn.Parameter(torch.ones_like(self.col_scale))

@@ -16,8 +16,8 @@ from watersic_hf.core import (
     Moments,
     column_deviations,
     column_profile,
-    narrow,
     quantize_weight,
+    to_smallest_dtype,
 )
 from watersic_hf.nn import block_step
 from watersic_hf.quantization.budget import Budget, row_importance, sensitive_targets
@@ -139,7 +139,7 @@ class LayerQuantizer:
         for name in weights:
             packed, report = found[name]
             self.count(report)
-            yield name, packed, narrow(decode(packed.weight))
+            yield name, packed, to_smallest_dtype(decode(packed.weight))
 
     @torch.no_grad()
     def _work(
@@ -153,7 +153,7 @@ class LayerQuantizer:
         if self.finished(name):
             packed, report = self.journal.layer(name)
             packed.verify(name)
-            return packed, narrow(decode(packed.weight)), report
+            return packed, to_smallest_dtype(decode(packed.weight)), report
         if callable(moments):
             moments = moments(name)
         start = time.perf_counter()
@@ -177,7 +177,7 @@ class LayerQuantizer:
             error=float(quantized.error),
             damping=quantized.damping,
             tokens=moments.tokens if moments.own_tokens is None else moments.own_tokens,
-            pooled=moments.pool_share,
+            pooled=moments.pool_fraction,
             seconds=time.perf_counter() - start,
             profile=column_profile(quantized.codes_AN, deviation_N),
         )
