@@ -13,7 +13,8 @@ from watersic_hf.checkpoint import experts_together, inspect_checkpoint
 from watersic_hf.cli import main
 from watersic_hf.core import Moments, Whitening, pool_share
 from watersic_hf.nn import fused_experts, packed_layers, separate_dense
-from watersic_hf.streams.capture import Side, block_stream
+from watersic_hf.streams.hooks import Side
+from watersic_hf.streams.stream import block_stream
 
 EXPERTS = "model.layers.0.mlp.experts"
 SIZES = {

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from watersic_hf.calibration.mixing import golden_section, search_mixture
+from watersic_hf.calibration.moments import group_moments
 from watersic_hf.core import LayerSettings
-from watersic_hf.streams.capture import Side, block_stream, group_moments
+from watersic_hf.streams.hooks import Side
+from watersic_hf.streams.stream import block_stream
 from watersic_hf.streams.topology import decoder_blocks, input_groups
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from watersic_hf.streams.capture import BlockStream, Side, block_stream, group_moments
+from watersic_hf.calibration.moments import group_moments
+from watersic_hf.streams.hooks import Side
+from watersic_hf.streams.stream import BlockStream, block_stream
 from watersic_hf.streams.topology import decoder_blocks, input_groups
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -19,7 +19,9 @@ from watersic_hf.calibration import layer_sensitivities
 from watersic_hf.core import LayerSettings, Moments, Whitening
 from watersic_hf.quantization import LayerQuantizer, quantize_blocks
 from watersic_hf.quantization.settings import CalibrationSettings
-from watersic_hf.streams.capture import block_stream, model_inputs, runnable_stacks
+from watersic_hf.streams.batches import model_inputs
+from watersic_hf.streams.stacks import runnable_stacks
+from watersic_hf.streams.stream import block_stream
 
 
 def bart():

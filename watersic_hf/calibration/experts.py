@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from watersic_hf.calibration.moments import moments_of
 from watersic_hf.checkpoint import PACKED
-from watersic_hf.core import MomentAccumulator, Moments, pool_share
+from watersic_hf.core import Moments, pool_share
 from watersic_hf.nn import SeparateExperts, separate_experts
-from watersic_hf.streams.capture import Side, module_arguments
+from watersic_hf.streams.hooks import Side, module_arguments
 from watersic_hf.streams.processes import gather
 
 #: Tokens in a pool at most.
@@ -138,13 +139,6 @@ class ExpertMoments:
 def _of_all(batches: Sequence[Tensor]) -> Tensor:
     """Rows of all batches of all processes."""
     return torch.cat(gather(torch.cat(list(batches))))
-
-
-def moments_of(x_SN: Tensor, drifted_SN: Tensor | None = None) -> Moments:
-    """The moments of some tokens, in both models or in one."""
-    sums = MomentAccumulator(x_SN.shape[1], drift=drifted_SN is not None, device=x_SN.device)
-    sums.add(x_SN, drifted_SN)
-    return sums.result()
 
 
 def fewest(tokens: Mapping[int, int], *, at_most: int = 8) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.streams.capture import Side, block_stream, group_inputs
+from watersic_hf.streams.hooks import Side, group_inputs
 from watersic_hf.streams.processes import gather
+from watersic_hf.streams.stream import block_stream
 from watersic_hf.streams.topology import InputGroup, input_groups
 
 logger = logging.getLogger(__name__)

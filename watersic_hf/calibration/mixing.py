@@ -14,7 +14,7 @@ from torch import Tensor
 
 from watersic_hf.core import SHAPING_LOSS, LayerSettings, Moments, quantize_weight
 from watersic_hf.nn import block_step
-from watersic_hf.streams.capture import Side, group_inputs
+from watersic_hf.streams.hooks import Side, group_inputs
 from watersic_hf.streams.processes import gather
 from watersic_hf.streams.topology import InputGroup
 

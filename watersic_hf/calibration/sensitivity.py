@@ -20,43 +20,31 @@ decoder behind it as well.
 import functools
 import itertools
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from watersic_hf.calibration.experts import (
-    experts_in,
-    moments_of,
-    outside,
-    share_of_pool,
-    spread,
+from watersic_hf.calibration.experts import experts_in, outside
+from watersic_hf.calibration.gradient_sums import (
+    ExpertMatrix,
+    ExpertSums,
+    LayerGradients,
+    by_input,
 )
-from watersic_hf.core import CalibrationError, Moments, Whitening, not_finite
-from watersic_hf.nn import SeparateExperts
+from watersic_hf.core import CalibrationError, not_finite
+from watersic_hf.streams.batches import States, model_inputs
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.streams.capture import (
-    BlockStream,
-    PassedStack,
-    RunnableStack,
-    States,
-    behind,
-    block_stream,
-    model_inputs,
-    runnable_stacks,
-)
 from watersic_hf.streams.processes import gather, rank_and_size, shard
 from watersic_hf.streams.progress import steps
+from watersic_hf.streams.stacks import PassedStack, RunnableStack, behind, runnable_stacks
+from watersic_hf.streams.stream import BlockStream, block_stream
 from watersic_hf.streams.topology import inside
 
 logger = logging.getLogger(__name__)
-
-#: Tokens that an expert's gradients are taken to have besides its own; see `_ExpertSums`.
-PRIOR_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,24 +163,24 @@ def _stack_sensitivities(
         within = {n.removeprefix(f"{name}."): n for n in inside([(name, block)], layers)}
         with source.hold(name, block):
             experts = experts_in(block, list(within))
-            dense = {n: _Layer(n, block.get_submodule(n)) for n in outside(within, experts)}
-            routed: dict[str, _Matrix] = {}
+            dense = {n: LayerGradients(n, block.get_submodule(n)) for n in outside(within, experts)}
+            routed: dict[str, ExpertMatrix] = {}
             for part, module in experts.items():
-                sums = _ExpertSums(module, sum(map(len, windows)))
+                sums = ExpertSums(module, sum(map(len, windows)))
                 for matrix, place_in in module.layout.names().items():
                     inner = f"{part}.{matrix}"
-                    routed[inner] = _Matrix(inner, sums, *place_in)
+                    routed[inner] = ExpertMatrix(inner, sums, *place_in)
             for batch in batches:
                 grads[batch] = _block_backward(
                     stream, index, block, batch, grads[batch], dense | routed
                 )
-            units = [*_by_input(list(dense.values())), *routed.values()]
+            units = [*by_input(list(dense.values())), *routed.values()]
             for unit in units:
                 unit.combine()
             reached = [unit for unit in units if unit.tokens]
             own = [unit.results(damping, within) for unit in shard(reached)]
             for part in itertools.chain(*gather(own)):
-                found |= part
+                found |= {n: Sensitivity(row_power_A=p, variance_N=v) for n, (p, v) in part.items()}
     return found
 
 
@@ -206,195 +194,13 @@ def _first_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return chosen
 
 
-@dataclass
-class _Layer:
-    """What goes into a layer, and the gradients of what comes out, a tensor for each call."""
-
-    name: str
-    module: nn.Linear
-    inputs: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-
-    def add(self, x: Tensor, grad: Tensor) -> None:
-        self.inputs.append(x.flatten(0, -2))
-        self.grads.append(grad.flatten(0, -2))
-
-    def power_A(self, weight_T: Tensor) -> Tensor:
-        """Mean squared gradients of the rows, with weights for the tokens."""
-        power_TA = torch.cat(self.grads).double().square_()
-        return weight_T @ power_TA / len(power_TA)
-
-    def where(self) -> tuple[tuple, ...]:
-        """Where its inputs are in memory."""
-        return tuple((x.data_ptr(), x.shape, x.stride()) for x in self.inputs)
-
-
-@dataclass
-class _SameInput:
-    """Layers that are applied to the same tensors, as q, k and v are."""
-
-    layers: list[_Layer]
-    inputs: list[Tensor]
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.inputs))
-
-    def combine(self) -> None:
-        """Take in what the other processes have."""
-        self.inputs = list(itertools.chain(*gather(self.inputs)))
-        for layer in self.layers:
-            layer.grads = list(itertools.chain(*gather(layer.grads)))
-
-    def results(self, damping: float | None, names: Mapping[str, str]) -> dict[str, Sensitivity]:
-        """The sensitivities of the layers, by what `names` has for their names."""
-        x_TN = torch.cat(self.inputs)
-        whitening = Whitening.of(moments_of(x_TN), damping, name=names[self.layers[0].name])
-        leverage_T = whitening.leverages(x_TN)
-        return {
-            names[layer.name]: Sensitivity(
-                row_power_A=layer.power_A(leverage_T).cpu(),
-                variance_N=whitening.variances(layer.module.weight).cpu(),
-            )
-            for layer in self.layers
-        }
-
-
-def _by_input(layers: Sequence[_Layer]) -> list[_SameInput]:
-    """The layers, together where they share their inputs in every process."""
-    groups: dict[tuple, _SameInput] = {}
-    places = gather([layer.where() for layer in layers])
-    for layer, *where in zip(layers, *places, strict=True):
-        groups.setdefault(tuple(where), _SameInput([], layer.inputs)).layers.append(layer)
-    return list(groups.values())
-
-
-class _ExpertSums:
-    """What is summed of one module of experts.
-
-    Powers are per token of the layer, so that an expert counts as often as it is used.  As its
-    moments, they shrink: every expert has `PRIOR_TOKENS` more tokens, with the power of an average
-    one.  That leaves the sum over all experts as it is.
-    """
-
-    def __init__(self, experts: SeparateExperts, tokens: int) -> None:
-        self.experts = experts
-        self.tokens = tokens
-        self.inputs: dict[int, list[Tensor]] = {e: [] for e in range(experts.layout.experts)}
-        self.power_A: dict[tuple[int, str], Tensor] = {}
-        self.power_S: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
-        self.combined = False
-
-    @property
-    def slots(self) -> int:
-        """Tokens of all experts, each counted for every expert that it has."""
-        return sum(len(x) for inputs in self.inputs.values() for x in inputs)
-
-    def add(self, expert: int, matrix: str, x_SN: Tensor, grad_SA: Tensor) -> None:
-        if matrix == self.experts.layout.first:
-            self.inputs[expert].append(x_SN)
-        power_SA = grad_SA.float().square()
-        key = expert, matrix
-        self.power_A[key] = self.power_A.get(key, 0) + power_SA.sum(0).double()
-        self.power_S[key].append(power_SA.sum(1))
-
-    def combine(self) -> None:
-        """Take in what the other processes have; once, however often it is called."""
-        if self.combined:
-            return
-        self.combined = True
-        parts = gather((self.inputs, self.power_A, self.power_S))
-        if len(parts) > 1:
-            self.inputs = {e: [x for inputs, *_ in parts for x in inputs[e]] for e in self.inputs}
-            self.power_A, self.power_S = {}, defaultdict(list)
-            for _, rows, tokens in parts:
-                for key, power_A in rows.items():
-                    self.power_A[key] = self.power_A.get(key, 0) + power_A
-                    self.power_S[key] += tokens[key]
-
-    def result(self, expert: int, matrix: str, damping: float | None, name: str) -> Sensitivity:
-        layer = self.experts.packed[expert][matrix]
-        inputs = self.inputs[expert]
-        own_SN = self._entering(expert, matrix, torch.cat(inputs)) if inputs else None
-        whitening = Whitening.of(self._moments(expert, matrix, own_SN), damping, name=name)
-        power_A = self._power(expert, matrix, layer.out_features)
-        if own_SN is not None and bool(self.power_A[expert, matrix].any()):
-            power_S = torch.cat(self.power_S[expert, matrix]).double()
-            power_A *= whitening.leverages(own_SN) @ power_S / power_S.sum()
-        return Sensitivity(
-            row_power_A=power_A.cpu(), variance_N=whitening.variances(layer.weight).cpu()
-        )
-
-    def _entering(self, expert: int, matrix: str, x_SN: Tensor) -> Tensor:
-        """What enters a matrix of the expert, from what enters the expert."""
-        return x_SN if matrix == self.experts.layout.first else self.experts.inner(expert, x_SN)
-
-    def _moments(self, expert: int, matrix: str, own_SN: Tensor | None) -> Moments:
-        columns = self.experts.packed[expert][matrix].in_features
-        share = share_of_pool(columns, 0 if own_SN is None else len(own_SN))
-        own = None if own_SN is None else moments_of(own_SN)
-        if share == 0:
-            return own
-        pool = (
-            moments_of(self._entering(expert, matrix, self._pool))
-            if matrix == self.experts.layout.last
-            else self._pool_moments
-        )
-        return pool if own is None else own.pooled(pool, share)
-
-    @functools.cached_property
-    def _pool(self) -> Tensor:
-        every = torch.cat([x for inputs in self.inputs.values() for x in inputs])
-        return every[spread(len(every)).to(every.device)]
-
-    @functools.cached_property
-    def _pool_moments(self) -> Moments:
-        return moments_of(self._pool)
-
-    def _power(self, expert: int, matrix: str, rows: int) -> Tensor:
-        experts = self.experts.layout.experts
-        known = [p for (_, m), p in self.power_A.items() if m == matrix]
-        mean_A = sum(known) / self.slots
-        if matrix == self.experts.layout.first:
-            # rows of one expert have nothing to do with those of another
-            mean_A = mean_A.mean().expand(rows)
-        own_A = self.power_A.get((expert, matrix), 0)
-        prior_A = PRIOR_TOKENS * mean_A
-        return (own_A + prior_A) / (self.tokens * (1 + PRIOR_TOKENS * experts / self.slots))
-
-
-@dataclass
-class _Matrix:
-    """One matrix of an expert."""
-
-    name: str
-    sums: _ExpertSums
-    expert: int
-    matrix: str
-
-    @property
-    def tokens(self) -> int:
-        return self.sums.slots
-
-    def add(self, x: Tensor, grad: Tensor) -> None:
-        self.sums.add(self.expert, self.matrix, x, grad)
-
-    def combine(self) -> None:
-        self.sums.combine()
-
-    def results(self, damping: float | None, names: Mapping[str, str]) -> dict[str, Sensitivity]:
-        """As those of `_SameInput`."""
-        name = names[self.name]
-        return {name: self.sums.result(self.expert, self.matrix, damping, name)}
-
-
 def _block_backward(
     stream: BlockStream,
     index: int,
     block: nn.Module,
     batch: int,
     grad: Tensor,
-    layers: Mapping[str, _Layer | _Matrix],
+    layers: Mapping[str, LayerGradients | ExpertMatrix],
 ) -> Tensor:
     """Add one batch to what is known of a block's layers; returns the gradient at its input."""
     seen: list[tuple[str, Tensor, Tensor]] = []

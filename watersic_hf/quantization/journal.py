@@ -39,7 +39,7 @@ from watersic_hf.checkpoint import (
 )
 from watersic_hf.checkpoint.report import LayerReport, layer_report
 from watersic_hf.core import CalibrationError
-from watersic_hf.streams.capture import batch_numbers
+from watersic_hf.streams.batches import batch_numbers
 from watersic_hf.streams.processes import gather, rank_and_size, shard, wait
 
 logger = logging.getLogger(__name__)

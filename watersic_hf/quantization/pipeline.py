@@ -22,6 +22,7 @@ from watersic_hf.calibration.experts import (
     outside,
 )
 from watersic_hf.calibration.mixing import search_mixture
+from watersic_hf.calibration.moments import group_moments
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.checkpoint import PACKED
 from watersic_hf.checkpoint.report import LayerReport
@@ -31,18 +32,13 @@ from watersic_hf.quantization.journal import Journal
 from watersic_hf.quantization.layer import LayerQuantizer
 from watersic_hf.quantization.settings import CalibrationSettings
 from watersic_hf.streams.attention import attention_importance
+from watersic_hf.streams.batches import batch_numbers
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks, twin
-from watersic_hf.streams.capture import (
-    BlockStream,
-    PassedStack,
-    Side,
-    batch_numbers,
-    block_stream,
-    group_moments,
-    runnable_stacks,
-)
+from watersic_hf.streams.hooks import Side
 from watersic_hf.streams.processes import rank_and_size, shard, wait
 from watersic_hf.streams.progress import Progress
+from watersic_hf.streams.stacks import PassedStack, runnable_stacks
+from watersic_hf.streams.stream import BlockStream, block_stream
 from watersic_hf.streams.topology import InputGroup, input_groups, inside
 
 logger = logging.getLogger(__name__)

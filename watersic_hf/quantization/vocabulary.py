@@ -27,8 +27,9 @@ from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize
 from watersic_hf.nn import block_step, pack_table
 from watersic_hf.quantization.pipeline import Ends
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.streams.capture import behind, head_pass
+from watersic_hf.streams.hooks import head_pass
 from watersic_hf.streams.processes import add_up
+from watersic_hf.streams.stacks import behind
 
 #: What the columns of a table count for where rows are gathered, against the mean over columns of
 #: what they count for where the head multiplies.
