@@ -1,6 +1,6 @@
-"""Second moments of the inputs of layers, from what their block gets.
+"""Second moments of the inputs of linear layers, measured in one model or in two.
 
-Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = inputs of a layer.
+Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = in_features.
 """
 
 from collections.abc import Sequence
@@ -8,37 +8,36 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
-from watersic_hf.streams.hooks import Side, group_record
-from watersic_hf.streams.processes import add_up
+from watersic_hf.streams.hooks import BlockView, group_record
+from watersic_hf.streams.processes import all_reduce_sum
 from watersic_hf.streams.topology import InputGroup
 
 
 def group_moments(
-    working: Side,
-    index: int,
+    working: BlockView,
     group: InputGroup,
     *,
     name: str,
-    original: Side | None = None,
+    original: BlockView | None = None,
     residual: bool = False,
     importance: Sequence[Tensor] | None = None,
 ) -> tuple[Moments, Moments | None]:
-    """Second moments of the input of a group of layers, over all windows of all processes.
+    """Return the second moments of the input of a group of layers, over all calibration windows.
 
-    Both blocks are run only as far as the group's input.
+    The windows are those of all processes.  Blocks are run only up to the input of the group.
 
     Args:
-        working: the partly quantized model.
-        index: of the block in the model.
+        working: the block in the partly quantized model.
         group: the layers.
-        name: of the block, for messages.
-        original: the model before quantization; with it the moments are those of both streams.
-        residual: also collect S_R, the error of the residual stream that the group writes to
-            (`InputGroup.residual`) times its input; needs `original`.
-        importance: weight of every token, by batch, B x T.
+        name: full name of the block, for messages.
+        original: the block in the original model; with it the moments are those of both streams.
+        residual: whether to collect S_R as well, the product of the error of the residual stream
+            that the group writes to (`InputGroup.residual`) and the group's input; needs
+            `original`.
+        importance: weight of every token, one B x T tensor per batch of this process.
 
     Returns:
-        The moments, and those weighted by `importance` if it is given.
+        The plain moments, and the moments weighted by `importance`, None without it.
 
     Raises:
         CalibrationError: the inputs are not finite; the message names the layer.
@@ -56,29 +55,34 @@ def group_moments(
 
     plain, weighted = accumulator(), None if importance is None else accumulator()
     try:
-        for batch in range(len(working.stream.hidden)):
-            seen = group_record(working, index, group, batch)
-            first = None if original is None else group_record(original, index, group, batch)
-            x, drifted = (seen, None) if first is None else (first, seen)
-            error = None
+        for batch in range(working.batches):
+            x = group_record(working, group, batch)
+            drifted, residual_TA = None, None
+            if original is not None:
+                x, drifted = group_record(original, group, batch), x
             if residual:
-                error = first.residual.float() - seen.residual.float()
+                residual_TA = x.residual.float() - drifted.residual.float()
             for call, x_TN in enumerate(x.inputs):
                 streams = (x_TN, None if drifted is None else drifted.inputs[call])
-                plain.add(*streams, residual_TA=error)
+                plain.add(*streams, residual_TA=residual_TA)
                 if weighted is not None:
                     weight_T = importance[batch].to(x_TN.device)
-                    weighted.add(*streams, residual_TA=error, weight_T=weight_T)
+                    weighted.add(*streams, residual_TA=residual_TA, weight_T=weight_T)
     except CalibrationError as error:
         raise CalibrationError(f"{name}.{group.layers[0]}: {error}") from error
     for sums in (plain, weighted):
         if sums is not None:
-            sums.combine(add_up)
+            sums.combine(all_reduce_sum)
     return plain.result(), None if weighted is None else weighted.result()
 
 
 def moments_of(x_SN: Tensor, drifted_SN: Tensor | None = None) -> Moments:
-    """The moments of some tokens, in both models or in one."""
+    """Return the moments of the inputs of some tokens.
+
+    Args:
+        x_SN: their inputs in the original model, or in the only one.
+        drifted_SN: their inputs in the partly quantized model.
+    """
     sums = MomentAccumulator(x_SN.shape[1], drift=drifted_SN is not None, device=x_SN.device)
     sums.add(x_SN, drifted_SN)
     return sums.result()

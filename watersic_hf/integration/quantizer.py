@@ -29,8 +29,8 @@ from transformers.quantizers import auto as registry
 from watersic_hf.calibration import (
     calibration_windows,
     check_rows,
+    layers_outside_experts,
     massive_rows,
-    outside,
     zero_rows,
 )
 from watersic_hf.checkpoint import (
@@ -459,7 +459,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         if config.zero_rows == "auto":
             find = functools.partial(
                 massive_rows, model, decoder_blocks(model, layers), windows,
-                outside(layers, self._experts),
+                layers_outside_experts(layers, self._experts),
                 batch_size=config.batch_size, source=source,
             )  # fmt: skip
             self._zero_rows = find() if run is None else run.journal.fact("zero_rows", find)

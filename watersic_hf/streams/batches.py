@@ -1,4 +1,4 @@
-"""Batches of calibration windows, and what a model is called with to read them.
+"""Batches of calibration windows, and the arguments with which a model reads them.
 
 Shapes: B = windows in a batch, T = tokens, D = width of the hidden states.
 """
@@ -13,7 +13,7 @@ from watersic_hf.core import CalibrationError
 
 
 class States(Protocol):
-    """Hidden states, one B x T x D tensor per batch: a list, or what is kept on the disk."""
+    """Hidden states, one B x T x D tensor per batch: a list, or a container on disk."""
 
     def __len__(self) -> int: ...
 
@@ -25,7 +25,15 @@ class States(Protocol):
 
 
 def batch_numbers(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Windows of equal length together, in order, at most `batch_size` of them, by number."""
+    """Divide windows into batches of consecutive windows that have the same length.
+
+    Args:
+        lengths: tokens in every window.
+        batch_size: most windows in a batch.
+
+    Returns:
+        For every batch, the numbers of its windows.
+    """
     batches: list[list[int]] = []
     for number, length in enumerate(lengths):
         last = batches[-1] if batches else []
@@ -37,25 +45,25 @@ def batch_numbers(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def to_batches(windows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    """The windows of every batch, B x T."""
+    """Stack the windows of every batch into a B x T tensor; see `batch_numbers`."""
     numbers = batch_numbers([len(window) for window in windows], batch_size)
     return [torch.stack([windows[number] for number in batch]) for batch in numbers]
 
 
 def model_inputs(model: nn.Module, tokens_BT: Tensor) -> dict[str, Any]:
-    """What a model is called with to read some windows.
+    """Return the keyword arguments with which a model reads some windows.
 
-    An encoder-decoder reads a window with its encoder, and predicts the same window with its
+    An encoder-decoder model reads a window with its encoder and predicts the same window with its
     decoder.
 
     Raises:
-        CalibrationError: the model does not read tokens.
+        CalibrationError: the main input of the model is not token ids.
     """
-    wanted = getattr(model, "main_input_name", "input_ids")
-    if wanted != "input_ids":
+    main_input = getattr(model, "main_input_name", "input_ids")
+    if main_input != "input_ids":
         raise CalibrationError(
-            f"{type(model).__name__} reads `{wanted}`, and calibration text has only tokens to "
-            f"give. Quantize it without `dataset`."
+            f"{type(model).__name__} reads `{main_input}`, but calibration text provides only "
+            f"token ids. Quantize it without `dataset`."
         )
     config = getattr(model, "config", None)
     tokens_BT = tokens_BT.to(next(model.parameters()).device)

@@ -1,4 +1,4 @@
-"""How a model calls its blocks: with which arguments, and what a block returns.
+"""How a model calls its blocks: the arguments of a block, and what it returns.
 
 Shapes: B = windows in a batch, T = tokens.
 """
@@ -15,7 +15,7 @@ from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
 
 
 class StopForwardError(Exception):
-    """Raised by a hook once it has seen what it was there for."""
+    """Raised by a hook to end a forward pass whose remainder is not needed."""
 
 
 def block_calls(
@@ -25,7 +25,13 @@ def block_calls(
     *,
     source: ResidentBlocks = RESIDENT,
 ) -> list[tuple[Tensor, tuple, dict]]:
-    """Hidden states and other arguments that each of `blocks` is called with."""
+    """Record the arguments with which a model calls each of `blocks` on some windows.
+
+    The forward pass ends at the call of the last of them.
+
+    Returns:
+        For every call, the hidden states, the other positional arguments and the keyword arguments.
+    """
     calls: list[tuple[Tensor, tuple, dict]] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -33,9 +39,10 @@ def block_calls(
         if len(calls) == len(blocks):
             raise StopForwardError
 
+    # these hooks run before those of `source`, so that the block at which the forward pass ends is
+    # not fetched
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        # no block is fetched that only its arguments are wanted of: these hooks come first
         with source.flow():
             getattr(model, "base_model", model)(**model_inputs(model, tokens_BT))
     except StopForwardError:
@@ -47,31 +54,39 @@ def block_calls(
 
 
 def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """The hidden states of a block's call, and the rest of it."""
+    """Separate the hidden states that a block is called with from its other arguments.
+
+    Raises:
+        CalibrationError: the block is called without hidden states.
+    """
     if args:
         return args[0], args[1:], dict(kwargs)
     if "hidden_states" not in kwargs:
         raise CalibrationError(
             f"a block is called with {sorted(kwargs)}, but to be calibrated it needs its hidden "
-            f"states first, or as `hidden_states`. Quantize the model without `dataset`."
+            f"states as the first argument or as `hidden_states`. Quantize the model without "
+            f"`dataset`."
         )
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 
 def split_output(output: Any) -> tuple[Tensor, tuple | None]:
-    """What a block put out: the hidden states, and the rest if it is a tuple."""
+    """Separate the hidden states that a block returns from the other entries of its tuple.
+
+    The second result is None if the block returns a tensor.
+    """
     is_tensor = isinstance(output, Tensor)
     return (output, None) if is_tensor else (output[0], tuple(output[1:]))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """The same structure with all tensors on a device."""
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move all tensors in nested tuples, lists and dicts to a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)(to_device(item, device) for item in value)
     if type(value) is dict:
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     return value
 
 

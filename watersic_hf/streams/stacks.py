@@ -1,4 +1,4 @@
-"""Stacks of blocks that can be run one by one, and how a model goes on behind them."""
+"""Stacks of blocks that can be run one by one, and how a model continues after them."""
 
 import contextlib
 import logging
@@ -24,8 +24,8 @@ class RunnableStack:
 
     blocks: Stack
 
-    rest: tuple | None
-    """What its last block puts out behind the hidden states; None if that is no tuple."""
+    other_outputs: tuple | None
+    """What its last block returns after the hidden states; None if it returns a tensor."""
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -34,13 +34,13 @@ class RunnableStack:
 
     @contextlib.contextmanager
     def bypassed(self, hidden: Tensor) -> Iterator[None]:
-        """Have a model go on behind these blocks with given hidden states."""
+        """Make every block return `hidden`, so that the model continues after the stack with it."""
 
-        def put_out(*args: Any, **kwargs: Any) -> Tensor | tuple:
-            return hidden if self.rest is None else (hidden, *self.rest)
+        def forward(*args: Any, **kwargs: Any) -> Tensor | tuple:
+            return hidden if self.other_outputs is None else (hidden, *self.other_outputs)
 
         for block in self.modules:
-            block.forward = put_out
+            block.forward = forward
         try:
             yield
         finally:
@@ -50,22 +50,25 @@ class RunnableStack:
 
 @dataclass(frozen=True)
 class PassedStack:
-    """A stack that need not run again, since what it puts out is known."""
+    """A stack that all calibration windows have passed: its output is known and it need not run."""
 
     stack: RunnableStack
 
     hidden: States
-    """What it puts out, for the batches of this process."""
+    """Output of the stack for the batches of this process."""
 
 
 @contextlib.contextmanager
-def behind(passed: Sequence[PassedStack], batch: int, *, row: int | None = None) -> Iterator[None]:
-    """Have a model go on behind the stacks that it has passed.
+def bypass_stacks(
+    passed: Sequence[PassedStack], batch: int, *, row: int | None = None
+) -> Iterator[None]:
+    """Make a model continue after `passed` stacks with their known outputs.
 
     Args:
         passed: the stacks.
-        batch: the number of the batch that the model is called with.
-        row: which of its windows, if it is one alone.
+        batch: number of the batch that the model is called with.
+        row: number of the window within the batch, if the model is called with that one alone;
+            default: all of them.
     """
     with contextlib.ExitStack() as bypassed:
         for part in passed:
@@ -84,16 +87,22 @@ def runnable_stacks(
     *,
     source: ResidentBlocks = RESIDENT,
 ) -> list[RunnableStack]:
-    """The stacks that can be run block by block, in the order in which the model runs them.
+    """Return the stacks that can be run block by block, in the order in which the model runs them.
 
-    Tried out on one window: each block of a stack is called once, and gets the hidden states that
-    the one before it put out.  The other stacks are named in the log.
+    The model is run once on `window`: in a runnable stack, each block is called exactly once, with
+    the hidden states that the block before it returned.  The other stacks are logged.
+
+    Args:
+        model: the model.
+        layers: full names of the layers to calibrate; stacks without any of them are ignored.
+        window: 1-D token ids.
+        source: where blocks come from; default: they are in memory.
 
     Raises:
-        CalibrationError: there is no such stack.
+        CalibrationError: no stack can be run block by block.
     """
     stacks = block_stacks(model, layers)
-    calls = _chain(model, [block for stack in stacks for _, block in stack], window, source)
+    calls = _record_calls(model, [block for stack in stacks for _, block in stack], window, source)
     obstacles = [_obstacle([block for _, block in stack], calls) for stack in stacks]
     named = [
         f"{stack[0][0].rpartition('.')[0]} ({obstacle})"
@@ -106,10 +115,12 @@ def runnable_stacks(
             f"Quantize it without `dataset`."
         )
     if named:
-        logger.warning("Cannot be calibrated, and stays dense: %s.", ", ".join(named))
+        logger.warning(
+            "Stays dense, as it cannot be calibrated block by block: %s.", ", ".join(named)
+        )
     called = [call.block for call in calls]
     runnable = [
-        RunnableStack(stack, calls[called.index(stack[-1][1])].rest)
+        RunnableStack(stack, calls[called.index(stack[-1][1])].other_outputs)
         for stack, obstacle in zip(stacks, obstacles, strict=True)
         if obstacle is None
     ]
@@ -118,33 +129,33 @@ def runnable_stacks(
 
 @dataclass
 class _BlockCall:
-    """A call of a block in a model that is run once."""
+    """One call of a block during a forward pass of its model."""
 
     block: nn.Module
 
     chained: bool
-    """Whether it got the hidden states that the block before put out."""
+    """Whether the block was called with the hidden states that the last block returned."""
 
-    rest: tuple | None = None
-    """What it put out behind its hidden states; None if that was no tuple."""
+    other_outputs: tuple | None = None
+    """What it returned after the hidden states; None if it returned a tensor."""
 
 
-def _chain(
+def _record_calls(
     model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, source: ResidentBlocks
 ) -> list[_BlockCall]:
-    """All calls of blocks when the model reads a window."""
+    """Return all calls of `blocks`, in order, while the model reads a window."""
     calls: list[_BlockCall] = []
     last: Tensor | None = None
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         hidden, *_ = split_call(args, kwargs)
-        # states that are not finite are for the block loop to find
+        # non-finite states still form a chain: the block loop reports the layer where they begin
         chained = last is not None and equal(hidden.nan_to_num(), last.nan_to_num())
         calls.append(_BlockCall(module, chained))
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal last
-        last, calls[-1].rest = split_output(output)
+        last, calls[-1].other_outputs = split_output(output)
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
@@ -158,12 +169,12 @@ def _chain(
 
 
 def _obstacle(blocks: Sequence[nn.Module], calls: Sequence[_BlockCall]) -> str | None:
-    """Why a stack cannot be run block by block, or None if it can."""
+    """Return why a stack cannot be run block by block, or None if it can."""
     called = [call for call in calls if call.block in blocks]
     if not called:
         return "text does not reach it"
     if [call.block for call in called] != list(blocks):
         return "its blocks are not called one after the other, once each"
     if not all(call.chained for call in called[1:]):
-        return "its blocks are not called on what the one before put out"
+        return "its blocks are not called on the output of the block before"
     return None

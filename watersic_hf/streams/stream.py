@@ -1,4 +1,4 @@
-"""The hidden states of a model's calibration windows, on their way from block to block.
+"""The hidden states of a model's calibration windows, pushed from block to block.
 
 Shapes: B = windows in a batch, T = tokens, D = width of the hidden states.
 """
@@ -13,50 +13,60 @@ from torch import Tensor, nn
 
 from watersic_hf.streams.batches import States, to_batches
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.streams.calls import block_calls, equal, moved, split_output
+from watersic_hf.streams.calls import block_calls, equal, split_output, to_device
 from watersic_hf.streams.processes import shard
-from watersic_hf.streams.stacks import PassedStack, behind
+from watersic_hf.streams.stacks import PassedStack, bypass_stacks
 
 BlockArguments = list[tuple[tuple, dict]]
-"""For every block, what it is called with besides its hidden states.  Blocks differ: layers with a
-sliding window have a mask of their own."""
+"""For every block, the positional and keyword arguments besides its hidden states.  They differ
+between blocks: layers with sliding-window attention, for example, have their own mask."""
 
 
 @dataclass
 class BlockStream:
-    """The hidden states of this process's calibration windows at the input of the next block.
+    """Hidden states of this process's calibration windows at the input of the next block.
 
-    One stream is one model's: the partly quantized one's, or the original's.
+    A stream belongs to one model: the partly quantized one, or the original one.
     """
 
     hidden: States
 
     arguments: list[BlockArguments] = field(repr=False)
-    """One per batch, as they may depend on its tokens: a decoder's blocks are called with what the
-    encoder put out."""
+    """One entry per batch, as arguments can depend on the tokens: the blocks of a decoder are
+    called with the output of the encoder."""
 
     def copy(self) -> "BlockStream":
-        """A stream of its own from the same hidden states on."""
+        """Return a stream that starts from the same hidden states and advances independently."""
         return BlockStream(copy.copy(self.hidden), self.arguments)
 
     def run(
         self, index: int, block: nn.Module, batch: int, *, hidden: Tensor | None = None
     ) -> Tensor:
-        """Output of `block`, the model's block number `index`, on one batch, where the block is.
+        """Run a block on one batch, on the device of the block.
 
         Args:
-            index: of the block.
+            index: number of the block in its stack.
             block: the block.
             batch: number of the batch.
-            hidden: what to put in; default: the hidden states of the batch.
+            hidden: B x T x D input; default: the hidden states of the batch.
+
+        Returns:
+            The hidden states that the block returns.
         """
         hidden = self.hidden[batch] if hidden is None else hidden
         inputs = (hidden, *self.arguments[batch][index])
-        hidden, args, kwargs = moved(inputs, next(block.parameters()).device)
+        hidden, args, kwargs = to_device(inputs, next(block.parameters()).device)
         return split_output(block(hidden, *args, **kwargs))[0]
 
     def advance(self, index: int, block: nn.Module, *, into: States | None = None) -> None:
-        """Push all batches through a block; what comes out takes their place, or goes `into`."""
+        """Replace the hidden states of all batches by the output of a block.
+
+        Args:
+            index: number of the block in its stack.
+            block: the block.
+            into: container that the outputs are appended to and that becomes `hidden`; default:
+                they are written into the present one.
+        """
         for batch in range(len(self.hidden)):
             hidden = self.hidden[batch]
             output = self.run(index, block, batch, hidden=hidden).to(hidden.device)
@@ -78,32 +88,35 @@ def block_stream(
     hidden: States | None = None,
     passed: Sequence[PassedStack] = (),
 ) -> BlockStream:
-    """Run the model up to its first block on the windows of this process.
+    """Run a model up to its first block on the windows of this process.
 
-    To learn each block's own arguments, the first two batches of every shape run through all
-    blocks, and the others too unless the arguments of those two, and of the first block, are equal.
+    To learn the arguments of every block, the first two batches of each shape run through all
+    blocks.  If their arguments are equal, later batches of that shape stop at the first block and
+    reuse them, provided that the arguments of the first block are equal again.
 
     Args:
         model: the model.
-        blocks: its blocks.
-        windows: 1-D token ids, of all processes.
+        blocks: its blocks, in order.
+        windows: 1-D token ids, those of all processes.
         batch_size: windows in a batch.
-        source: where blocks come from.
-        hidden: what the hidden states are appended to; default: a new list.
-        passed: the stacks before it that need not run.
+        source: where blocks come from; default: they are in memory.
+        hidden: container that the hidden states are appended to; default: a new list.
+        passed: stacks that precede `blocks` and need not run.
     """
-    seen: dict[tuple[int, ...], list[BlockArguments]] = {}
+    known_arguments: dict[tuple[int, ...], list[BlockArguments]] = {}
     stream = BlockStream([] if hidden is None else hidden, [])
     for batch, tokens_BT in enumerate(shard(to_batches(windows, batch_size))):
-        known = seen.setdefault(tuple(tokens_BT.shape), [])
+        known = known_arguments.setdefault(tuple(tokens_BT.shape), [])
         by_shape = len(known) > 1 and known[0] is known[1]
-        with behind(passed, batch):
-            wanted = blocks[:1] if by_shape else blocks
-            calls = block_calls(model, wanted, tokens_BT, source=source)
-            arguments = _shared([c[1:] for c in calls], known[0][: len(calls)] if known else None)
+        with bypass_stacks(passed, batch):
+            observed = blocks[:1] if by_shape else blocks
+            calls = block_calls(model, observed, tokens_BT, source=source)
+            arguments = _share_tensors(
+                [c[1:] for c in calls], known[0][: len(calls)] if known else None
+            )
             if by_shape and not _same(arguments[0], known[0][0]):
                 calls = block_calls(model, blocks, tokens_BT, source=source)
-                arguments = _shared([call[1:] for call in calls], known[0])
+                arguments = _share_tensors([call[1:] for call in calls], known[0])
         stream.hidden.append(calls[0][0])
         # equal arguments are kept once: masks of long windows are large
         if known and all(map(_same, arguments, known[0])):
@@ -113,19 +126,19 @@ def block_stream(
     return stream
 
 
-def _shared(value: Any, known: Any) -> Any:
-    """`value`, in which every tensor that equals its counterpart in `known` is replaced by it."""
+def _share_tensors(value: Any, known: Any) -> Any:
+    """Replace every tensor in `value` that equals its counterpart in `known` by that one."""
     if isinstance(value, Tensor):
         return known if isinstance(known, Tensor) and equal(value, known) else value
     if type(value) in (tuple, list) and type(known) is type(value) and len(known) == len(value):
-        return type(value)(map(_shared, value, known))
+        return type(value)(map(_share_tensors, value, known))
     if type(value) is dict and type(known) is dict:
-        return {key: _shared(item, known.get(key)) for key, item in value.items()}
+        return {key: _share_tensors(item, known.get(key)) for key, item in value.items()}
     return value
 
 
 def _same(value: Any, known: Any) -> bool:
-    """Whether two structures hold the very same tensors, and equal values."""
+    """Return whether two structures hold the same tensor objects and otherwise equal values."""
     if type(value) is not type(known):
         return False
     if type(value) in (tuple, list):
