@@ -199,7 +199,7 @@ def _model(name: str) -> str:
 def _quantize(arguments: argparse.Namespace) -> None:
     from watersic_hf.checkpoint import average_bits
     from watersic_hf.integration import WaterSICConfig, quantize_to_folder
-    from watersic_hf.streams.processes import joined, rank_and_size
+    from watersic_hf.streams.processes import process_group, rank_and_size
 
     config = WaterSICConfig(
         bits=arguments.bits,
@@ -216,7 +216,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _print_plan(arguments, config)
         return
-    with joined():
+    with process_group():
         reports = quantize_to_folder(
             arguments.model, arguments.out, config, dtype=arguments.dtype,
             device_map=arguments.device_map, max_shard_size=arguments.max_shard_size,

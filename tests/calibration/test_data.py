@@ -16,15 +16,19 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 def windows(tokenizer):
     def run(dataset, **changes):
         settings = {
-            "tokenizer": tokenizer, "model": None, "samples": 3, "sequence_length": 32, "seed": 0,
-        }  # fmt: skip
+            "tokenizer": tokenizer,
+            "model": None,
+            "samples": 3,
+            "sequence_length": 32,
+            "seed": 0,
+        }
         return calibration_windows(dataset, **settings | changes)
 
     return run
 
 
 def pieces(windows):
-    """All runs of seven tokens of windows."""
+    """All sequences of seven consecutive tokens in windows."""
     tokens = [window.tolist() for window in windows]
     return {tuple(t[i : i + 7]) for t in tokens for i in range(len(t) - 6)}
 
@@ -35,7 +39,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("form", ["strings", "txt", "jsonl", "parquet", "Dataset", "path object"])
-def test_the_same_text_in_any_form_gives_the_same_windows(windows, tmp_path, form):
+def test_same_text_in_every_form_gives_same_windows(windows, tmp_path, form):
     datasets = pytest.importorskip("datasets")
     text, jsonl, parquet = (tmp_path / f"t.{kind}" for kind in ("txt", "jsonl", "parquet"))
     text.write_text(TEXT)
@@ -43,9 +47,13 @@ def test_the_same_text_in_any_form_gives_the_same_windows(windows, tmp_path, for
     rows = datasets.Dataset.from_dict({"text": [TEXT]})
     rows.to_parquet(parquet)
     forms = {
-        "strings": [TEXT], "txt": str(text), "jsonl": str(jsonl), "parquet": str(parquet),
-        "Dataset": rows, "path object": text,
-    }  # fmt: skip
+        "strings": [TEXT],
+        "txt": str(text),
+        "jsonl": str(jsonl),
+        "parquet": str(parquet),
+        "Dataset": rows,
+        "path object": text,
+    }
 
     found = windows(forms[form])
 
@@ -61,19 +69,19 @@ def test_the_same_text_in_any_form_gives_the_same_windows(windows, tmp_path, for
         [{"input_ids": [5, 6, 7]}, {"input_ids": torch.tensor([[8, 9]])}],
     ],
 )
-def test_token_ids_are_taken_as_they_are(windows, ids):
+def test_token_ids_are_used_unchanged(windows, ids):
     found = windows(ids, tokenizer=None)
 
     assert [w.tolist() for w in found] == [[5, 6, 7], [8, 9]]
 
 
-def test_a_tensor_of_ids_is_cut_to_the_sequence_length(windows):
+def test_token_id_tensor_is_cut_to_sequence_length(windows):
     found = windows(torch.arange(200).view(4, 50), tokenizer=None)
 
     assert [len(w) for w in found] == [32, 32, 32]
 
 
-def test_windows_do_not_overlap_and_the_seed_chooses_them(windows, tokenizer):
+def test_windows_do_not_overlap_and_depend_on_seed(windows, tokenizer):
     text = pydoc_texts()[:6]
     tokens = tokenizer("\n\n".join(text))["input_ids"]
     starts = {tuple(tokens[i : i + 32]) for i in range(0, len(tokens) - 31, 32)}
@@ -85,15 +93,15 @@ def test_windows_do_not_overlap_and_the_seed_chooses_them(windows, tokenizer):
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_a_short_text_gives_what_there_is_and_says_so(windows, watersic_log):
+def test_short_text_gives_fewer_windows_with_warning(windows, watersic_log):
     found = windows(["hello there"])
 
     assert len(found) == 1
     assert 0 < len(found[0]) < 32
-    assert "gives 1 windows of 32 tokens; 3 were asked for" in watersic_log.text
+    assert "has only 1 windows of 32 tokens; 3 were requested" in watersic_log.text
 
 
-def test_the_model_can_be_its_own_source(windows, make_llama):
+def test_self_samples_from_the_model_reproducibly(windows, make_llama):
     model = make_llama()
     state = torch.get_rng_state()
 
@@ -107,7 +115,7 @@ def test_the_model_can_be_its_own_source(windows, make_llama):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_benchmark_sets_come_from_optimum_and_leave_the_random_state(windows, monkeypatch):
+def test_benchmark_sets_load_with_optimum_and_keep_random_state(windows, monkeypatch):
     data = pytest.importorskip("optimum.gptq.data")
     rows = types.SimpleNamespace()
     rows.load = lambda *a, **k: {"text": [TEXT] * 10}
@@ -122,7 +130,7 @@ def test_the_benchmark_sets_come_from_optimum_and_leave_the_random_state(windows
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_any_other_name_is_a_dataset_of_the_hub(windows, monkeypatch):
+def test_other_names_load_from_the_hub(windows, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -147,12 +155,12 @@ def test_any_other_name_is_a_dataset_of_the_hub(windows, monkeypatch):
         ("self", {"model": None}, "needs a model that can generate"),
     ],
 )
-def test_a_bad_set_is_a_clear_error(windows, dataset, changes, message):
+def test_invalid_calibration_set_raises(windows, dataset, changes, message):
     with pytest.raises(ValueError, match=message):
         windows(dataset, **changes)
 
 
-def test_a_file_of_an_unknown_kind_is_refused(windows, tmp_path):
+def test_unknown_file_type_is_refused(windows, tmp_path):
     path = tmp_path / "text.docx"
     path.write_bytes(b"PK")
 
@@ -160,7 +168,7 @@ def test_a_file_of_an_unknown_kind_is_refused(windows, tmp_path):
         windows(str(path))
 
 
-def test_a_table_without_a_text_column_is_refused(windows, tmp_path):
+def test_file_without_text_column_is_refused(windows, tmp_path):
     pytest.importorskip("datasets")
     path = write(tmp_path / "t.jsonl", [{"body": "x"}])
 
@@ -169,24 +177,27 @@ def test_a_table_without_a_text_column_is_refused(windows, tmp_path):
 
 
 def numbers(count):
-    """A text that does not repeat itself."""
+    """A text without repetitions."""
     return " ".join(str(number) for number in range(count))
 
 
 @pytest.mark.parametrize("length", [8, 32, 56])
-def test_a_second_draw_shares_no_text_with_the_first(windows, length):
+def test_second_draw_shares_no_text_with_first(windows, length):
     dataset = [numbers(1500)]
     first = windows(dataset, samples=5)
     others = windows(
-        dataset, samples=6, sequence_length=length, seed=1,
+        dataset,
+        samples=6,
+        sequence_length=length,
+        seed=1,
         seen=Draw(samples=5, sequence_length=32, seed=0),
-    )  # fmt: skip
+    )
 
     assert len(others) == 6
     assert pieces(first).isdisjoint(pieces(others))
 
 
-def test_seen_windows_fill_a_draw_with_a_warning_and_come_first(windows, caplog):
+def test_seen_windows_are_reused_first_with_warning_if_needed(windows, caplog):
     dataset = [numbers(300)]
     every = windows(dataset, samples=999)
     first = windows(dataset, samples=len(every) - 2)
@@ -200,7 +211,7 @@ def test_seen_windows_fill_a_draw_with_a_warning_and_come_first(windows, caplog)
     assert pieces(found[2:]).isdisjoint(pieces(first))
 
 
-def test_token_ids_that_were_taken_are_passed_over(windows):
+def test_token_ids_of_an_earlier_draw_are_skipped(windows):
     ids = [[n, n] for n in range(10)]
 
     found = windows(ids, samples=3, seen=Draw(samples=4, sequence_length=32, seed=0))
@@ -208,7 +219,7 @@ def test_token_ids_that_were_taken_are_passed_over(windows):
     assert [window[0].item() for window in found] == [4, 5, 6]
 
 
-def test_what_a_model_samples_is_sampled_anew(windows, make_llama):
+def test_second_draw_from_the_model_differs(windows, make_llama):
     model = make_llama(num_hidden_layers=1)
     options = {"model": model, "sequence_length": 8}
     first = windows("self", **options)
@@ -218,7 +229,7 @@ def test_what_a_model_samples_is_sampled_anew(windows, make_llama):
     assert all(not torch.equal(a, b) for a, b in zip(first, found, strict=True))
 
 
-def test_no_held_out_topic_is_calibration_text():
+def test_held_out_topics_are_not_calibration_text():
     train, held_out = pydoc_texts(), pydoc_texts(held_out=True)
 
     assert set(train).isdisjoint(held_out)
@@ -226,13 +237,13 @@ def test_no_held_out_topic_is_calibration_text():
     assert sum(map(len, held_out)) > 20_000
 
 
-def test_a_set_is_described_by_a_short_name():
+def test_describe_calibration_set():
     assert describe(None) is None
     assert describe("c4") == "c4"
     assert describe(["a", "b"]) == "list of 2"
 
 
-def test_every_window_begins_with_bos_if_that_is_how_the_tokenizer_begins(windows, tokenizer):
+def test_every_window_begins_with_bos_if_the_tokenizer_adds_it(windows, tokenizer):
     with_bos = copy.deepcopy(tokenizer)
     with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -248,7 +259,7 @@ def test_every_window_begins_with_bos_if_that_is_how_the_tokenizer_begins(window
     assert all(window[0] != tokenizer.bos_token_id for window in plain)
 
 
-def test_a_text_shorter_than_a_window_is_one_window(tokenizer):
+def test_text_shorter_than_a_window_gives_one_window(tokenizer):
     (window,) = text_windows("one two", tokenizer, 512)
 
     assert window.tolist() == tokenizer("one two")["input_ids"]

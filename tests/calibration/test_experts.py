@@ -13,15 +13,25 @@ from watersic_hf.checkpoint import experts_together, inspect_checkpoint
 from watersic_hf.cli import main
 from watersic_hf.core import Moments, Whitening, pool_fraction
 from watersic_hf.nn import fused_experts, packed_layers, separate_dense
-from watersic_hf.streams.capture import Side, block_stream
+from watersic_hf.streams.hooks import BlockView
+from watersic_hf.streams.stream import block_stream
 
 EXPERTS = "model.layers.0.mlp.experts"
 SIZES = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4,
-    "num_experts_per_tok": 2, "max_position_embeddings": 128, "pad_token_id": 2,
-    "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 @pytest.fixture
@@ -31,7 +41,7 @@ def windows():
 
 @pytest.fixture
 def model(windows):
-    """A model of whose four experts number 3 gets no token of the windows, and number 2 three."""
+    """A model with four experts, of which number 3 gets no tokens and number 2 gets three."""
     torch.manual_seed(1)
     model = GptOssForCausalLM(GptOssConfig(**SIZES)).eval()
     router = model.model.layers[0].mlp.router
@@ -46,7 +56,7 @@ def model(windows):
     return model
 
 
-def test_an_expert_without_tokens_and_one_with_three_are_quantized_and_reported(
+def test_experts_with_no_or_few_tokens_are_quantized_and_reported(
     tmp_path, model, windows, watersic_log
 ):
     model.save_pretrained(tmp_path / "dense")
@@ -68,14 +78,14 @@ def test_an_expert_without_tokens_and_one_with_three_are_quantized_and_reported(
             weight_AN = layer.dequantize().weight
             original = model.get_submodule(EXPERTS)
             *_, expert, matrix = name.split(".")
-            wanted_AN = getattr(original, f"{matrix}_proj")[int(expert)].T
+            expected_AN = getattr(original, f"{matrix}_proj")[int(expert)].T
             assert bool(weight_AN.isfinite().all())
-            # a bit of the 3.6 at least is spent on the scales of so small a matrix
-            assert (weight_AN - wanted_AN).norm() < 0.6 * wanted_AN.norm()
+            # at least 1 of the 3.6 bits is spent on the scales of so small a matrix
+            assert (weight_AN - expected_AN).norm() < 0.6 * expected_AN.norm()
             assert reports[name].error < 0.1
 
 
-def test_few_tokens_get_fewer_bits(tmp_path, model, windows):
+def test_experts_with_few_tokens_get_fewer_bits(tmp_path, model, windows):
     model.save_pretrained(tmp_path / "dense")
 
     config = WaterSICConfig(5.0, dataset=windows)
@@ -86,7 +96,7 @@ def test_few_tokens_get_fewer_bits(tmp_path, model, windows):
     assert max(bits[2:]) < min(bits[:2]) - 1
 
 
-def test_moments_are_those_of_an_experts_own_tokens_in_both_models(model, windows):
+def test_expert_moments_match_routed_tokens_in_both_models(model, windows):
     block = model.model.layers[0]
     block.requires_grad_(False)
     separate_dense(block.mlp.experts, fused_experts(block.mlp.experts))
@@ -101,30 +111,32 @@ def test_moments_are_those_of_an_experts_own_tokens_in_both_models(model, window
     hidden_TH, index_TK, _ = calls[0]
     x_SN = hidden_TH[(index_TK == 0).any(1)]
 
-    moments = ExpertMoments.collect(Side(drifted, block), Side(stream, block), 0, "mlp.experts")
+    moments = ExpertMoments.collect(
+        BlockView(drifted, 0, block), BlockView(stream, 0, block), "mlp.experts"
+    )
     first, last = (moments.of(0, matrix) for matrix in ("gate_up", "down"))
     unused = moments.of(3, "down")
 
-    def mixed(own_SN, pool_TN, share):
+    def mixed(own_SN, pool_TN, fraction):
         covs = (x.double().T @ x.double() / len(x) for x in (own_SN, pool_TN))
-        return torch.lerp(*covs, share)
+        return torch.lerp(*covs, fraction)
 
     tokens = len(x_SN)
-    share = pool_fraction(32, tokens)
-    assert 0.01 < share < 0.1
-    torch.testing.assert_close(first.cov, mixed(x_SN, hidden_TH, share), rtol=1e-4, atol=1e-6)
-    assert (first.own_tokens, first.pool_fraction) == (tokens, share)
-    # behind a norm, but what attention adds before it has not grown
+    fraction = pool_fraction(32, tokens)
+    assert 0.01 < fraction < 0.1
+    torch.testing.assert_close(first.cov, mixed(x_SN, hidden_TH, fraction), rtol=1e-4, atol=1e-6)
+    assert (first.own_tokens, first.pool_fraction) == (tokens, fraction)
+    # the input follows a norm, but the output of the attention, added before it, is not scaled
     assert not torch.equal(first.cov, first.drifted_cov_NN)
     inner = functools.partial(block.mlp.experts.inner, 0)
-    wanted_NN = mixed(inner(x_SN), inner(hidden_TH), pool_fraction(48, tokens))
-    torch.testing.assert_close(last.cov, wanted_NN, rtol=1e-3, atol=1e-6)
+    expected_NN = mixed(inner(x_SN), inner(hidden_TH), pool_fraction(48, tokens))
+    torch.testing.assert_close(last.cov, expected_NN, rtol=1e-3, atol=1e-6)
     h_TN = block.mlp.experts.inner(3, hidden_TH)
     torch.testing.assert_close(unused.cov, mixed(h_TN, h_TN, 0.0), rtol=1e-3, atol=1e-6)
     assert (unused.own_tokens, unused.pool_fraction) == (0, 1)
 
 
-def test_it_is_predicted_what_rounding_an_experts_weight_does(model, windows):
+def test_expert_sensitivity_predicts_divergence_of_noise(model, windows):
     model.requires_grad_(False)
     experts = model.model.layers[0].mlp.experts
     separate_dense(experts, fused_experts(experts))
@@ -142,9 +154,13 @@ def test_it_is_predicted_what_rounding_an_experts_weight_does(model, windows):
     layer = experts.packed[0]["down"]
 
     found = layer_sensitivities(
-        model, list(windows), [f"{EXPERTS}.packed.{e}.{m}" for e in range(4) for m in
-        ("gate_up", "down")], tokens=8192, damping=1e-2, seed=0,
-    )[name]  # fmt: skip
+        model,
+        list(windows),
+        [f"{EXPERTS}.packed.{e}.{m}" for e in range(4) for m in ("gate_up", "down")],
+        tokens=8192,
+        damping=1e-2,
+        seed=0,
+    )[name]
 
     size, trials, measured = 1e-3, 8, 0.0
     chol = Whitening.of(moments, 1e-2, name=name).chol
@@ -157,11 +173,11 @@ def test_it_is_predicted_what_rounding_an_experts_weight_does(model, windows):
         divergence = F.kl_div(q.double(), reference.double(), reduction="sum", log_target=True)
         measured += float(divergence) / windows.numel() / trials
     predicted = 0.5 * size**2 * 48 * float(found.row_power_A.sum())
-    # a ninth less if all tokens felt the noise alike
+    # the prediction would be a ninth lower if the noise were the same for all tokens
     assert measured == pytest.approx(predicted, rel=0.1)
 
 
-def test_pooled_moments_count_for_the_tokens_of_a_mean_with_as_little_noise():
+def test_pooled_moments_have_effective_number_of_tokens():
     own, pool = (Moments(cov=torch.full((2, 2), v), tokens=t) for v, t in ((1.0, 10), (3.0, 1000)))
 
     mixed = own.pooled(pool, 0.5)
@@ -172,7 +188,7 @@ def test_pooled_moments_count_for_the_tokens_of_a_mean_with_as_little_noise():
     assert pool_fraction(100, 0) == 1
 
 
-def test_inspect_shows_experts_of_a_kind_in_one_row(tmp_path, model, windows, capsys):
+def test_inspect_groups_experts_into_one_row(tmp_path, model, windows, capsys):
     model.save_pretrained(tmp_path / "dense")
     config = WaterSICConfig(5.0, dataset=windows)
     quantized = GptOssForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
@@ -188,7 +204,7 @@ def test_inspect_shows_experts_of_a_kind_in_one_row(tmp_path, model, windows, ca
     assert f"{EXPERTS}.packed.3.down" not in table
     (row,) = (row for row in rows if row["name"] == f"{EXPERTS}.packed.3.down")
     assert (row["tokens"], row["pooled"]) == (0, 1)
-    # the biases of the experts, and the router, are dense and say why
+    # the biases of the experts and the router are dense, with a reason
     assert "biases of experts" in table
     together = experts_together(
         [row | {"error": None} for row in inspect_checkpoint(tmp_path / "packed")["layers"]]

@@ -20,7 +20,7 @@ def find(model):
     return massive_rows(model, decoder_blocks(model, layers), windows(), layers, batch_size=2)
 
 
-def test_a_channel_a_thousand_times_larger_is_found_with_the_rows_that_make_it(make_llama):
+def test_massive_channel_is_found_by_its_rows(make_llama):
     model = make_llama()
     with torch.no_grad():
         for name in ("gate_proj", "up_proj"):
@@ -31,11 +31,11 @@ def test_a_channel_a_thousand_times_larger_is_found_with_the_rows_that_make_it(m
     assert found == {f"model.layers.1.mlp.{name}_proj": [7] for name in ("gate", "up")}
 
 
-def test_an_ordinary_model_has_none(make_llama):
+def test_ordinary_model_has_no_massive_rows(make_llama):
     assert find(make_llama()) == {}
 
 
-def test_zeroed_rows_and_their_biases_put_nothing_out(make_llama):
+def test_zeroed_rows_and_biases_give_zero_output(make_llama):
     model = make_llama(mlp_bias=True)
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
@@ -48,6 +48,6 @@ def test_zeroed_rows_and_their_biases_put_nothing_out(make_llama):
     assert torch.equal((y == 0).all(0).nonzero()[:, 0], torch.tensor([3, 5]))
 
 
-def test_a_row_that_is_not_there_is_refused(make_llama):
+def test_zeroing_a_missing_row_is_refused(make_llama):
     with pytest.raises(ValueError, match=r"up_proj has rows 0 to 159, and \[160\]"):
         zero_rows(make_llama(), {"model.layers.0.mlp.up_proj": [160]})

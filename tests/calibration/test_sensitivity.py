@@ -24,13 +24,13 @@ def sensitivities(model, tokens):
     return layer_sensitivities(model, tokens, layers, tokens=8192, damping=1e-2, seed=0)
 
 
-def test_the_power_of_every_row_is_the_whole_models_squared_gradient_by_leverage(make_llama):
+def test_row_power_matches_whole_model_gradients(make_llama):
     model = make_llama().requires_grad_(False)
     tokens = windows()
 
     found = sensitivities(model, tokens)
 
-    # the same draws, differentiated through the whole model at once
+    # the same draws, with one backward pass through the whole model
     name = "model.layers.0.mlp.up_proj"
     kept, grads, generator = [], [], torch.Generator().manual_seed(0)
     layer = model.get_submodule(name)
@@ -56,12 +56,12 @@ def test_the_power_of_every_row_is_the_whole_models_squared_gradient_by_leverage
     torch.testing.assert_close(found[name].row_power_A, power_A, rtol=1e-3, atol=1e-12)
 
 
-def test_it_predicts_the_divergence_that_rounding_a_weight_causes(make_llama):
+def test_sensitivity_predicts_divergence_of_noise(make_llama):
     torch.manual_seed(2)
     model = make_llama().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(3) if parameter.ndim == 2 else None
-    # one token stands out, and what follows it as well
+    # one token has a massive embedding, which affects those that follow it
     model.model.embed_tokens.weight[7] *= 30
     tokens = [torch.cat([torch.tensor([7]), window[1:]]) for window in windows(32)]
     found = sensitivities(model, tokens)
@@ -85,11 +85,11 @@ def test_it_predicts_the_divergence_that_rounding_a_weight_causes(make_llama):
             measured += float(divergence) / len(x_TN) / trials
 
     predicted = 0.5 * size**2 * x_TN.shape[1] * float(found[name].row_power_A.sum())
-    # one draw of a token for each of 1024 positions
+    # one token is drawn at each of 1024 positions
     assert measured == pytest.approx(predicted, rel=0.25)
 
 
-def test_layers_that_share_their_inputs_are_whitened_together(make_llama, monkeypatch):
+def test_layers_that_share_inputs_are_whitened_once(make_llama, monkeypatch):
     model = make_llama()
     named, of = [], Whitening.of
 
@@ -106,7 +106,7 @@ def test_layers_that_share_their_inputs_are_whitened_together(make_llama, monkey
     assert set(found) == set(layers_of(model))
 
 
-def test_blocks_may_return_tuples():
+def test_sensitivities_of_blocks_that_return_tuples():
     from transformers import BloomConfig, BloomForCausalLM
 
     config = BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=2)
@@ -118,7 +118,7 @@ def test_blocks_may_return_tuples():
     assert all(bool((s.row_power_A >= 0).all()) for s in found.values())
 
 
-def test_nothing_of_the_model_is_changed(make_llama):
+def test_measuring_sensitivities_leaves_model_unchanged(make_llama):
     model = make_llama()
     before = copy.deepcopy(model.state_dict())
 
@@ -128,7 +128,7 @@ def test_nothing_of_the_model_is_changed(make_llama):
     assert "forward" not in vars(model.model.layers[0])
 
 
-def test_predictions_that_are_not_finite_are_an_error(make_llama):
+def test_nonfinite_predictions_raise(make_llama):
     model = make_llama(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
@@ -143,7 +143,7 @@ def known(power, variance, columns=4):
     )
 
 
-def test_a_layer_whose_errors_count_sixteen_times_gets_half_of_two_bits_more():
+def test_sixteenfold_sensitivity_moves_half_a_bit_each_way():
     targets = {"a": (100, 4.0), "b": (100, 4.0)}
 
     moved = sensitive_targets(targets, {"a": known(16.0, 1.0), "b": known(1.0, 1.0)})
@@ -152,7 +152,7 @@ def test_a_layer_whose_errors_count_sixteen_times_gets_half_of_two_bits_more():
     assert moved["b"] == (100, pytest.approx(3.5))
 
 
-def test_the_sum_of_the_bits_is_kept_and_no_layer_falls_below_the_least():
+def test_total_bits_are_kept_and_no_layer_falls_below_minimum():
     targets = {"a": (100, 1.5), "b": (300, 1.5), "c": (50, 2.0)}
 
     moved = sensitive_targets(targets, {"a": known(1e6, 1.0), "b": known(1.0, 1.0)})
@@ -162,13 +162,13 @@ def test_the_sum_of_the_bits_is_kept_and_no_layer_falls_below_the_least():
     assert moved["c"] == (50, 2.0)
 
 
-def test_columns_below_the_level_cost_nothing():
+def test_columns_below_the_distortion_level_cost_nothing():
     variance_N = torch.tensor([1.0, 1e-9, 1e-9, 1e-9])
     sensitivity = Sensitivity(row_power_A=torch.ones(3), variance_N=variance_N)
 
     targets = {"a": (100, 1.0), "b": (100, 3.0)}
     moved = sensitive_targets(targets, {"a": sensitivity, "b": known(1.0, 1.0)})
 
-    # with one live column of four, a bit of the layer is four bits of the column
+    # one of four columns is above the level: one bit per weight is four bits for that column
     a, b = (2 * moved[k][1] - targets[k][1] - SHAPING_LOSS for k in "ab")
     assert 4 * a == pytest.approx(b)

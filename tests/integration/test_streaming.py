@@ -361,10 +361,10 @@ def test_processes_share_a_run_and_one_resumes_when_another_dies(
     folder = tmp_path / "q"
     program = (
         "import sys, torch; from watersic_hf import WaterSICConfig; "
-        "from watersic_hf.streams.processes import joined; "
+        "from watersic_hf.streams.processes import process_group; "
         "from watersic_hf.integration import quantize_to_folder\n"
         f"windows = torch.load({str(tmp_path / 'windows.pt')!r})\n"
-        "with joined():\n"
+        "with process_group():\n"
         f"    quantize_to_folder({str(original)!r}, {str(folder)!r}, WaterSICConfig(bits=4.0, "
         f"dataset=windows, samples=6, sequence_length=48, batch_size=2), max_shard_size={SHARDS!r})"
     )

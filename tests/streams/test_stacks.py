@@ -1,4 +1,4 @@
-"""Models with an encoder and a decoder, and models whose blocks cannot be run one by one."""
+"""Encoder-decoder models, and models whose blocks cannot be run one by one."""
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from watersic_hf.calibration import layer_sensitivities
 from watersic_hf.core import LayerSettings, Moments, Whitening
 from watersic_hf.quantization import LayerQuantizer, quantize_blocks
 from watersic_hf.quantization.settings import CalibrationSettings
-from watersic_hf.streams.capture import block_stream, model_inputs, runnable_stacks
+from watersic_hf.streams.batches import model_inputs
+from watersic_hf.streams.stacks import runnable_stacks
+from watersic_hf.streams.stream import block_stream
 
 
 def bart():
@@ -33,8 +35,15 @@ def bart():
 
 
 def t5():
-    config = T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-                      decoder_start_token_id=0)  # fmt: skip
+    config = T5Config(
+        vocab_size=320,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     return T5ForConditionalGeneration(config).eval()
 
 
@@ -49,7 +58,7 @@ def layers_of(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [bart, t5])
-def test_a_decoder_is_run_on_what_the_encoder_put_out_for_the_same_batch(make):
+def test_decoder_runs_on_encoder_output_of_the_same_batch(make):
     model = make()
     tokens = [*windows(6, 16), *windows(4, 9)]
 
@@ -67,48 +76,6 @@ def test_a_decoder_is_run_on_what_the_encoder_put_out_for_the_same_batch(make):
         torch.testing.assert_close(norm(hidden), expected.decoder_hidden_states[-1])
 
 
-@torch.no_grad()
-def test_arguments_that_do_not_depend_on_the_tokens_are_kept_once(make_llama):
-    model = make_llama()
-    stream = block_stream(model, list(model.model.layers), windows(8), batch_size=2)
-
-    assert all(arguments is stream.arguments[0] for arguments in stream.arguments)
-
-
-@torch.no_grad()
-def test_arguments_of_later_blocks_may_depend_on_the_tokens(make_llama):
-    class Echo(nn.Module):
-        """Adds the mean of its first block's output to the second's, by an argument."""
-
-        main_input_name = "input_ids"
-
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(320, 8)
-            self.layers = nn.ModuleList([Block(), Block()])
-
-        def forward(self, input_ids, use_cache):
-            first = self.layers[0](self.embedding(input_ids), shift=None)
-            return self.layers[1](first, shift=first.mean((1, 2), keepdim=True))
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = nn.Linear(8, 8)
-
-        def forward(self, hidden_states, shift):
-            return self.proj(hidden_states if shift is None else hidden_states + shift)
-
-    model = Echo()
-    stream = block_stream(model, list(model.layers), windows(8), batch_size=2)
-    for index, block in enumerate(model.layers):
-        stream.advance(index, block)
-
-    for batch, hidden in enumerate(stream.hidden):
-        window = torch.stack(windows(8)[2 * batch : 2 * batch + 2])
-        torch.testing.assert_close(hidden, model(window, use_cache=False))
-
-
 def quantized(model, settings, bits=4.0):
     layers = layers_of(model)
     targets = {n: (model.get_submodule(n).weight.numel(), bits) for n in layers}
@@ -117,7 +84,7 @@ def quantized(model, settings, bits=4.0):
     return quantizer.reports
 
 
-def test_both_stacks_are_quantized_the_encoder_first(watersic_log):
+def test_encoder_and_decoder_are_quantized_in_order(watersic_log):
     model = bart()
     layers = layers_of(model)
 
@@ -128,17 +95,15 @@ def test_both_stacks_are_quantized_the_encoder_first(watersic_log):
     assert [name.startswith("model.encoder.") for name in names] == [True] * 12 + [False] * 20
     assert all(isinstance(model.get_submodule(name), WaterSICLinear) for name in names)
     assert {report.tokens for report in reports} == {96}
-    # which of its layers feed the self-attention, and which the cross-attention, is not read
+    # it is not determined which layers feed the self-attention and which the cross-attention
     assert "model.decoder.layers.0: there is no one self-attention" in watersic_log.text
 
 
-def test_sensitivities_of_an_encoder_are_those_of_the_decoders_predictions():
+def test_encoder_sensitivities_come_from_decoder_predictions():
     model, tokens = bart().requires_grad_(False), windows(3)
     name = "model.encoder.layers.0.fc1"
 
-    found = layer_sensitivities(
-        model, tokens, layers_of(model), tokens=8192, damping=1e-2, seed=0
-    )  # fmt: skip
+    found = layer_sensitivities(model, tokens, layers_of(model), tokens=8192, damping=1e-2, seed=0)
 
     assert set(found) == set(layers_of(model))
     inputs, grads, generator = [], [], torch.Generator().manual_seed(0)
@@ -159,7 +124,7 @@ def test_sensitivities_of_an_encoder_are_those_of_the_decoders_predictions():
     torch.testing.assert_close(found[name].row_power_A, power_A, rtol=1e-3, atol=1e-12)
 
 
-def test_a_decoder_makes_up_for_the_drift_of_the_encoder():
+def test_decoder_compensates_for_drift_of_the_encoder():
     errors = []
     for drift in (0.0, 1.0):
         torch.manual_seed(0)
@@ -177,36 +142,53 @@ def test_a_decoder_makes_up_for_the_drift_of_the_encoder():
     assert errors[1] < errors[0]
 
 
-def test_blocks_that_are_used_again_and_again_cannot_be_calibrated():
-    config = AlbertConfig(vocab_size=320, embedding_size=16, hidden_size=32, num_attention_heads=2,
-                          intermediate_size=64, num_hidden_layers=3)  # fmt: skip
+def test_model_with_repeatedly_called_blocks_is_refused():
+    config = AlbertConfig(
+        vocab_size=320,
+        embedding_size=16,
+        hidden_size=32,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_hidden_layers=3,
+    )
     model = AlbertForMaskedLM(config).eval()
 
     with pytest.raises(CalibrationError, match=r"albert_layer_groups \(its blocks are not called"):
         quantized(model, CalibrationSettings())
 
 
-def test_a_model_that_does_not_read_text_cannot_be_calibrated_on_text():
-    config = WhisperConfig(vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1,
-                           encoder_attention_heads=2, decoder_attention_heads=2,
-                           encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0)  # fmt: skip
+def test_model_that_reads_no_token_ids_is_refused():
+    config = WhisperConfig(
+        vocab_size=320,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        pad_token_id=0,
+    )
     model = WhisperForConditionalGeneration(config).eval()
 
-    with pytest.raises(CalibrationError, match="reads `input_features`, and calibration text has"):
+    with pytest.raises(
+        CalibrationError, match="reads `input_features`, but calibration text provides"
+    ):
         quantized(model, CalibrationSettings())
 
 
-def test_a_stack_that_text_does_not_reach_is_named_and_stays_dense(make_llama, watersic_log):
+def test_unreached_stack_is_logged_and_stays_dense(make_llama, watersic_log):
     model = make_llama()
     model.vision = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
 
     quantized(model, CalibrationSettings())
 
-    assert "stays dense: vision (text does not reach it)" in watersic_log.text
+    assert "Stays dense, as it cannot be calibrated" in watersic_log.text
+    assert "block by block: vision (text does not reach it)" in watersic_log.text
     assert type(model.vision[0][0]) is nn.Linear
 
 
-def test_blocks_must_be_called_on_their_hidden_states():
+def test_blocks_called_without_hidden_states_are_refused():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""From texts to statistics: calibration windows, second moments, sensitivities."""
+"""From texts to statistics: calibration windows, second moments and sensitivities."""
 
 from watersic_hf.calibration.data import (
     Draw,
@@ -7,7 +7,7 @@ from watersic_hf.calibration.data import (
     pydoc_texts,
     text_windows,
 )
-from watersic_hf.calibration.experts import outside
+from watersic_hf.calibration.experts import layers_outside_experts
 from watersic_hf.calibration.massive import check_rows, massive_rows, zero_rows
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 
@@ -18,8 +18,8 @@ __all__ = [
     "check_rows",
     "describe",
     "layer_sensitivities",
+    "layers_outside_experts",
     "massive_rows",
-    "outside",
     "pydoc_texts",
     "text_windows",
     "zero_rows",

@@ -1,9 +1,11 @@
-"""Calibration text: from a name, a file, strings, token ids or the model itself to token windows.
+"""Calibration data: token windows from a name, a file, strings, token ids or the model itself.
 
 A window is a 1-D int64 tensor of at most `sequence_length` tokens.  Texts are joined by blank
-lines, tokenized once and cut into windows that do not overlap, each begun as the tokenizer begins a
-text; of those a seeded choice is kept, in the order of the text.  Nothing here touches the global
-random state.
+lines, tokenized as one and cut into windows that do not overlap; each window begins with the BOS
+token if the tokenizer begins texts with it.  A random choice of the windows, given by a seed, is
+kept in the order of the text.  The global random state is left unchanged.
+
+Shapes: T = tokens, W = windows, K = windows of an earlier draw.
 """
 
 import importlib
@@ -20,9 +22,10 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-#: Names that optimum's loaders of the GPTQ benchmark sets understand.
+#: Names of the GPTQ benchmark sets that the loaders of optimum know.
 BENCHMARK_SETS = ("wikitext2", "c4", "c4-new")
 
+#: Kinds of files, by suffix: plain text, or a loader of `datasets`.
 _TEXT_FILES = {
     ".txt": "text",
     ".md": "text",
@@ -30,12 +33,13 @@ _TEXT_FILES = {
     ".json": "json",
     ".parquet": "parquet",
 }
+#: Sequences that a model samples at a time.
 _SELF_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Which windows were taken from a calibration set: the arguments of `calibration_windows`."""
+    """Arguments of `calibration_windows` that determine which windows of a set it returns."""
 
     samples: int
     sequence_length: int
@@ -52,67 +56,69 @@ def calibration_windows(
     seed: int,
     seen: Draw | None = None,
 ) -> list[Tensor]:
-    """Token windows to calibrate on.
+    """Return token windows to calibrate on.
 
     Args:
         dataset: one of
 
             * ``"self"``: sequences that `model` samples from its own distribution;
-            * ``"pydoc"``: Python's own documentation, which every machine has;
-            * ``"wikitext2"``, ``"c4"``, ``"c4-new"``: as GPTQ's benchmarks load them;
+            * ``"pydoc"``: the documentation of Python, which comes with every installation;
+            * ``"wikitext2"``, ``"c4"``, ``"c4-new"``: loaded as in the benchmarks of GPTQ;
             * the path of a .txt, .md, .jsonl, .json or .parquet file (column ``text``);
-            * any other name: a dataset of the hub (split ``train``, column ``text``);
+            * any other name: a dataset on the Hugging Face Hub (split ``train``, column ``text``);
             * a list of strings;
-            * token ids: a list of lists or tensors or ``{"input_ids": ...}``, or a 2-D tensor;
+            * token ids: a list of lists, of tensors or of ``{"input_ids": ...}``, or a 2-D tensor;
             * a `datasets.Dataset` with a column ``input_ids`` or ``text``.
-        tokenizer: needed unless the dataset is ``"self"`` or token ids.
-        model: needed for ``"self"``.
+        tokenizer: tokenizer of the model; not needed for ``"self"`` and for token ids.
+        model: the model; needed only for ``"self"``.
         samples: number of windows.
         sequence_length: tokens in a window.
-        seed: chooses the windows, or the sequences that the model samples.
-        seen: an earlier draw from the same set.  Windows that share text with it are taken only
-            where there are too few others, with a warning, and come first.
+        seed: seed of the choice of windows, or of the sequences that the model samples.
+        seen: an earlier draw from the same set.  Windows that share text with it are used only if
+            there are too few others; they then come first, and a warning is logged.
+
+    Returns:
+        The windows; fewer than `samples`, with a warning, if the set is too small.
 
     Raises:
-        ValueError: the dataset is of no known form, is empty, or lacks its tokenizer or model.
+        ValueError: the dataset has an unknown form or is empty, or its tokenizer or model is
+            missing.
         ImportError: the dataset needs a package that is not installed.
     """
-    drawn = isinstance(dataset, str) and dataset in ("self", *BENCHMARK_SETS)
-    if drawn and seen is not None and seen.seed == seed:
+    # these are sampled with the seed, so that another seed gives other windows
+    sampled = isinstance(dataset, str) and dataset in ("self", *BENCHMARK_SETS)
+    if sampled and seen is not None and seen.seed == seed:
         seed += 1
     if isinstance(dataset, str) and dataset == "self":
         return _sampled_by(model, samples, sequence_length, seed)
     if isinstance(dataset, str) and dataset in BENCHMARK_SETS:
-        _need(tokenizer, dataset)
+        _check_tokenizer(tokenizer, dataset)
         windows = _benchmark_set(dataset, tokenizer, samples, sequence_length, seed)
     elif (ids := _token_ids(dataset)) is not None:
         order_W = torch.arange(len(ids))
         seen_W = order_W < (0 if seen is None else seen.samples)
         windows = [window[:sequence_length] for window in _choose(ids, samples, order_W, seen_W)]
     else:
-        _need(tokenizer, describe(dataset))
+        _check_tokenizer(tokenizer, describe(dataset))
         text = "\n\n".join(_texts(dataset))
-        windows = text_windows(text, tokenizer, sequence_length)
-        order_W = _order(len(windows), seed)
-        seen_W = torch.zeros_like(order_W, dtype=torch.bool)
-        if seen is not None:
-            others = text_windows(text, tokenizer, seen.sequence_length)
-            taken = _order(len(others), seen.seed)[: seen.samples]
-            seen_W = _overlap(windows, others, taken, _begins_with_bos(tokenizer))
-        windows = _choose(windows, samples, order_W, seen_W)
+        draw = Draw(samples=samples, sequence_length=sequence_length, seed=seed)
+        windows = _drawn_from_text(text, tokenizer, draw, seen)
     windows = [window.to(torch.int64) for window in windows if window.numel() > 0]
     if not windows:
         raise ValueError(f"the calibration set {describe(dataset)} is empty")
     if len(windows) < samples:
         logger.warning(
-            "The calibration set %s gives %d windows of %d tokens; %d were asked for.",
-            describe(dataset), len(windows), sequence_length, samples,
-        )  # fmt: skip
+            "The calibration set %s has only %d windows of %d tokens; %d were requested.",
+            describe(dataset),
+            len(windows),
+            sequence_length,
+            samples,
+        )
     return windows
 
 
 def describe(dataset: Any) -> str | None:
-    """A short name of a calibration set, for messages and for the saved configuration."""
+    """Return a short name of a calibration set, for messages and for the saved configuration."""
     if dataset is None or isinstance(dataset, str):
         return dataset
     if isinstance(dataset, Path):
@@ -122,10 +128,13 @@ def describe(dataset: Any) -> str | None:
 
 
 def pydoc_texts(*, held_out: bool = False) -> list[str]:
-    """Topics of Python's own documentation, in the order of their names.
+    """Return the topics of the documentation of Python, ordered by name.
 
-    About an eighth of the topics is held out: the calibration set ``"pydoc"`` has none of them, so
-    that they can serve as evaluation text.
+    About one eighth of the topics is held out from the calibration set ``"pydoc"``, so that they
+    can be used for evaluation.
+
+    Args:
+        held_out: return the held-out topics instead of the others.
     """
     topics = importlib.import_module("pydoc_data.topics").topics
     return [
@@ -135,20 +144,26 @@ def pydoc_texts(*, held_out: bool = False) -> list[str]:
     ]
 
 
-def _need(tokenizer: Any, dataset: Any) -> None:
+def _check_tokenizer(tokenizer: Any, dataset: Any) -> None:
+    """Raise ValueError if a set of texts has no tokenizer."""
     if tokenizer is None:
         raise ValueError(
-            f"the calibration set {dataset} is text, and no tokenizer was given or found beside "
-            f"the model. Pass WaterSICConfig(tokenizer=...), a tokenizer or the name of one."
+            f"the calibration set {dataset} is text, but no tokenizer was given or found beside "
+            f"the model. Pass a tokenizer or its name, WaterSICConfig(tokenizer=...)."
         )
 
 
 def text_windows(text: str, tokenizer: Any, sequence_length: int) -> list[Tensor]:
-    """Consecutive windows of a text, from its beginning; a rest shorter than a window is dropped.
+    """Divide a text into consecutive windows; an incomplete last window is dropped.
 
-    Every window begins with the BOS token if that is how the tokenizer begins a text: models like
-    Gemma that never saw a sequence without it are far from themselves where it is missing.  A text
-    shorter than a window is returned as it is.
+    Every window begins with the BOS token if the tokenizer begins texts with it: models such as
+    Gemma, trained only on sequences that begin with it, behave very differently without it.  A text
+    shorter than one window is returned as one shorter window.
+
+    Args:
+        text: the text.
+        tokenizer: tokenizer of the model.
+        sequence_length: tokens in a window, including the BOS token.
     """
     tokens_T = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     head = tokens_T[:1] if _begins_with_bos(tokenizer) else tokens_T[:0]
@@ -161,46 +176,77 @@ def text_windows(text: str, tokenizer: Any, sequence_length: int) -> list[Tensor
 
 
 def _begins_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts the BOS token in front of a text."""
+    """Return whether the tokenizer begins a text with the BOS token."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
 
 
+def _drawn_from_text(text: str, tokenizer: Any, draw: Draw, seen: Draw | None) -> list[Tensor]:
+    """Draw windows of a text, those that an earlier draw has not seen before the others."""
+    windows = text_windows(text, tokenizer, draw.sequence_length)
+    order_W = _order(len(windows), draw.seed)
+    seen_W = torch.zeros_like(order_W, dtype=torch.bool)
+    if seen is not None:
+        earlier = text_windows(text, tokenizer, seen.sequence_length)
+        taken_K = _order(len(earlier), seen.seed)[: seen.samples]
+        seen_W = _overlap(windows, earlier, taken_K, _begins_with_bos(tokenizer))
+    return _choose(windows, draw.samples, order_W, seen_W)
+
+
 def _order(count: int, seed: int) -> Tensor:
-    """The order in which windows of a text are taken."""
+    """Return the random order in which the windows of a text are taken."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _choose(
     windows: Sequence[Tensor], samples: int, order_W: Tensor, seen_W: Tensor
 ) -> list[Tensor]:
-    """The first `samples` windows of an order, those unseen before those seen.
+    """Choose `samples` windows in a given order, preferring those not seen before.
 
-    They are returned as they follow each other in the text, those seen in front.
+    Args:
+        windows: windows to choose from.
+        samples: number of windows.
+        order_W: numbers of the windows, in the order in which they are taken.
+        seen_W: whether each window was used before.
+
+    Returns:
+        The windows in the order of the text, but those seen before come first.
     """
     order_W = order_W[seen_W[order_W].int().argsort(stable=True)]
     kept_W = order_W[:samples].sort().values
-    again = int(seen_W[kept_W].sum())
-    if again:
+    reused = int(seen_W[kept_W].sum())
+    if reused:
         logger.warning(
-            "%d of %d windows were used before, as the text has too few others. Give more text.",
-            again, len(kept_W),
-        )  # fmt: skip
+            "%d of %d windows were used before, as the text has too few others. Use more text.",
+            reused,
+            len(kept_W),
+        )
     kept_W = kept_W[(~seen_W[kept_W]).int().argsort(stable=True)]
     return [windows[index] for index in kept_W.tolist()]
 
 
 def _overlap(
-    windows: Sequence[Tensor], others: Sequence[Tensor], taken: Tensor, bos: bool
+    windows: Sequence[Tensor], earlier: Sequence[Tensor], taken_K: Tensor, bos: bool
 ) -> Tensor:
-    """Which windows of a text share tokens with those `taken` of others, of another length."""
-    length, other = len(windows[0]) - bos, len(others[0]) - bos
-    start_W, start_K = torch.arange(len(windows)) * length, taken * other
-    meets_WK = start_W[:, None] < start_K + other
-    return (meets_WK & (start_K < start_W[:, None] + length)).any(1)
+    """Find the windows of a text that share tokens with windows of an earlier draw from it.
+
+    Args:
+        windows: windows of the text.
+        earlier: windows of the same text, of the length of the earlier draw.
+        taken_K: numbers of the windows of the earlier draw.
+        bos: whether every window begins with a BOS token, which is not part of the text.
+
+    Returns:
+        One bool per window.
+    """
+    length, earlier_length = len(windows[0]) - bos, len(earlier[0]) - bos
+    start_W, start_K = torch.arange(len(windows)) * length, taken_K * earlier_length
+    begins_before_end_WK = start_W[:, None] < start_K + earlier_length
+    return (begins_before_end_WK & (start_K < start_W[:, None] + length)).any(1)
 
 
 def _texts(dataset: Any) -> Iterable[str]:
+    """Return the texts of a set that is not tokenized."""
     if isinstance(dataset, str | Path):
         if dataset == "pydoc":
             return pydoc_texts()
@@ -221,6 +267,7 @@ def _texts(dataset: Any) -> Iterable[str]:
 
 
 def _file_texts(path: Path) -> Iterable[str]:
+    """Return the texts of a file."""
     kind = _TEXT_FILES.get(path.suffix)
     if kind is None:
         raise ValueError(
@@ -233,6 +280,7 @@ def _file_texts(path: Path) -> Iterable[str]:
 
 
 def _column(rows: Any, name: str | None) -> Iterable[str]:
+    """Return the column ``text`` of a `datasets.Dataset`; `name` is for messages."""
     if "text" not in rows.column_names:
         raise ValueError(
             f"the calibration set {name} has the columns {rows.column_names}, but needs `text`"
@@ -241,7 +289,7 @@ def _column(rows: Any, name: str | None) -> Iterable[str]:
 
 
 def _token_ids(dataset: Any) -> list[Tensor] | None:
-    """The windows of a set that is tokenized already, or None."""
+    """Return the windows of a set of token ids, or None if the dataset is not one."""
     if isinstance(dataset, Tensor) and dataset.dim() == 2:
         return list(dataset)
     if "input_ids" in getattr(dataset, "column_names", ()):
@@ -259,13 +307,14 @@ def _token_ids(dataset: Any) -> list[Tensor] | None:
 def _benchmark_set(
     name: str, tokenizer: Any, samples: int, sequence_length: int, seed: int
 ) -> list[Tensor]:
+    """Return windows of a GPTQ benchmark set, loaded by optimum."""
     try:
         from optimum.gptq.data import get_dataset
     except ImportError as error:
         raise ImportError(
             f"the calibration set {name!r} needs `pip install datasets optimum`"
         ) from error
-    # the loaders seed the global generators
+    # the loaders seed the global generators of Python and torch
     python_state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -275,11 +324,13 @@ def _benchmark_set(
     windows = [torch.as_tensor(row["input_ids"]).flatten() for row in rows]
     if _begins_with_bos(tokenizer):
         for window in windows:
+            # the loaders cut windows from anywhere in the text
             window[:1] = tokenizer.bos_token_id
     return windows
 
 
 def _datasets() -> Any:
+    """Import the package `datasets`."""
     try:
         return importlib.import_module("datasets")
     except ImportError as error:
@@ -287,13 +338,11 @@ def _datasets() -> Any:
 
 
 def _sampled_by(model: Any, samples: int, sequence_length: int, seed: int) -> list[Tensor]:
-    """Sequences drawn from the model's own distribution: no temperature, no truncation."""
+    """Sample sequences from the model's own distribution, at temperature 1 without truncation."""
     if model is None or not model.can_generate():
         raise ValueError('the calibration set "self" needs a model that can generate')
     config = model.generation_config
-    start = next(
-        (i for i in (config.bos_token_id, config.eos_token_id, 0) if i is not None),
-    )
+    start = next(i for i in (config.bos_token_id, config.eos_token_id, 0) if i is not None)
     start = start[0] if isinstance(start, list) else start
     windows: list[Tensor] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -302,9 +351,15 @@ def _sampled_by(model: Any, samples: int, sequence_length: int, seed: int) -> li
             batch = min(_SELF_BATCH, samples - len(windows))
             prompt = torch.full((batch, 1), start, device=model.device)
             tokens = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=1.0,
-                top_k=0, top_p=1.0, min_new_tokens=sequence_length - 1,
-                max_new_tokens=sequence_length - 1, pad_token_id=start,
-            )  # fmt: skip
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=sequence_length - 1,
+                max_new_tokens=sequence_length - 1,
+                pad_token_id=start,
+            )
             windows.extend(tokens.cpu())
     return windows

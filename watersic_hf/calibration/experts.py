@@ -1,15 +1,15 @@
-"""Statistics of the experts of a mixture, each with those of its tokens.
+"""Moments of the experts of a mixture, each from the tokens that are routed to it.
 
-Shapes: T = tokens, K = experts of a token, S = tokens of an expert, A = out_features,
-        N = in_features.
+Shapes: T = tokens, K = experts of a token, S = tokens of an expert, H = width of the hidden states,
+        A = out_features, N = in_features.
 
-A token belongs to the experts that the original model sends it to, also where the quantized model
-would send it elsewhere: an expert's inputs in the two models are those of the same tokens, and it
-is calibrated for what it was made for.
+The tokens of an expert are those that the original model routes to it, even if the partly quantized
+model would route them elsewhere: the inputs of an expert in both models then belong to the same
+tokens, and the expert is calibrated for the inputs that it was trained on.
 
-An expert that few tokens reach shrinks towards the pool: the tokens of the whole layer, as if all
-of them went through this expert (`watersic_hf.core.pool_fraction`).  So every expert is calibrated,
-one without any token on the pool alone.
+The moments of an expert with few tokens shrink towards those of a pool: the tokens of the whole
+layer, as if all of them were routed to this expert (`watersic_hf.core.pool_fraction`).  In this way
+every expert is calibrated; one without any tokens uses the pool alone.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,22 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from watersic_hf.calibration.moments import moments_of
 from watersic_hf.checkpoint import PACKED
-from watersic_hf.core import MomentAccumulator, Moments, pool_fraction
+from watersic_hf.core import Moments, pool_fraction
 from watersic_hf.nn import SeparateExperts, separate_experts
-from watersic_hf.streams.capture import Side, module_arguments
+from watersic_hf.streams.hooks import BlockView, module_arguments
 from watersic_hf.streams.processes import gather
 
-#: Tokens in a pool at most.
+#: Most tokens in a pool.
 POOL_TOKENS = 16384
-#: Share of the pool below which an expert's own tokens are enough.
-LEAST_SHARE = 0.01
-#: Share of the pool from which on an expert is named in the log.
-LARGE_SHARE = 0.5
+#: Fraction of the pool below which it is left out: the expert's own tokens are enough.
+LEAST_POOL_FRACTION = 0.01
+#: Fraction of the pool from which an expert is reported to have few tokens.
+LARGE_POOL_FRACTION = 0.5
 
 
 def experts_in(block: nn.Module, layers: Sequence[str]) -> dict[str, SeparateExperts]:
-    """The modules of experts in a block that hold some of `layers`, by name within the block."""
+    """Return the modules of experts in a block that hold some of `layers`, by name within it."""
     return {
         name: module
         for name, module in separate_experts(block)
@@ -41,114 +42,138 @@ def experts_in(block: nn.Module, layers: Sequence[str]) -> dict[str, SeparateExp
     }
 
 
-def outside(layers: Iterable[str], experts: Iterable[str]) -> list[str]:
-    """Those of `layers` that are no matrices of experts."""
+def layers_outside_experts(layers: Iterable[str], experts: Iterable[str]) -> list[str]:
+    """Return those of `layers` that are not matrices of experts.
+
+    Args:
+        layers: names of layers.
+        experts: names of modules of experts.
+    """
     prefixes = tuple(f"{name}.{PACKED}." for name in experts)
     return [layer for layer in layers if not layer.startswith(prefixes)]
 
 
-def share_of_pool(columns: int, tokens: int) -> float:
-    """Share of the pool in the statistics of an expert's matrix; 0 where it can be left out."""
-    share = pool_fraction(columns, tokens)
-    return share if share >= LEAST_SHARE else 0.0
+def effective_pool_fraction(columns: int, tokens: int) -> float:
+    """Return the fraction of the pool in the moments of an expert's matrix.
+
+    Args:
+        columns: inputs of the matrix.
+        tokens: number of tokens of the expert.
+
+    Returns:
+        `pool_fraction`, or 0 if that is so small that the pool need not be measured.
+    """
+    fraction = pool_fraction(columns, tokens)
+    return fraction if fraction >= LEAST_POOL_FRACTION else 0.0
 
 
-def spread(tokens: int) -> Tensor:
-    """The tokens of a pool: at most `POOL_TOKENS` of so many, evenly spread."""
+def pool_indices(tokens: int) -> Tensor:
+    """Return the indices of the tokens in a pool: at most `POOL_TOKENS`, evenly spaced.
+
+    Args:
+        tokens: number of tokens to choose from.
+    """
     return torch.linspace(0, tokens - 1, min(tokens, POOL_TOKENS)).round().long()
 
 
 @dataclass
-class _Stream:
-    """A module of experts in one model, and what it gets there."""
+class _ExpertInputs:
+    """A module of experts in one model, and the hidden states that it is called with."""
 
     experts: SeparateExperts
-    hidden_TN: Tensor
+    hidden_TH: Tensor
 
-    def inputs(self, expert: int, matrix: str, token_S: Tensor) -> Tensor:
-        """What some tokens put into an expert's matrix."""
-        x_SN = self.hidden_TN[token_S].to(next(self.experts.parameters()).device)
-        return x_SN if matrix == self.experts.layout.first else self.experts.inner(expert, x_SN)
+    def of(self, expert: int, matrix: str, token_S: Tensor) -> Tensor:
+        """Return the inputs of an expert's matrix for some tokens."""
+        x_SH = self.hidden_TH[token_S].to(next(self.experts.parameters()).device)
+        return x_SH if matrix == self.experts.layout.first else self.experts.inner(expert, x_SH)
 
 
 class ExpertMoments:
-    """The moments of all matrices of one module of experts.
+    """Moments of all matrices of one module of experts.
 
     Args:
-        working: the module in the model that is being quantized.
-        original: that in the original model, if there is one beside it.
-        index_TK: the experts of every token.
+        working: the module in the partly quantized model, and its inputs.
+        original: the same in the original model, if that runs as well.
+        index_TK: numbers of the experts of every token.
     """
 
-    def __init__(self, working: _Stream, original: _Stream | None, index_TK: Tensor) -> None:
+    def __init__(
+        self, working: _ExpertInputs, original: _ExpertInputs | None, index_TK: Tensor
+    ) -> None:
         self.working = working
         self.original = original
         self.index_TK = index_TK
-        self.pool_S = spread(len(index_TK))
-        self._first: Moments | None = None
+        self.pool_S = pool_indices(len(index_TK))
+        self._first_pool: Moments | None = None
 
     @classmethod
-    def collect(
-        cls, working: Side, original: Side | None, index: int, name: str
-    ) -> "ExpertMoments":
-        """Run a block, the model's number `index`, on all windows as far as its experts."""
-        streams, routes = [], []
-        for side in (working, original):
-            if side is not None:
-                arguments = module_arguments(side, index, name)
-                hidden_TN, index_TK = (_of_all([call[i] for call in arguments]) for i in (0, 1))
-                streams.append(_Stream(side.block.get_submodule(name), hidden_TN))
+    def collect(cls, working: BlockView, original: BlockView | None, name: str) -> "ExpertMoments":
+        """Run a block on all windows up to its experts.
+
+        Args:
+            working: the block in the partly quantized model.
+            original: the block in the original model, if that runs as well.
+            name: name of the module of experts within the block.
+        """
+        inputs, routes = [], []
+        for view in (working, original):
+            if view is not None:
+                arguments = module_arguments(view, name)
+                hidden_TH, index_TK = (
+                    _concatenate([call[i] for call in arguments]) for i in (0, 1)
+                )
+                inputs.append(_ExpertInputs(view.block.get_submodule(name), hidden_TH))
                 routes.append(index_TK)
-        return cls(streams[0], streams[1] if original is not None else None, routes[-1])
+        return cls(inputs[0], inputs[1] if original is not None else None, routes[-1])
 
     def tokens_of(self, expert: int) -> Tensor:
-        """The tokens of an expert."""
+        """Return the indices of the tokens of an expert."""
         return (self.index_TK == expert).any(1).nonzero()[:, 0]
 
     def of(self, expert: int, matrix: str) -> Moments:
-        """The moments of an expert's matrix: those of its tokens, and of the pool if they are few.
+        """Return the moments of an expert's matrix, mixed with those of the pool if it needs them.
 
-        Those of its last matrix are for its first one as it then is in the working model.
+        The inputs of the last matrix depend on the first one as it is in the working model at the
+        time of the call.
         """
         token_S = self.tokens_of(expert)
         _, columns = self.working.experts.layout.shape(matrix)
-        share = share_of_pool(columns, len(token_S))
-        if share == 0:
+        fraction = effective_pool_fraction(columns, len(token_S))
+        if fraction == 0:
             return self._measure(expert, matrix, token_S)
         pool = self._pool(expert, matrix)
         if not len(token_S):
             return pool.without_own_tokens()
-        return self._measure(expert, matrix, token_S).pooled(pool, share)
+        return self._measure(expert, matrix, token_S).pooled(pool, fraction)
 
     def _pool(self, expert: int, matrix: str) -> Moments:
         if matrix != self.working.experts.layout.first:
             return self._measure(expert, matrix, self.pool_S)
-        if self._first is None:
+        if self._first_pool is None:
             # the same for all experts
-            self._first = self._measure(expert, matrix, self.pool_S)
-        return self._first
+            self._first_pool = self._measure(expert, matrix, self.pool_S)
+        return self._first_pool
 
     def _measure(self, expert: int, matrix: str, token_S: Tensor) -> Moments:
-        seen_SN = self.working.inputs(expert, matrix, token_S)
+        working_SN = self.working.of(expert, matrix, token_S)
         if self.original is None:
-            return moments_of(seen_SN)
-        return moments_of(self.original.inputs(expert, matrix, token_S), seen_SN)
+            return moments_of(working_SN)
+        return moments_of(self.original.of(expert, matrix, token_S), working_SN)
 
 
-def _of_all(batches: Sequence[Tensor]) -> Tensor:
-    """Rows of all batches of all processes."""
+def _concatenate(batches: Sequence[Tensor]) -> Tensor:
+    """Concatenate the rows of all batches of all processes."""
     return torch.cat(gather(torch.cat(list(batches))))
 
 
-def moments_of(x_SN: Tensor, drifted_SN: Tensor | None = None) -> Moments:
-    """The moments of some tokens, in both models or in one."""
-    sums = MomentAccumulator(x_SN.shape[1], drift=drifted_SN is not None, device=x_SN.device)
-    sums.add(x_SN, drifted_SN)
-    return sums.result()
+def describe_least_used(tokens: Mapping[int, int], *, at_most: int = 8) -> str:
+    """Return a text that names the experts with the fewest tokens, for messages.
 
-
-def fewest(tokens: Mapping[int, int], *, at_most: int = 8) -> str:
-    """The experts with the fewest tokens, in words."""
+    Args:
+        tokens: number of tokens, by expert.
+        at_most: number of experts to name.
+    """
     ordered = sorted(tokens.items(), key=lambda item: item[::-1])
     named = ", ".join(f"expert {expert} sees {count}" for expert, count in ordered[:at_most])
     return named + (", ..." if len(tokens) > at_most else "")

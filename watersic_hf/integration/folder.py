@@ -22,7 +22,7 @@ from watersic_hf.integration.saving import model_card
 from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
 from watersic_hf.streams.offloaded import OffloadedBlocks
-from watersic_hf.streams.processes import rank_and_size, wait
+from watersic_hf.streams.processes import barrier, rank_and_size
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def quantize_to_folder(
         write_json(work / _BATCH_SIZE, batch_size)
     if rank_and_size()[0] == 0:
         _save_finished(quantized, Path(folder), work, model, max_shard_size)
-    wait()
+    barrier()
     return quantized.hf_quantizer.reports
 
 

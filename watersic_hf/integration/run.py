@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
-from watersic_hf.calibration import calibration_windows, massive_rows, outside, zero_rows
+from watersic_hf.calibration import calibration_windows, massive_rows, layers_outside_experts, zero_rows
 from watersic_hf.checkpoint import (
     PACKED,
     LayerReport,
@@ -258,7 +258,7 @@ def _with_massive_rows(
         model,
         decoder_blocks(model, selection.shapes),
         windows,
-        outside(selection.shapes, selection.experts),
+        layers_outside_experts(selection.shapes, selection.experts),
         batch_size=run.config.batch_size,
         source=source,
     )

@@ -12,7 +12,7 @@ from watersic_hf.nn import WaterSICLinear, replace_module
 from watersic_hf.quantization.journal import Journal
 from watersic_hf.quantization.layer import LayerQuantizer
 from watersic_hf.streams.blocks import ResidentBlocks
-from watersic_hf.streams.processes import rank_and_size, wait
+from watersic_hf.streams.processes import barrier, rank_and_size
 from watersic_hf.streams.progress import Progress
 
 
@@ -66,7 +66,7 @@ def quantize_without_data(
                     before = len(quantizer.reports)
                     _quantize_part(blocks[name], f"{name}.", part, quantizer, progress)
                     stored = source.stored(name, blocks[name])
-                    wait()
+                    barrier()
                     if rank_and_size()[0] == 0:
                         journal.put_block(index, name, stored, quantizer.reports[before:])
                     journal.finish_block(index)

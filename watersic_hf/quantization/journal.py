@@ -39,8 +39,8 @@ from watersic_hf.checkpoint import (
 )
 from watersic_hf.checkpoint.report import LayerReport, layer_report
 from watersic_hf.core import CalibrationError
-from watersic_hf.streams.capture import batch_numbers
-from watersic_hf.streams.processes import gather, rank_and_size, shard, wait
+from watersic_hf.streams.batches import batch_numbers
+from watersic_hf.streams.processes import barrier, gather, rank_and_size, shard
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +160,10 @@ class Journal:
         run = self.folder / _RUN
         if run.is_file():
             require_identity(run, read_json(run), identity)
-        wait()
+        barrier()
         if rank_and_size()[0] == 0 and not run.is_file():
             write_json(run, identity)
-        wait()
+        barrier()
         self._progress: dict[str, Any] = {"blocks": 0, "ends": []}
         if (self.folder / _PROGRESS).is_file():
             self._progress = read_json(self.folder / _PROGRESS)
@@ -171,7 +171,7 @@ class Journal:
         self._clear()
         # what another process finishes meanwhile is handed over, and not looked for here
         self._layers = {file.name for file in self.folder.glob("layer-*.safetensors")}
-        wait()
+        barrier()
 
     @property
     def blocks(self) -> int:
@@ -213,7 +213,7 @@ class Journal:
             }
             if rank_and_size()[0] == 0:
                 write_state(file, tensors, {"identity": self._identity})
-            wait()
+            barrier()
         tensors, _ = read_state(file, identity=self._identity)
         names = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         fields = [field.name for field in dataclasses.fields(Sensitivity)]
@@ -229,7 +229,7 @@ class Journal:
             value = find()
             if rank_and_size()[0] == 0:
                 write_json(file, value)
-            wait()
+            barrier()
         return read_json(file)
 
     @staticmethod
@@ -269,7 +269,7 @@ class Journal:
             if rank_and_size()[0] == 0:
                 packed, _, report = quantize()
                 self.put_layer(packed, report)
-            wait()
+            barrier()
         return self.layer(name)
 
     def block(self, index: int) -> FinishedBlock:
@@ -317,7 +317,7 @@ class Journal:
 
         Nothing of it is read by a process that has got here.
         """
-        wait()
+        barrier()
         if rank_and_size()[0] == 0:
             outdated = [*self.folder.glob("*.tmp*")]
             for file in self.folder.glob("states-*"):
@@ -330,4 +330,4 @@ class Journal:
                 outdated += [self._layer_file(report.name) for report in reports]
             for file in outdated:
                 file.unlink(missing_ok=True)
-        wait()
+        barrier()

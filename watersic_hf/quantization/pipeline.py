@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from watersic_hf.calibration.experts import (
-    LARGE_SHARE,
+    LARGE_POOL_FRACTION,
     ExpertMoments,
+    describe_least_used,
     experts_in,
-    fewest,
-    outside,
+    layers_outside_experts,
 )
 from watersic_hf.calibration.mixing import search_mixture
+from watersic_hf.calibration.moments import group_moments
 from watersic_hf.calibration.sensitivity import Sensitivity, layer_sensitivities
 from watersic_hf.checkpoint import PACKED
 from watersic_hf.checkpoint.report import LayerReport
@@ -31,19 +32,14 @@ from watersic_hf.quantization.journal import Journal
 from watersic_hf.quantization.layer import LayerQuantizer
 from watersic_hf.quantization.settings import CalibrationSettings
 from watersic_hf.streams.attention import attention_importance
-from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks, twin
-from watersic_hf.streams.capture import (
-    BlockStream,
-    PassedStack,
-    Side,
-    batch_numbers,
-    block_stream,
-    group_moments,
-    runnable_stacks,
-)
-from watersic_hf.streams.processes import rank_and_size, shard, wait
+from watersic_hf.streams.batches import batch_numbers
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks, copy_sharing_weights
+from watersic_hf.streams.hooks import BlockView
+from watersic_hf.streams.processes import barrier, rank_and_size, shard
 from watersic_hf.streams.progress import Progress
-from watersic_hf.streams.topology import InputGroup, input_groups, inside
+from watersic_hf.streams.stacks import PassedStack, runnable_stacks
+from watersic_hf.streams.stream import BlockStream, block_stream
+from watersic_hf.streams.topology import InputGroup, input_groups, layers_of_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +114,7 @@ def quantize_blocks(
             allocate=settings.allocation == "sensitivity",
             rows=settings.row_importance,
         )
-    last = max(i for i, b in enumerate(stacks[-1].blocks) if inside([b], layers))
+    last = max(i for i, b in enumerate(stacks[-1].blocks) if layers_of_blocks([b], layers))
     # an encoder has to end, for its decoder
     stacks[-1] = replace(stacks[-1], blocks=stacks[-1].blocks[: last + 1])
     tokens = sum(len(window) for window in windows)
@@ -146,7 +142,7 @@ def quantize_blocks(
             )
             for index, block in enumerate(stack.blocks):
                 end = index + 1 == len(stack.blocks)
-                way.take(index, *block, inside([block], layers), tokens=tokens, end=end)
+                way.take(index, *block, layers_of_blocks([block], layers), tokens=tokens, end=end)
             ends.working.append(PassedStack(stack, way.stream.hidden))
             if original is not None:
                 ends.original.append(PassedStack(stack, way.original.hidden))
@@ -197,8 +193,10 @@ class _Way:
         with self.source.hold(name, block):
             turn = _Turn(
                 index, name, self.quantizer, self.settings,
-                working=Side(self.stream, block),
-                original=None if self.original is None else Side(self.original, twin(block)),
+                working=BlockView(self.stream, index, block),
+                original=None
+                if self.original is None
+                else BlockView(self.original, index, copy_sharing_weights(block)),
             )  # fmt: skip
             within = [layer.removeprefix(f"{name}.") for layer in layers]
             if index == 0:
@@ -225,7 +223,7 @@ class _Way:
         """Keep a finished block, when all processes are done with it."""
         index = self.first + turn.index
         stored = self.source.stored(turn.name, turn.working.block)
-        wait()
+        barrier()
         if rank_and_size()[0] == 0:
             self.journal.put_block(index, turn.name, stored, reports)
         self.journal.finish_block(index, end=end)
@@ -316,8 +314,8 @@ class _Turn:
     name: str
     quantizer: LayerQuantizer
     settings: CalibrationSettings
-    working: Side
-    original: Side | None
+    working: BlockView
+    original: BlockView | None
 
     def quantize(self, layers: Sequence[str]) -> Iterable[str]:
         """Quantize the layers of the block, group by group; yields their full names when done."""
@@ -325,7 +323,7 @@ class _Turn:
         full = {layer: f"{self.name}.{layer}" for layer in layers}
         run = functools.partial(self.working.stream.run, self.index, block)
         experts = experts_in(block, layers)
-        linear = outside(layers, experts)
+        linear = layers_outside_experts(layers, experts)
         groups = input_groups(block, linear, lambda: run(0), self.working.stream.hidden[0])
         if self.index == 0:
             self._say_what_is_not_read(groups)
@@ -357,7 +355,7 @@ class _Turn:
         known = None
         if not all(self.quantizer.finished(layer) for layer in within):
             self._say_what_experts_do(name)
-            known = ExpertMoments.collect(self.working, self.original, self.index, name)
+            known = ExpertMoments.collect(self.working, self.original, name)
 
         def moments(layer: str) -> Moments:
             try:
@@ -381,13 +379,13 @@ class _Turn:
         few = {
             experts.layout.names()[within[report.name]][0]: report.tokens
             for report in reports
-            if report.pooled >= LARGE_SHARE
+            if report.pooled >= LARGE_POOL_FRACTION
         }
         if few:
             logger.warning(
                 "%s.%s: %d of %d experts see so few calibration tokens that their statistics are, "
                 "by half or more, those of all tokens: %s.",
-                self.name, name, len(few), experts.layout.experts, fewest(few),
+                self.name, name, len(few), experts.layout.experts, describe_least_used(few),
             )  # fmt: skip
 
     def _say_what_experts_do(self, name: str) -> None:
@@ -434,7 +432,7 @@ class _Turn:
         """The statistics that a group is quantized with."""
         settings = self.settings
         plain, weighted = group_moments(
-            self.working, self.index, group, name=self.name, original=self.original,
+            self.working, group, name=self.name, original=self.original,
             residual=settings.residual and self.original is not None, importance=importance,
         )  # fmt: skip
 
@@ -445,7 +443,7 @@ class _Turn:
         if not (settings.mixing and group.feeds_attention and after is not None):
             return mixture(settings.drift, settings.attention)
         shares = search_mixture(
-            mixture, group, after, self.index, self.working, self.original,
+            mixture, group, after, self.working, self.original,
             bits=self.quantizer.budget.ask(f"{self.name}.{group.layers[0]}"),
             settings=self.quantizer.settings, weighted=weighted is not None,
         )  # fmt: skip

@@ -27,8 +27,9 @@ from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize
 from watersic_hf.nn import block_step, pack_table
 from watersic_hf.quantization.pipeline import Ends
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
-from watersic_hf.streams.capture import behind, head_pass
-from watersic_hf.streams.processes import add_up
+from watersic_hf.streams.hooks import head_pass
+from watersic_hf.streams.processes import all_reduce_sum
+from watersic_hf.streams.stacks import bypass_stacks
 
 #: What the columns of a table count for where rows are gathered, against the mean over columns of
 #: what they count for where the head multiplies.
@@ -109,10 +110,10 @@ def _head_moments(
         tokens_BT = torch.stack([windows[number] for number in numbers])
         inputs = []
         for passed in (ends.original, ends.working) if drift else (ends.working,):
-            with behind(passed, batch):
+            with bypass_stacks(passed, batch):
                 inputs.append(run(tokens_BT, whole=False)[0].to(device))
         sums.add(*inputs)
-    sums.combine(add_up)
+    sums.combine(all_reduce_sum)
     return sums.result().with_drift(drift) if drift else sums.result()
 
 
@@ -133,13 +134,13 @@ def _predictions(
         for row, number in enumerate(numbers):
             if number >= few:
                 continue
-            with behind(ends.original or ends.working, batch, row=row):
+            with bypass_stacks(ends.original or ends.working, batch, row=row):
                 _, logits = run(windows[number][None], whole=True)
             if logits is not None:
                 total_A += _information(logits)
                 tokens += logits[..., 0].numel()
-    add_up(total_A)
-    add_up(tokens)
+    all_reduce_sum(total_A)
+    all_reduce_sum(tokens)
     return total_A / tokens.clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""From a model to hidden states: its blocks, what runs through them, the processes at work."""
+"""From a model to hidden states: find its blocks and run them one by one, in several processes."""
 
 from watersic_hf.streams.blocks import ResidentBlocks
 from watersic_hf.streams.topology import block_stacks, decoder_blocks

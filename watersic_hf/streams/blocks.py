@@ -1,4 +1,4 @@
-"""Where blocks come from when it is their turn, and where they go after it."""
+"""Where the weights of a block are before, during and after its turn."""
 
 import copy
 from collections.abc import Iterator
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class ResidentBlocks:
-    """The blocks of a model that is in memory as a whole.
+    """Source of blocks for a model that is completely in memory.
 
-    Whoever works on a block, here or anywhere in the calibration, holds it meanwhile; whoever runs
-    the model as a whole lets the blocks flow.  Another source may have no weights in the blocks
-    otherwise.
+    Code that works on one block, here or anywhere in the calibration, does so within `hold`; code
+    that runs the model as a whole does so within `flow`.  In other sources, blocks can be without
+    weights at any other time.
 
     Args:
-        device: where a block is while it is held; default: it stays where it is.
+        device: device of a block while it is held; default: the one that it is on.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -24,7 +24,12 @@ class ResidentBlocks:
 
     @contextmanager
     def hold(self, name: str, block: nn.Module) -> Iterator[None]:
-        """Have the weights of a block, called `name` in the model, where they are computed with."""
+        """Have the weights of a block on the device that computes with them.
+
+        Args:
+            name: name of the block in the model.
+            block: the block.
+        """
         home = next(block.parameters()).device
         block.to(self.device or home)
         try:
@@ -33,22 +38,24 @@ class ResidentBlocks:
             block.to(home)
 
     def stored(self, name: str, block: nn.Module) -> dict[str, Tensor]:
-        """What is stored of a block that is finished, while it is held, by name within it."""
+        """Return the tensors to store of a finished block, by name within it, while it is held."""
         return block.state_dict()
 
     @contextmanager
     def flow(self) -> Iterator[None]:
-        """Have every block's weights while the block runs in its model."""
+        """Have the weights of every block while the block runs as part of its model."""
         yield
 
 
+#: Source of the blocks of a model that is in memory, each on its own device.
 RESIDENT = ResidentBlocks()
 
 
-def twin(block: nn.Module) -> nn.Module:
-    """A copy of a block on the same weights, in which other modules can be put.
+def copy_sharing_weights(block: nn.Module) -> nn.Module:
+    """Copy a block, so that modules can be replaced in it, without copying its weights.
 
-    The weights take no memory a second time, so nobody may write into them.
+    The weights are those of the original block: they take no additional memory, and must not be
+    modified in place.
     """
     shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in block.parameters()}
     return copy.deepcopy(block, shared)

@@ -1,7 +1,7 @@
-"""Several processes at work on one model: who does what, and how they come together.
+"""Several processes that quantize one model together: shards of the work, and collectives.
 
-They are those of torch.distributed's default group, if there is one; otherwise there is one
-process, and nothing here does anything.
+The processes are those of the default group of torch.distributed.  Without such a group there is
+one process, and the collectives do nothing.
 """
 
 import os
@@ -17,13 +17,13 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-#: How long a process waits for the others; one may have a large layer to itself.
-_PATIENCE = timedelta(days=7)
+#: Longest time that a process waits for the others: one of them may have a large layer to itself.
+_TIMEOUT = timedelta(days=7)
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Have the processes that `torchrun` or `accelerate launch` started in one group."""
+def process_group() -> Iterator[None]:
+    """Join the processes that `torchrun` or `accelerate launch` started into the default group."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         yield
         return
@@ -31,44 +31,44 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     yield
     # not after an error: the others would have to come here too, and the launcher ends them
     dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """The number of this process, and of how many."""
+    """Return the rank of this process and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def shard(items: Sequence[T]) -> list[T]:
-    """What of some items is this process's to do."""
+    """Return the items that this process is to work on: every `size`-th, beginning at its rank."""
     rank, size = rank_and_size()
     return list(items[rank::size])
 
 
-def add_up(total: Tensor) -> None:
+def all_reduce_sum(total: Tensor) -> None:
     """Sum a tensor over all processes, in place."""
     if rank_and_size()[1] > 1:
         dist.all_reduce(total)
 
 
-def mean_of_all(values: Tensor) -> Tensor:
-    """The mean of values over all processes."""
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Return the mean of the values of all processes, which may have different numbers of them."""
     if rank_and_size()[1] == 1:
         return values.mean()
     total = torch.stack(
         [values.sum(dtype=torch.float64), values.new_tensor(values.numel()).double()]
     )
-    add_up(total)
+    all_reduce_sum(total)
     return (total[0] / total[1]).to(values.dtype)
 
 
 def gather(value: T) -> list[T]:
-    """What every process has for `value`, in their order."""
+    """Return `value` of every process, by rank, in all processes."""
     _, size = rank_and_size()
     found: list[Any] = [value] * size
     if size > 1:
@@ -76,6 +76,6 @@ def gather(value: T) -> list[T]:
     return found
 
 
-def wait() -> None:
-    """Go on when all processes are here."""
+def barrier() -> None:
+    """Wait until all processes have called this."""
     gather(None)

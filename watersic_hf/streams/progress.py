@@ -1,4 +1,4 @@
-"""What a person sees while a model is quantized."""
+"""Progress of a quantization, as shown on stderr."""
 
 import sys
 import time
@@ -13,17 +13,28 @@ from watersic_hf.streams.processes import rank_and_size
 
 T = TypeVar("T")
 
-#: Without a terminal, the least seconds between two lines.
-LINE_EVERY = 10.0
+#: Shortest time between two progress lines where stderr is not a terminal.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def is_live() -> bool:
-    """Whether standard error shows lines that change; of several processes the first one's."""
+    """Return whether this process, the one of rank 0, can show progress bars on stderr.
+
+    It can if stderr is a terminal, or in a notebook.
+    """
     return rank_and_size()[0] == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
-def steps(blocks: Iterable[T], label: str, total: int) -> Iterable[T]:
-    """Blocks, one after another, behind a bar; without a terminal a line says that they begin."""
+def progress_bar(blocks: Iterable[T], label: str, total: int) -> Iterable[T]:
+    """Iterate over blocks with a progress bar.
+
+    When stderr is not a terminal, one line with the label and the number of blocks is printed.
+
+    Args:
+        blocks: the blocks.
+        label: text before the bar.
+        total: number of blocks.
+    """
     if is_live():
         return tqdm(blocks, label, total, unit="block", dynamic_ncols=True)
     if rank_and_size()[0] == 0:
@@ -32,11 +43,11 @@ def steps(blocks: Iterable[T], label: str, total: int) -> Iterable[T]:
 
 
 class Progress:
-    """Shows on standard error how far the quantization of a model is.
+    """Shows the progress of the quantization of a model on stderr.
 
-    On a terminal, and in a notebook, two lines that change: a bar with the time that is left, and
-    below it the block, bits and error so far, the peak memory, and the last layer.
-    Elsewhere all of it in a plain line, every `LINE_EVERY` seconds at most.
+    On a terminal, and in a notebook, these are a bar with the remaining time and, below it, a
+    status line: block, bits and error so far, peak memory, last layer.  When stderr is not a
+    terminal, progress is printed as plain lines, at most one every `SECONDS_BETWEEN_LINES`.
 
     Args:
         layers: number of layers to quantize.
@@ -49,23 +60,33 @@ class Progress:
         self._weights = weights
         self._blocks = blocks
         self._block = self._layer = 0
-        self._seen = self._seen_earlier = 0
-        self._whole_blocks = False
-        self._spent = self._lost = 0.0
+        # weights of finished layers: all of them, and those that an earlier run has quantized
+        self._done = self._done_earlier = 0
+        self._finished_a_block = False
+        # sums over the weights, of which the bits and the error so far are the means
+        self._bits = self._error = 0.0
         self._start = self._last_line = time.monotonic()
 
     def __enter__(self) -> "Progress":
         self._live = is_live()
         self._bar = tqdm(
-            total=self._weights, desc="Quantizing", unit_scale=True, smoothing=0.1,
-            disable=not self._live, dynamic_ncols=True,
+            total=self._weights,
+            desc="Quantizing",
+            unit_scale=True,
+            smoothing=0.1,
+            disable=not self._live,
+            dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt} weights, "
-            "{elapsed} gone, {remaining} left",
-        )  # fmt: skip
-        self._below = tqdm(
-            total=0, position=1, bar_format="{desc}", disable=not self._live, dynamic_ncols=True,
+            "{elapsed} elapsed, {remaining} remaining",
+        )
+        self._status = tqdm(
+            total=0,
+            position=1,
+            bar_format="{desc}",
+            disable=not self._live,
+            dynamic_ncols=True,
             leave=False,
-        )  # fmt: skip
+        )
         return self
 
     def __exit__(
@@ -74,46 +95,56 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._below.close()
+        self._status.close()
         self._bar.close()
 
     def block(self, name: str) -> None:
-        """A block is begun."""
+        """Begin a block.
+
+        Args:
+            name: full name of the block.
+        """
         self._block += 1
-        self._whole_blocks = self._seen > self._seen_earlier
-        self._below.set_description_str(f"{self._where()}, {name}")
+        self._finished_a_block = self._done > self._done_earlier
+        self._status.set_description_str(f"{self._position()}, {name}")
 
     def layer(self, report: LayerReport, *, earlier: bool = False) -> None:
-        """A layer is quantized, or was in an earlier run that this one goes on from."""
+        """Count a finished layer.
+
+        Args:
+            report: report of the layer.
+            earlier: whether the layer was quantized by an earlier run, which this one resumes.
+        """
         self._layer += 1
-        self._seen_earlier += report.weights if earlier else 0
-        self._seen += report.weights
-        self._spent += report.bits * report.weights
-        self._lost += report.error * report.weights
-        bits, error, memory = self._spent / self._seen, self._lost / self._seen, peak_bytes()
-        state = f"{self._where()}, {bits:.3f} bits, error {error:.2g} so far"
+        self._done_earlier += report.weights if earlier else 0
+        self._done += report.weights
+        self._bits += report.bits * report.weights
+        self._error += report.error * report.weights
+        bits, error, memory = self._bits / self._done, self._error / self._done, peak_bytes()
+        status = f"{self._position()}, {bits:.3f} bits, error {error:.2g} so far"
         if memory is not None:
-            state += f", peak {memory / 1e9:.2f} GB"
-        # a line that is too long for the terminal loses its end
-        state += f", {report.name}: {report.bits:.2f} bits, error {report.error:.2g}"
-        self._below.set_description_str(state)
+            status += f", peak {memory / 1e9:.2f} GB"
+        # comes last, as a line that is too long for the terminal is cut at its end
+        status += f", {report.name}: {report.bits:.2f} bits, error {report.error:.2g}"
+        self._status.set_description_str(status)
         self._bar.update(report.weights)
         if not self._live:
-            self._say(state)
+            self._print(status)
 
-    def _where(self) -> str:
+    def _position(self) -> str:
         return f"block {self._block}/{self._blocks}, layer {self._layer}/{self._layers}"
 
-    def _say(self, state: str) -> None:
+    def _print(self, status: str) -> None:
+        """Print a line unless the last one is recent; the line of the last layer always appears."""
         now = time.monotonic()
-        soon = now - self._last_line < LINE_EVERY and self._layer < self._layers
-        if soon or rank_and_size()[0] > 0:
+        recent = now - self._last_line < SECONDS_BETWEEN_LINES and self._layer < self._layers
+        if recent or rank_and_size()[0] > 0:
             return
         self._last_line = now
-        gone = now - self._start
+        elapsed = now - self._start
         interval = tqdm.format_interval
-        done, ahead = self._seen - self._seen_earlier, self._weights - self._seen
-        # nobody knows before this run has a whole block; much of the first is done for all layers
-        known = done and (self._whole_blocks or not ahead)
-        left = interval(gone * ahead / done) if known else "?"
-        tqdm.write(f"{interval(gone)} gone, {left} left, {state}", file=sys.stderr)
+        done, ahead = self._done - self._done_earlier, self._weights - self._done
+        # unknown before this run has finished a block: the first one includes work for all layers
+        known = done and (self._finished_a_block or not ahead)
+        remaining = interval(elapsed * ahead / done) if known else "?"
+        tqdm.write(f"{interval(elapsed)} elapsed, {remaining} remaining, {status}", file=sys.stderr)

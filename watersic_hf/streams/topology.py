@@ -1,6 +1,8 @@
-"""Where the layers of a model are: its blocks, and the layers of a block that share an input.
+"""Structure of a model: its blocks, and how the layers of a block are connected.
 
-Read from the modules and from the data that flows through them; no table of architectures.
+Layers are grouped by the input that they share, and those that write to the residual stream are
+identified.  All of it is read from the modules and from the data that flows through them, not from
+a list of architectures.
 """
 
 import functools
@@ -11,26 +13,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.streams.attention import AttentionWatch
+from watersic_hf.streams.attention import AttentionObserver
 
 Stack = list[tuple[str, nn.Module]]
-"""Repeated blocks, in order, with their names."""
+"""Repeated blocks of a model with their full names, in order."""
 
 
 def block_stacks(model: nn.Module, layers: Iterable[str]) -> list[Stack]:
-    """The stacks of repeated blocks that hold layers: one, or an encoder's and a decoder's.
+    """Return the stacks of repeated blocks that contain layers, such as an encoder and a decoder.
 
-    They are the outermost `nn.ModuleList` modules that do.
+    They are the outermost `nn.ModuleList` modules that contain any of them.
+
+    Args:
+        model: the model.
+        layers: full names of the layers.
 
     Raises:
-        ValueError: no list of modules holds any of the layers.
+        ValueError: no list of modules contains any of the layers.
     """
     layers = list(layers)
     stacks: dict[str, Stack] = {}
     for name, module in model.named_modules():
         outermost = not any(name.startswith(f"{outer}.") for outer in stacks)
-        held = any(layer.startswith(f"{name}.") for layer in layers)
-        if isinstance(module, nn.ModuleList) and outermost and held:
+        used = any(layer.startswith(f"{name}.") for layer in layers)
+        if isinstance(module, nn.ModuleList) and outermost and used:
             stacks[name] = [(f"{name}.{i}", block) for i, block in enumerate(module)]
     if not stacks:
         raise ValueError(
@@ -42,13 +48,13 @@ def block_stacks(model: nn.Module, layers: Iterable[str]) -> list[Stack]:
 
 
 def decoder_blocks(model: nn.Module, layers: Iterable[str]) -> Stack:
-    """The blocks of the stack that holds most of `layers`; see `block_stacks`."""
+    """Return the blocks of the stack with the most of `layers`; see `block_stacks`."""
     layers = list(layers)
-    return max(block_stacks(model, layers), key=lambda stack: len(inside(stack, layers)))
+    return max(block_stacks(model, layers), key=lambda stack: len(layers_of_blocks(stack, layers)))
 
 
-def inside(stack: Stack, layers: Iterable[str]) -> list[str]:
-    """Those of `layers` that are in the blocks of a stack."""
+def layers_of_blocks(stack: Stack, layers: Iterable[str]) -> list[str]:
+    """Return those of `layers` that are in the blocks of a stack."""
     prefixes = tuple(f"{name}." for name, _ in stack)
     return [layer for layer in layers if layer.startswith(prefixes)]
 
@@ -61,34 +67,34 @@ class InputGroup:
     """Names within the block, in the order in which they are called."""
 
     calls: int
-    """How often the first of them is called in one forward of the block."""
+    """Number of calls of the first of them in one forward pass of the block."""
 
     residual: str | None = None
-    """Where the residual stream is that the output of the group's only layer is added to: the name
-    of the module in the block that has it as its input, "" for the input of the block itself; None
-    if the output is not simply added to it, as where a norm follows the layer."""
+    """The state of the residual stream that the output of the group's only layer is added to: the
+    name of the module in the block whose input it is, or "" for the input of the block itself.
+    None if the output is not simply added to it, for example because a norm follows the layer."""
 
-    beside: str | None = None
-    """The layer, called before, whose output is added to the residual stream in one sum with that
-    of this one, where attention and MLP run side by side."""
+    parallel_layer: str | None = None
+    """Name of a layer, called earlier, whose output is added to the residual stream in the same sum
+    as the output of this one, as in blocks that run attention and MLP in parallel."""
 
     feeds_attention: bool = False
-    """Whether the layers are called before the block's attention, as q, k and v are."""
+    """Whether the layers are called before the attention of the block, as q, k and v are."""
 
 
 def input_groups(
     block: nn.Module, layers: Iterable[str], run: Callable[[], Tensor], hidden: Tensor
 ) -> list[InputGroup]:
-    """Group a block's layers by the tensor that they are applied to, in the order of use.
+    """Group the layers of a block by the tensor that they are applied to, in the order of use.
 
     Args:
         block: the block.
-        layers: names within the block of the layers to group.
+        layers: names of the layers within the block.
         run: runs the block once, on `hidden`, and returns its output.
-        hidden: the hidden states that `run` puts into the block.
+        hidden: the hidden states that `run` passes to the block.
 
     Returns:
-        The groups.  Layers that `run` does not reach are in none of them.
+        The groups.  Layers that `run` does not reach are not part of any.
     """
     trace = _Trace(block, frozenset(layers), hidden)
     trace.record(run)
@@ -113,44 +119,47 @@ def input_groups(
 
 
 class _Trace:
-    """What happens in a block in one run."""
+    """Calls of layers, and states of the residual stream, in one run of a block."""
 
     def __init__(self, block: nn.Module, layers: Collection[str], hidden: Tensor) -> None:
         self.block = block
         self.layers = layers
         self.calls: list[tuple[str, Tensor]] = []
-        """Calls of the layers, each with its input."""
+        """Calls of the layers: name and input of each."""
         self.before_attention = 0
-        """How many of them come before the attention."""
+        """Number of these calls before the attention; 0 if there are several attentions."""
         self.attentions = 0
+        """Number of calls of an attention."""
         self.outputs: dict[str, Tensor] = {}
-        """What layers put out that may write to the residual stream."""
+        """Outputs of layers that may write to the residual stream, by layer."""
         self.states: dict[str, Tensor] = {"": hidden}
-        """Inputs of all modules, which may be states of the residual stream."""
+        """Inputs of all modules, which may be states of the residual stream, by module."""
         self.earlier: dict[str, int] = {}
-        """How many of them were there when a layer was called."""
+        """Number of these states known when a layer was called, by layer."""
 
     def record(self, run: Callable[[], Tensor]) -> None:
+        """Run the block once with hooks on all of its modules."""
         handles = []
         for name, module in self.block.named_modules():
             if name:
-                before = functools.partial(self._module, name)
+                before = functools.partial(self._record_input, name)
                 handles.append(module.register_forward_pre_hook(before))
             if name in self.layers:
-                handles.append(module.register_forward_hook(functools.partial(self._layer, name)))
+                after = functools.partial(self._record_call, name)
+                handles.append(module.register_forward_hook(after))
         try:
-            with AttentionWatch(self._attention):
+            with AttentionObserver(self._count_attention):
                 self.result = run()
         finally:
             for handle in handles:
                 handle.remove()
 
     def writers(self, layers: Sequence[str]) -> dict[str, tuple[str, str | None]]:
-        """The layers that write to the residual stream.
+        """Find the layers that write to the residual stream.
 
         Returns:
-            By layer, the state that its output is added to, and the layer whose output is added to
-            it in the same sum, if there is one.
+            By layer, the state that its output is added to, and the parallel layer whose output is
+            added to it in the same sum, if there is one.
         """
         layers = [layer for layer in layers if layer in self.outputs]
         found: dict[str, tuple[str, str | None]] = {}
@@ -158,45 +167,46 @@ class _Trace:
             state = self._base(layer)
             if state is not None:
                 found[layer] = (state, None)
-        left = [layer for layer in layers if layer not in found]
-        for first, second in itertools.combinations(left, 2):
-            state = self._base(second, beside=first)
+        others = [layer for layer in layers if layer not in found]
+        for first, second in itertools.combinations(others, 2):
+            state = self._base(second, parallel=first)
             if state is not None:
                 found[second] = (state, first)
         return found
 
-    def _base(self, layer: str, *, beside: str | None = None) -> str | None:
-        """The state that, with the layer's output added, is another state or the block's result.
+    def _base(self, layer: str, *, parallel: str | None = None) -> str | None:
+        """Return the name of the state that a layer writes to, or None if there is none.
 
-        Judged by the numbers, which the same sum gives bit for bit; of two outputs in any order.
+        Adding the output of the layer to that state gives another state, or the output of the
+        block, bit for bit.  With a parallel layer, both outputs are added, in any order.
         """
         y = self.outputs[layer]
-        known = [s for s in (*self.states.values(), self.result) if s.numel() == y.numel()]
+        sums = [s for s in (*self.states.values(), self.result) if s.numel() == y.numel()]
         for name, state in itertools.islice(self.states.items(), self.earlier[layer]):
             if state.numel() != y.numel() or state.shape[-1] != y.shape[-1]:
                 continue
             x, y = state.to(y.device), y.reshape(state.shape)
             totals = [x + y]
-            if beside is not None:
-                other = self.outputs[beside].reshape(state.shape)
+            if parallel is not None:
+                other = self.outputs[parallel].reshape(state.shape)
                 totals = [(x + y) + other, (x + other) + y, x + (y + other)]
             for total in totals:
-                if any(torch.equal(total, other.reshape(total.shape)) for other in known):
+                if any(torch.equal(total, known.reshape(total.shape)) for known in sums):
                     return name
         return None
 
-    def _layer(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _record_call(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.calls.append((name, args[0]))
         self.earlier[name] = len(self.states)
         if output.shape[-1] == self.states[""].shape[-1]:
-            # it may be added to in place
+            # a copy, as the model may add to the output in place
             self.outputs[name] = output.clone()
 
-    def _module(self, name: str, module: nn.Module, args: tuple) -> None:
+    def _record_input(self, name: str, module: nn.Module, args: tuple) -> None:
         if args and isinstance(args[0], Tensor):
             self.states[name] = args[0]
 
-    def _attention(self) -> None:
+    def _count_attention(self) -> None:
         self.attentions += 1
-        # which layers feed which of several cannot be told: self and cross attention, for one
+        # with several, as self- and cross-attention, it is unknown which layers feed which of them
         self.before_attention = len(self.calls) if self.attentions == 1 else 0

@@ -1,0 +1,88 @@
+"""Second moments of the inputs of linear layers, measured in one model or in two.
+
+Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = in_features.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.streams.hooks import BlockView, group_record
+from watersic_hf.streams.processes import all_reduce_sum
+from watersic_hf.streams.topology import InputGroup
+
+
+def group_moments(
+    working: BlockView,
+    group: InputGroup,
+    *,
+    name: str,
+    original: BlockView | None = None,
+    residual: bool = False,
+    importance: Sequence[Tensor] | None = None,
+) -> tuple[Moments, Moments | None]:
+    """Return the second moments of the input of a group of layers, over all calibration windows.
+
+    The windows are those of all processes.  Blocks are run only up to the input of the group.
+
+    Args:
+        working: the block in the partly quantized model.
+        group: the layers.
+        name: full name of the block, for messages.
+        original: the block in the original model; with it the moments are those of both streams.
+        residual: whether to collect S_R as well, the product of the error of the residual stream
+            that the group writes to (`InputGroup.residual`) and the group's input; needs
+            `original`.
+        importance: weight of every token, one B x T tensor per batch of this process.
+
+    Returns:
+        The plain moments, and the moments weighted by `importance`, None without it.
+
+    Raises:
+        CalibrationError: the inputs are not finite; the message names the layer.
+    """
+    layer = working.block.get_submodule(group.layers[0])
+    residual = residual and group.residual is not None
+
+    def accumulator() -> MomentAccumulator:
+        return MomentAccumulator(
+            layer.in_features,
+            drift=original is not None,
+            rows_of_residual=layer.out_features if residual else None,
+            device=next(working.block.parameters()).device,
+        )
+
+    plain, weighted = accumulator(), None if importance is None else accumulator()
+    try:
+        for batch in range(working.batches):
+            x = group_record(working, group, batch)
+            drifted, residual_TA = None, None
+            if original is not None:
+                x, drifted = group_record(original, group, batch), x
+            if residual:
+                residual_TA = x.residual.float() - drifted.residual.float()
+            for call, x_TN in enumerate(x.inputs):
+                streams = (x_TN, None if drifted is None else drifted.inputs[call])
+                plain.add(*streams, residual_TA=residual_TA)
+                if weighted is not None:
+                    weight_T = importance[batch].to(x_TN.device)
+                    weighted.add(*streams, residual_TA=residual_TA, weight_T=weight_T)
+    except CalibrationError as error:
+        raise CalibrationError(f"{name}.{group.layers[0]}: {error}") from error
+    for sums in (plain, weighted):
+        if sums is not None:
+            sums.combine(all_reduce_sum)
+    return plain.result(), None if weighted is None else weighted.result()
+
+
+def moments_of(x_SN: Tensor, drifted_SN: Tensor | None = None) -> Moments:
+    """Return the moments of the inputs of some tokens.
+
+    Args:
+        x_SN: their inputs in the original model, or in the only one.
+        drifted_SN: their inputs in the partly quantized model.
+    """
+    sums = MomentAccumulator(x_SN.shape[1], drift=drifted_SN is not None, device=x_SN.device)
+    sums.add(x_SN, drifted_SN)
+    return sums.result()

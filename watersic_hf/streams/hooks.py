@@ -1,0 +1,171 @@
+"""Hooks that observe a running block, or the output head: inputs of layers and modules.
+
+Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from watersic_hf.core import CalibrationError
+from watersic_hf.streams.batches import model_inputs
+from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
+from watersic_hf.streams.calls import StopForwardError, to_device
+from watersic_hf.streams.stream import BlockStream
+from watersic_hf.streams.topology import InputGroup
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One model at one block: the block, and the stream of hidden states that reaches it.
+
+    During calibration there can be two views of a block: one of the partly quantized model, and
+    one of the original model.
+    """
+
+    stream: BlockStream
+
+    index: int
+    """Number of the block in its stack."""
+
+    block: nn.Module
+
+    @property
+    def batches(self) -> int:
+        """Number of batches of this process."""
+        return len(self.stream.hidden)
+
+    def run(self, batch: int, *, hidden: Tensor | None = None) -> Tensor:
+        """Run the block on one batch; see `BlockStream.run`."""
+        return self.stream.run(self.index, self.block, batch, hidden=hidden)
+
+
+@dataclass
+class GroupRecord:
+    """What reaches a group of layers in one batch."""
+
+    inputs: list[Tensor]
+    """Input of the group, one tensor per call."""
+
+    residual: Tensor | None
+    """State of the residual stream that the group's output is added to, if there is one."""
+
+
+def group_inputs(view: BlockView, group: InputGroup, batch: int) -> list[Tensor]:
+    """Return the inputs of a group in one batch, one tensor per call."""
+    return group_record(view, group, batch).inputs
+
+
+def group_record(view: BlockView, group: InputGroup, batch: int) -> GroupRecord:
+    """Run a block on one batch until all inputs of a group have been seen."""
+    record = GroupRecord([], view.stream.hidden[batch] if group.residual == "" else None)
+    parallel_outputs: list[Tensor] = []
+
+    def record_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        record.inputs.append(args[0])
+        if len(record.inputs) == group.calls:
+            raise StopForwardError
+
+    def record_residual(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        record.residual = args[0]
+
+    def record_parallel(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        parallel_outputs.append(output)
+
+    handles = []
+    # registered first, as the input of the layer itself can be the residual stream
+    if group.residual:
+        base = view.block.get_submodule(group.residual)
+        handles.append(base.register_forward_pre_hook(record_residual))
+    if group.parallel_layer is not None:
+        other = view.block.get_submodule(group.parallel_layer)
+        handles.append(other.register_forward_hook(record_parallel))
+    layer = view.block.get_submodule(group.layers[0])
+    handles.append(layer.register_forward_pre_hook(record_input))
+    try:
+        view.run(batch)
+    except StopForwardError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if parallel_outputs:
+        output = parallel_outputs[0].view(record.residual.shape)
+        record.residual = record.residual.to(output.device) + output
+    return record
+
+
+def module_arguments(view: BlockView, name: str) -> list[tuple]:
+    """Record the positional arguments of the first call of a module in every batch, on the CPU.
+
+    Args:
+        view: the block that holds the module.
+        name: name of the module within the block.
+
+    Returns:
+        One tuple per batch of this process.
+    """
+    arguments: list[tuple] = []
+
+    def record(module: nn.Module, args: tuple) -> None:
+        arguments.append(to_device(args, torch.device("cpu")))
+        raise StopForwardError
+
+    handle = view.block.get_submodule(name).register_forward_pre_hook(record)
+    try:
+        for batch in range(view.batches):
+            with contextlib.suppress(StopForwardError):
+                view.run(batch)
+    finally:
+        handle.remove()
+    return arguments
+
+
+@torch.no_grad()
+def head_pass(
+    model: nn.Module,
+    head: str,
+    tokens_BT: Tensor,
+    *,
+    whole: bool,
+    source: ResidentBlocks = RESIDENT,
+) -> tuple[Tensor, Tensor | None]:
+    """Run a model on some windows and record the input of its output head.
+
+    Args:
+        model: the model.
+        head: full name of its head.
+        tokens_BT: the windows.
+        whole: whether to run the head and everything after it as well.
+        source: where blocks come from; default: they are in memory.
+
+    Returns:
+        The input of the head, and the logits of the model, None unless `whole`.
+
+    Raises:
+        CalibrationError: the windows do not reach the head.
+    """
+    inputs: list[Tensor] = []
+    logits = None
+
+    def record(module: nn.Module, args: tuple) -> None:
+        inputs.append(args[0])
+        if not whole:
+            raise StopForwardError
+
+    handle = model.get_submodule(head).register_forward_pre_hook(record)
+    try:
+        with source.flow():
+            logits = getattr(model(**model_inputs(model, tokens_BT)), "logits", None)
+    except StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    if not inputs:
+        raise CalibrationError(
+            f"{head}: calibration text does not reach it. Leave it dense, or quantize the model "
+            f"without `dataset`."
+        )
+    return inputs[0], logits
