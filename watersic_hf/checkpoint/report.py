@@ -48,11 +48,11 @@ class LayerReport:
     profile: ColumnProfile | None = None
     """Bits of the columns; None for vocabulary matrices, and in reports of earlier versions."""
     pooled: float = 0.0
-    """Fraction of the statistics of an expert that comes from the tokens of all experts, from 0 to 1;
-    above 0 where few tokens reach the expert."""
+    """Fraction of an expert's statistics that comes from the tokens of all experts, from 0 to 1; it
+    is above 0 if few tokens reach the expert."""
     table: bool = False
-    """Whether the layer is a vocabulary matrix: an output head or an embedding.  Its bits do not count
-    toward the average of the layers."""
+    """Whether the layer is a vocabulary matrix: an output head or an embedding.  Its bits are not
+    part of the average of the layers."""
     stored_as: str | None = None
     """Name of the layer in the files that the report was saved with, if that is another name."""
 
@@ -74,7 +74,7 @@ class RunReport:
     date: str
     """End of the run in UTC, as in ISO 8601."""
     seconds: float
-    """Wall-clock time from preparing the model to its last layer, of the process that finished it."""
+    """Wall-clock time from preparing the model to its last layer, in the process that finished."""
     peak_bytes: int | None
     """Peak resident memory of the process; None if the system does not report it."""
     machine: str
