@@ -21,7 +21,7 @@ def run(model, layers, bits=5.0, length=32):
     windows = [torch.randint(0, 320, (length,), generator=g) for _ in range(4)]
     targets = {n: (model.get_submodule(n).weight.numel(), bits) for n in layers}
     quantizer = LayerQuantizer(targets, settings=LayerSettings(), seed=0)
-    quantize_blocks(model, windows, layers, quantizer, batch_size=2)
+    quantize_blocks(model, windows, layers=layers, quantizer=quantizer, batch_size=2)
     return quantizer
 
 

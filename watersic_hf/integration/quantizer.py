@@ -467,8 +467,8 @@ class WaterSICHfQuantizer(HfQuantizer):
                 name.replace(".", r"\."): rows for name, rows in self._zero_rows.items()
             }
         self.open_layers(model, skip=blocks)
-        ends = quantize_blocks(
-            model, windows, layers, self._quantizer, settings=config.calibration,
+        outputs = quantize_blocks(
+            model, windows, layers=layers, quantizer=self._quantizer, settings=config.calibration,
             batch_size=config.batch_size, source=source,
             journal=None if run is None else run.journal,
         )  # fmt: skip
@@ -479,7 +479,7 @@ class WaterSICHfQuantizer(HfQuantizer):
                 vocabulary_statistics,
                 model,
                 windows,
-                ends,
+                outputs=outputs,
                 head=table.head,
                 embedding=table.embedding,
                 drift=config.drift,
@@ -499,7 +499,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         source = run.source
         self.open_layers(model, skip=tuple(f"{name}." for name in source.blocks))
         quantize_without_data(
-            model, sorted(self._shapes, key=_order_of_loading), self._quantizer,
+            model, sorted(self._shapes, key=_order_of_loading), quantizer=self._quantizer,
             blocks=source.blocks, source=source, journal=run.journal,
         )  # fmt: skip
         for table in self._tables.values():
