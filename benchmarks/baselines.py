@@ -53,7 +53,7 @@ class BaselineQuantizer(LayerQuantizer):
     def quantize(
         self, name: str, weight_AN: Tensor, moments: Moments
     ) -> tuple[PackedLayer, Tensor]:
-        asked = self.budget.ask(name)
+        asked = self.budget.bits_for(name)
         rounding = Rounding(weight_AN, moments, self.method, name)
         if self.method.entropy_coded:
             step = search_step(

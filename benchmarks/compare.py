@@ -161,7 +161,7 @@ class Bench:
         # processor time, as on a shared machine
         start = time.process_time()
         quantize_blocks(
-            model, self.windows, self.layers, quantizer,
+            model, self.windows, layers=self.layers, quantizer=quantizer,
             settings=settings, sensitivities=sensitivities,
         )  # fmt: skip
         if method == "finetuned":

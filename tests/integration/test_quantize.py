@@ -251,11 +251,26 @@ def test_a_dictionary_serves_as_configuration(llama_folder):
     assert model.config.quantization_config.bits == 4
 
 
-def test_registering_twice_does_nothing():
+def test_registering_twice_changes_nothing():
+    from transformers.quantizers import auto
+
     import watersic_hf
 
+    def registered():
+        return (
+            dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING),
+            dict(auto.AUTO_QUANTIZER_MAPPING),
+            auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
+        )
+
+    # the import has registered the plugin already
+    before = registered()
     watersic_hf.register()
     watersic_hf.register()
+
+    assert registered() == before
+    assert before[0]["watersic"] is WaterSICConfig
+    assert before[2].count(WaterSICConfig) == 1
 
 
 @pytest.mark.parametrize("dataset", [None, "pydoc"])

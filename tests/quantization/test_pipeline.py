@@ -3,29 +3,25 @@ import torch
 from torch import nn
 
 from watersic_hf import WaterSICLinear
-from watersic_hf.checkpoint import average_bits
-from watersic_hf.checkpoint.report import (
-    LayerReport,
-    describe_run,
-    location_of,
-    read_report,
-    read_run,
-    write_report,
-)
-from watersic_hf.core import SHAPING_LOSS, ColumnProfile, LayerSettings
-from watersic_hf.quantization import LayerQuantizer, quantize_blocks
+from watersic_hf.core import SHAPING_LOSS, LayerSettings
+from watersic_hf.quantization import CalibrationSettings, LayerQuantizer, quantize_blocks
 
 
-def run(model, layers, bits=5.0, length=32):
+def windows_of(length):
     g = torch.Generator().manual_seed(0)
-    windows = [torch.randint(0, 320, (length,), generator=g) for _ in range(4)]
+    return [torch.randint(0, 320, (length,), generator=g) for _ in range(4)]
+
+
+def run(model, layers, bits=5.0, length=32, **options):
     targets = {n: (model.get_submodule(n).weight.numel(), bits) for n in layers}
     quantizer = LayerQuantizer(targets, settings=LayerSettings(), seed=0)
-    quantize_blocks(model, windows, layers, quantizer, batch_size=2)
+    quantize_blocks(
+        model, windows_of(length), layers=layers, quantizer=quantizer, batch_size=2, **options
+    )
     return quantizer
 
 
-def test_layers_outside_the_blocks_stay_dense_and_are_named(make_llama, watersic_log):
+def test_layers_outside_the_blocks_stay_dense_with_a_warning(make_llama, watersic_log):
     model = make_llama(tie_word_embeddings=False)
     layers = [n for n, m in model.named_modules() if type(m) is nn.Linear]
 
@@ -37,7 +33,7 @@ def test_layers_outside_the_blocks_stay_dense_and_are_named(make_llama, watersic
 
 
 @pytest.mark.parametrize(("length", "warned"), [(32, True), (128, False)])
-def test_too_few_tokens_for_the_widest_layer_are_a_warning(
+def test_too_few_tokens_for_the_widest_layer_are_warned_about(
     make_llama, watersic_log, length, warned
 ):
     model = make_llama()
@@ -48,7 +44,7 @@ def test_too_few_tokens_for_the_widest_layer_are_a_warning(
     assert ("do not determine the moments of 160 inputs" in watersic_log.text) == warned
 
 
-def test_a_layer_that_the_block_never_calls_stays_dense_and_is_named(make_llama, watersic_log):
+def test_layer_that_its_block_never_calls_stays_dense_with_a_warning(make_llama, watersic_log):
     model = make_llama()
     model.model.layers[1].mlp.spare = nn.Linear(64, 64)
     layers = [n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"]
@@ -59,17 +55,45 @@ def test_a_layer_that_the_block_never_calls_stays_dense_and_is_named(make_llama,
     assert "model.layers.1.mlp.spare" in watersic_log.text
 
 
-def test_later_layers_see_what_the_quantized_ones_put_out(make_llama):
+def inputs_of(model, name, windows):
+    """Inputs of a layer in float64, T x N."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten(0, -2).double())
+    )
+    with torch.no_grad():
+        model(torch.stack(windows))
+    handle.remove()
+    return torch.cat(seen)
+
+
+def test_error_of_a_layer_includes_the_drift_that_no_weight_can_undo(make_llama):
     names = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
-    errors = []
-    for layers in (names, names[1:]):
-        # the moments of down_proj differ if up_proj was quantized before: so does its error
-        errors.append(run(make_llama(), layers, bits=2.0).reports[-1].error)
+    settings = CalibrationSettings(
+        allocation="uniform", row_importance=False, residual=False, drift=1.0
+    )
+    original, both, alone = make_llama(), make_llama(), make_llama()
 
-    assert errors[0] != errors[1]
+    options = {"bits": 2.0, "length": 256, "settings": settings}
+    error = run(both, names, **options).reports[-1].error
+    error_alone = run(alone, names[1:], **options).reports[-1].error
+
+    windows = windows_of(256)
+    x_TN, drifted_TN = (inputs_of(model, names[1], windows) for model in (original, both))
+    weight_AN = original.get_submodule(names[1]).weight.detach().double()
+    y_TA = x_TN @ weight_AN.T
+    best_NA = torch.linalg.lstsq(drifted_TN, y_TA).solution
+    power = float(y_TA.square().sum())
+    floor = float((y_TA - drifted_TN @ best_NA).square().sum()) / power
+    drift = float((y_TA - drifted_TN @ weight_AN.T).square().sum()) / power
+    assert floor > 0.05
+    # at the same bits the best weight on drifted inputs has the relative error of the layer alone
+    assert error > floor + (1 - floor) * error_alone
+    # without any compensation all of the drift would be added
+    assert error < error_alone + drift
 
 
-def test_a_layer_does_not_depend_on_the_order_of_the_others(make_llama):
+def test_quantized_layer_does_not_depend_on_the_order_of_layers(make_llama):
     from watersic_hf.core import Moments
 
     model = make_llama()
@@ -90,7 +114,7 @@ def test_a_layer_does_not_depend_on_the_order_of_the_others(make_llama):
         assert torch.equal(packed.weight, payload)
 
 
-def test_quantized_layers_replace_the_dense_ones_with_their_biases(make_llama):
+def test_quantized_layer_replaces_the_dense_one_and_keeps_its_bias(make_llama):
     model = make_llama(attention_bias=True)
     name = "model.layers.0.self_attn.q_proj"
     bias = model.get_submodule(name).bias.detach().clone()
@@ -101,41 +125,7 @@ def test_quantized_layers_replace_the_dense_ones_with_their_biases(make_llama):
     assert torch.equal(model.get_submodule(name).bias, bias)
 
 
-def report(name, columns, bits, **more):
-    return LayerReport(
-        name=name, rows=2, columns=columns, asked=3.0, bits=bits, error=0.1, damping=1e-4,
-        tokens=5, seconds=0.5, **more,
-    )  # fmt: skip
-
-
-def test_reports_come_back_from_their_file(tmp_path):
-    profile = ColumnProfile(waterfilling=(2.5, -1.0), entropies=(2.0, 0.0), histogram=(1, 0, 2))
-    reports = [report("a", 3, 2.5), report("b", 1, 4.5, profile=profile)]
-    done = describe_run(1.5)
-
-    write_report(tmp_path, reports, done)
-
-    assert read_report(tmp_path) == reports
-    assert read_run(tmp_path) == done
-    assert done.versions["torch"] == torch.__version__
-    assert read_report(tmp_path / "nowhere") == []
-    assert read_run(tmp_path / "nowhere") is None
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.12.mlp.down_proj", ("model.layers", 12, "mlp.down_proj")),
-        ("model.layers.3.mlp.experts.17.up", ("model.layers", 3, "mlp.experts.*.up")),
-        ("decoder.block.0.layer.1.Enc.q", ("decoder.block", 0, "layer.*.Enc.q")),
-        ("lm_head", ("", 0, "lm_head")),
-    ],
-)
-def test_the_name_of_a_layer_says_where_it_stands(name, place):
-    assert location_of(name) == place
-
-
-def test_a_layer_reports_what_its_columns_spend(make_llama):
+def test_report_of_a_layer_holds_the_bits_of_its_columns(make_llama):
     name = "model.layers.0.mlp.up_proj"
 
     (layer,) = run(make_llama(), [name], bits=4.0).reports
@@ -145,8 +135,3 @@ def test_a_layer_reports_what_its_columns_spend(make_llama):
     assert theory < spent < 4.0
     assert spent == pytest.approx(theory + SHAPING_LOSS, abs=0.3)
     assert sum(layer.profile.histogram) == 64
-
-
-def test_the_average_is_weighted_by_the_number_of_weights():
-    assert average_bits([report("a", 3, 2.0), report("b", 1, 4.0)]) == pytest.approx(2.5)
-    assert average_bits([]) == 0

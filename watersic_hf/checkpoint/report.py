@@ -1,4 +1,8 @@
-"""What is known of a layer once it is quantized, and of the run that quantized it."""
+"""Reports of quantized layers and of the run that quantized them, and the file that holds both.
+
+The fields of `LayerReport` and `RunReport` are the keys of `REPORT_FILE`: renaming one would make
+the reports of earlier versions unreadable.
+"""
 
 import importlib.metadata
 import json
@@ -15,43 +19,46 @@ import torch
 
 from watersic_hf.core import ColumnProfile
 
-#: File beside the weights: a line of JSON for the run, and one per quantized layer.
+#: Name of the report next to the weights: a line of JSON for the run, and one per quantized layer.
 REPORT_FILE = "watersic_report.jsonl"
 
+#: Packages whose versions are reported.
 _PACKAGES = ("watersic-hf", "torch", "transformers", "safetensors", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One layer's line in the report.  Bits are per weight."""
+    """Report of one quantized layer.  Units: bits are bits per weight."""
 
     name: str
     rows: int
     columns: int
     asked: float
-    """Bits that the budget gave to the layer."""
+    """Bits that the budget allowed the layer."""
     bits: float
-    """Bits that it takes on the disk."""
+    """Bits that the layer takes in the files."""
     error: float
-    """Relative error of the layer's output, |W X - W^ X|^2 / |W X|^2."""
+    """Relative squared error of the layer's output, |W X - W^ X|^2 / |W X|^2."""
     damping: float
-    """Damping that was used, relative to the mean second moment of the inputs."""
+    """Damping of the second moments, relative to the mean of their diagonal."""
     tokens: int
-    """Calibration tokens; 0 = quantized without data."""
+    """Number of calibration tokens; 0 if the layer was quantized without data."""
     seconds: float
-    """Time that the layer took, its calibration not included."""
+    """Time that the layer took, without its calibration."""
     profile: ColumnProfile | None = None
-    """What its columns spend; None in reports of versions that did not write it."""
+    """Bits of the columns; None for vocabulary matrices, and in reports of earlier versions."""
     pooled: float = 0.0
-    """Share of all the layer's tokens in the statistics of an expert that few of them reach."""
+    """Fraction of an expert's statistics that comes from the tokens of all experts, from 0 to 1; it
+    is above 0 if few tokens reach the expert."""
     table: bool = False
-    """Whether it is an output head or an embedding, whose bits are its own."""
+    """Whether the layer is a vocabulary matrix: an output head or an embedding.  Its bits are not
+    part of the average of the layers."""
     stored_as: str | None = None
-    """Its name in the files that the report was saved with, where that is another one."""
+    """Name of the layer in the files that the report was saved with, if that is another name."""
 
     @property
     def stored_name(self) -> str:
-        """Its name in the files."""
+        """Name of the layer in the files."""
         return self.stored_as or self.name
 
     @property
@@ -62,32 +69,33 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """When, where and with what a model was quantized."""
+    """When, where and with which software a model was quantized."""
 
     date: str
-    """At its end, in UTC."""
+    """End of the run in UTC, as in ISO 8601."""
     seconds: float
-    """From the first look at the model to the last layer, in the process that got there."""
+    """Wall-clock time from preparing the model to its last layer, in the process that finished."""
     peak_bytes: int | None
-    """Most memory that the process held; None where the system does not say."""
+    """Peak resident memory of the process; None if the system does not report it."""
     machine: str
-    """Processor, threads, and GPU if there is one."""
+    """Processor, number of threads, and the GPU if there is one."""
     versions: dict[str, str]
-    """Of Python and of the packages that matter."""
+    """Versions of Python and of the main packages, by name."""
 
 
 class LayerLocation(NamedTuple):
-    """Where a layer stands, by its name."""
+    """Where a layer stands in a model, as its name tells."""
 
     stack: str
-    """``model.layers``; empty if the layer is in no list of blocks."""
+    """Name of the list of blocks, as ``model.layers``; empty if the layer is in none."""
     block: int
+    """Index of the block in its stack; 0 if the layer is in none."""
     kind: str
-    """Its name within the block, ``*`` for numbers in it: what layers of all blocks share."""
+    """Name within the block, with ``*`` for numbers: layers of one kind share it in all blocks."""
 
 
 def location_of(name: str) -> LayerLocation:
-    """Read where a layer stands from its name: ``model.layers.3.mlp.down_proj`` is in block 3."""
+    """Return where a layer stands: ``model.layers.3.mlp.down_proj`` is in block 3."""
     found = re.fullmatch(r"(.*?)\.(\d+)\.(.+)", name)
     if found is None:
         return LayerLocation("", 0, name)
@@ -95,34 +103,43 @@ def location_of(name: str) -> LayerLocation:
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:
-    """The kind of every layer; with the name of its stack, if there are several stacks."""
-    places = [location_of(name) for name in names]
-    several = len({place.stack for place in places if place.stack}) > 1
-    return [f"{p.stack}.*.{p.kind}" if several and p.stack else p.kind for p in places]
+    """Return the kind of every layer, preceded by its stack if the layers are in several stacks."""
+    locations = [location_of(name) for name in names]
+    several = len({location.stack for location in locations if location.stack}) > 1
+    return [
+        f"{location.stack}.*.{location.kind}" if several and location.stack else location.kind
+        for location in locations
+    ]
 
 
 def describe_run(seconds: float) -> RunReport:
-    """The report of a run in this process that ends now."""
+    """Return the report of a run of this process that ends now.
+
+    Args:
+        seconds: wall-clock time of the run.
+    """
     return RunReport(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=seconds,
         peak_bytes=peak_bytes(),
         machine=_machine(),
-        versions={"python": platform.python_version()} | {p: version_of(p) for p in _PACKAGES},
+        versions={"python": platform.python_version()}
+        | {package: version_of(package) for package in _PACKAGES},
     )
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process has held; None where the system does not say."""
+    """Return the peak resident memory of this process; None if the system does not report it."""
     return _status_bytes("VmHWM")
 
 
 def resident_bytes() -> int | None:
-    """The memory that this process holds now; None where the system does not say."""
+    """Return the resident memory of this process; None if the system does not report it."""
     return _status_bytes("VmRSS")
 
 
 def _status_bytes(field: str) -> int | None:
+    # Linux only; other systems have no such file
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -142,7 +159,7 @@ def _machine() -> str:
 
 
 def version_of(package: str) -> str:
-    """The version of a package, or that it is not installed, as one that runs from a checkout."""
+    """Return the version of a package; "not installed" if it is absent or runs from a checkout."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -150,13 +167,13 @@ def version_of(package: str) -> str:
 
 
 def average_bits(reports: Iterable[LayerReport]) -> float:
-    """Stored bits per weight over all layers but heads and embeddings."""
+    """Return the stored bits per weight of all layers except the vocabulary matrices."""
     reports = [report for report in reports if not report.table]
     return sum(r.bits * r.weights for r in reports) / max(1, sum(r.weights for r in reports))
 
 
 def average_error(reports: Iterable[LayerReport]) -> float:
-    """Relative output error over all layers, every layer by its weights."""
+    """Return the mean relative output error of all layers, weighted by their number of weights."""
     reports = list(reports)
     return sum(r.error * r.weights for r in reports) / max(1, sum(r.weights for r in reports))
 
@@ -164,7 +181,13 @@ def average_error(reports: Iterable[LayerReport]) -> float:
 def write_report(
     folder: str | os.PathLike, reports: Iterable[LayerReport], run: RunReport | None = None
 ) -> None:
-    """Write the reports into a model's folder."""
+    """Write the report of a model.
+
+    Args:
+        folder: folder of the model.
+        reports: reports of its quantized layers, in the order in which they are written.
+        run: report of the run (default: none is written).
+    """
     rows: list[dict[str, Any]] = [] if run is None else [{"run": asdict(run)}]
     rows += map(asdict, reports)
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -172,7 +195,7 @@ def write_report(
 
 
 def read_report(folder: str | os.PathLike) -> list[LayerReport]:
-    """The layers' reports in a model's folder; none if there is no such file."""
+    """Return the reports of the layers in a model's folder; an empty list if it has no report."""
     return [layer_report(row) for row in _rows(folder) if "run" not in row]
 
 
@@ -182,19 +205,19 @@ def with_reports(
     """Return each layer that a model's files hold together with its report.
 
     Args:
-        layers: rows with the `name` that a layer has in the files, as `inspect_checkpoint` and
+        layers: rows with the ``name`` of a layer in the files, as `inspect_checkpoint` and
             `compare_checkpoints` return them.
-        folder: folder of the model, which may have no report.
+        folder: folder of the model; it may have no report.
 
     Returns:
-        Pairs in the order of `layers`; the report is None if the folder has none of the layer.
+        Pairs in the order of `layers`; the report is None if the layer has none.
     """
     reports = {report.stored_name: report for report in read_report(folder)}
     return [(layer, reports.get(layer["name"])) for layer in layers]
 
 
 def read_run(folder: str | os.PathLike) -> RunReport | None:
-    """The run's report in a model's folder, if it is there."""
+    """Return the report of the run in a model's folder; None if it has none."""
     return next((RunReport(**row["run"]) for row in _rows(folder) if "run" in row), None)
 
 
@@ -206,7 +229,10 @@ def _rows(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def layer_report(row: dict[str, Any]) -> LayerReport:
-    """The report that a row was made of."""
+    """Return the report of a layer from its row in a file.
+
+    Keys that this version does not know are ignored: they come from a later version.
+    """
     known = {f.name: row[f.name] for f in fields(LayerReport) if f.name in row}
     if known.get("profile") is not None:
         known["profile"] = ColumnProfile(**{k: tuple(v) for k, v in known["profile"].items()})

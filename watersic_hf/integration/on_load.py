@@ -9,9 +9,10 @@ from transformers.core_model_loading import ConversionOps
 
 from watersic_hf.checkpoint import PACKED, PackedLayer
 from watersic_hf.integration.linear_layers import is_transposed
-from watersic_hf.integration.run import Run, without_data
+from watersic_hf.integration.run import Run
 from watersic_hf.integration.selection import Selection
-from watersic_hf.nn import PackedMatrix, WaterSICLinear, replace_module, separate
+from watersic_hf.nn import PackedMatrix, install_packed, separate
+from watersic_hf.quantization import VocabularyStatistics, identity_moments
 from watersic_hf.streams.memory import trim_memory
 
 #: Layers between two returns of freed memory to the system.
@@ -56,7 +57,7 @@ class QuantizeOnLoad(ConversionOps):
                 self._convert_experts(model, name, tensor.removesuffix("_proj"), weight)
             elif name in self._selection.vocabulary:
                 matrix = self._selection.vocabulary[name]
-                statistics = functools.partial(without_data, weight)
+                statistics = functools.partial(VocabularyStatistics.without_data, weight)
                 self._run.quantize_vocabulary(model, matrix, weight, statistics)
             else:
                 self._convert_linear(model, name, weight)
@@ -84,9 +85,9 @@ class QuantizeOnLoad(ConversionOps):
     def _convert_linear(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
         module = model.get_submodule(name)
         packed = self._pack(name, weight.T if is_transposed(module) else weight)
-        layer = WaterSICLinear.from_packed(packed, dtype=weight.dtype, device=weight.device)
+        layer = install_packed(model, name, packed, like=weight)
+        # it may not be loaded yet
         layer.bias = module.bias
-        replace_module(model, name, layer)
 
     def _convert_experts(
         self, model: nn.Module, name: str, matrix: str, weight: torch.Tensor
@@ -113,7 +114,7 @@ class QuantizeOnLoad(ConversionOps):
             weight_AN = weight_AN.clone()
             weight_AN[rows] = 0
         layers = self._run.layers
-        packed, _ = layers.quantize(name, weight_AN, without_data(weight_AN).moments)
+        packed, _ = layers.quantize(name, weight_AN, identity_moments(weight_AN))
         if len(layers.reports) % _LAYERS_PER_TRIM == 0:
             trim_memory()
         return packed

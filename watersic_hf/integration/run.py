@@ -11,16 +11,19 @@ import torch
 from torch import nn
 from transformers.core_model_loading import dot_natural_key
 
-from watersic_hf.calibration import calibration_windows, massive_rows, layers_outside_experts, zero_rows
+from watersic_hf.calibration import (
+    calibration_windows,
+    layers_outside_experts,
+    massive_rows,
+    zero_rows,
+)
 from watersic_hf.checkpoint import (
     PACKED,
     LayerReport,
-    PackedLayer,
     RunReport,
     read_headers,
     read_tensors,
 )
-from watersic_hf.core import Moments
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.packed import install_finished
 from watersic_hf.integration.selection import Selection, quantized_modules
@@ -29,6 +32,7 @@ from watersic_hf.nn import WaterSICEmbedding, WaterSICLinear, module_matches
 from watersic_hf.quantization import (
     Journal,
     LayerQuantizer,
+    QuantizedLayer,
     VocabularyStatistics,
     quantize_blocks,
     quantize_vocabulary,
@@ -104,7 +108,7 @@ class Run:
         """
         config = self.config
 
-        def prepare() -> Callable[[], tuple[PackedLayer, torch.Tensor, LayerReport]]:
+        def prepare() -> Callable[[], QuantizedLayer]:
             return functools.partial(
                 quantize_vocabulary,
                 matrix.name,
@@ -239,12 +243,6 @@ def window_length(model: nn.Module, config: WaterSICConfig) -> int:
     return min(config.sequence_length, longest or config.sequence_length)
 
 
-def without_data(weight_AN: torch.Tensor) -> VocabularyStatistics:
-    """Return the statistics of a weight that is quantized without data: all columns count alike."""
-    moments = Moments.identity(weight_AN.shape[1], device=weight_AN.device)
-    return VocabularyStatistics(moments=moments)
-
-
 def _with_massive_rows(
     model: nn.Module,
     selection: Selection,
@@ -280,8 +278,8 @@ def _quantize_with_data(
     outputs = quantize_blocks(
         model,
         windows,
-        list(selection.shapes),
-        run.layers,
+        layers=list(selection.shapes),
+        quantizer=run.layers,
         settings=config.calibration,
         batch_size=config.batch_size,
         source=source,
@@ -293,7 +291,7 @@ def _quantize_with_data(
             vocabulary_statistics,
             model,
             windows,
-            outputs,
+            outputs=outputs,
             head=matrix.head,
             embedding=matrix.embedding,
             drift=config.drift,
@@ -310,7 +308,7 @@ def _quantize_without_data(
     quantize_without_data(
         model,
         sorted(selection.shapes, key=_loading_order),
-        run.layers,
+        quantizer=run.layers,
         blocks=source.blocks,
         source=source,
         journal=run.journal,
@@ -318,7 +316,10 @@ def _quantize_without_data(
     for matrix in selection.quantized_vocabulary:
         weight_AN = model.get_submodule(matrix.name).weight.data
         run.quantize_vocabulary(
-            model, matrix, weight_AN, functools.partial(without_data, weight_AN)
+            model,
+            matrix,
+            weight_AN,
+            functools.partial(VocabularyStatistics.without_data, weight_AN),
         )
     selection.close(model)
 

@@ -12,7 +12,13 @@ from watersic_hf.nn.experts import (
 )
 from watersic_hf.nn.linear import PackedMatrix, WaterSICLinear
 from watersic_hf.nn.ops import BACKEND_VARIABLE, BACKENDS, block_step
-from watersic_hf.nn.replace import module_matches, packed_layers, replace_module, set_residency
+from watersic_hf.nn.replace import (
+    install_packed,
+    module_matches,
+    packed_layers,
+    replace_module,
+    set_residency,
+)
 from watersic_hf.nn.residency import RESIDENCIES
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "block_step",
     "fuse",
     "fused_experts",
+    "install_packed",
     "module_matches",
     "pack_table",
     "packed_layers",

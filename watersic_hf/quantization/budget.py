@@ -1,6 +1,6 @@
-"""What each layer may spend, so that the model as a whole spends what was asked for.
+"""How many bits each layer may spend, so that the model as a whole meets its target.
 
-Units: bits per weight, stored bits of the quantized layers only.
+Units: stored bits per weight, of the quantized layers only.
 """
 
 from collections.abc import Mapping
@@ -10,44 +10,49 @@ from torch import Tensor
 from watersic_hf.calibration.sensitivity import Sensitivity
 from watersic_hf.core import SHAPING_LOSS, rate_at_level
 
-#: Bits per weight that an allocation gives a layer at least.
+#: Least bits per weight that an allocation gives a layer.
 LEAST_BITS = 0.75
-#: Share of the way from equal bits to those of the theory that an allocation goes.
-ALLOCATION_SHARE = 0.5
-#: Least importance of a row, relative to the layer's mean.
+#: How far an allocation moves from the targets to the optimum of the theory, from 0 to 1.
+ALLOCATION_FRACTION = 0.5
+#: Least importance of a row, relative to the mean of the layer.
 LEAST_IMPORTANCE = 1e-3
-#: Bisections of the common level, over 200 octaves.
+#: Bisections of the level that all layers share, over 200 octaves.
 _BISECTIONS = 60
 
 
 class Budget:
-    """Spread what a layer left over, or overspent, evenly on the weights still to come.
+    """Bits of a model, which spreads what a layer saves or overspends evenly over the rest.
 
     Source: WaterSIC's global rate control (method of arXiv 2603.04956, uniform variant), with a
-    target of its own for every layer.
+    separate target for every layer.
 
     Args:
-        targets: for every layer, in any order, its number of weights and the bits asked for it.
+        targets: number of weights and target in bits per weight, by layer, in any order.
     """
 
     def __init__(self, targets: Mapping[str, tuple[int, float]]) -> None:
-        self._left = dict(targets)
+        self._targets = dict(targets)
         self._weights = sum(weights for weights, _ in targets.values())
         self._surplus = 0.0
 
-    def ask(self, layer: str) -> float:
-        """Bits per weight that the layer may spend: its target and its share of the surplus.
+    def bits_for(self, layer: str) -> float:
+        """Return the bits per weight that a layer may spend, before it is quantized.
 
-        The share is at most half the target, in both directions, so that one layer does not pay
-        for all when it is the last.
+        They are its target plus the surplus per remaining weight.  The correction is limited to
+        half of the target, in both directions, so that the last layer does not pay for all others.
         """
-        target = self._left[layer][1]
-        share = self._surplus / self._weights
-        return target + min(max(share, -target / 2), target / 2)
+        target = self._targets[layer][1]
+        correction = self._surplus / self._weights
+        return target + min(max(correction, -target / 2), target / 2)
 
     def spend(self, layer: str, bits: float) -> None:
-        """Note that the layer is done, and what it really took, in bits per weight."""
-        weights, target = self._left.pop(layer)
+        """Record that a layer is quantized.
+
+        Args:
+            layer: name of the layer.
+            bits: bits per weight that it took.
+        """
+        weights, target = self._targets.pop(layer)
         self._weights -= weights
         self._surplus += weights * (target - bits)
 
@@ -57,19 +62,22 @@ def sensitive_targets(
 ) -> dict[str, tuple[int, float]]:
     r"""Move bits to the layers where they lower the divergence of the model's output most.
 
-    A layer with steps c adds :math:`c^2 E[h g^2] / 24` per weight to the divergence, and a bit
-    divides that by four wherever it is spent.  So all layers should have the same
-    :math:`c^2 E[h g^2]`: the waterfilling of columns, carried on over layers.  The level is the one
-    at which all layers together cost what `targets` sum up to.
+    A layer with step c adds :math:`c^2 E[h g^2] / 24` per weight to the divergence, and each bit
+    divides that by four, whichever layer gets it.  The optimum therefore gives all layers the same
+    :math:`c^2 E[h g^2]`: reverse waterfilling over layers, as it is done over columns.  The common
+    level is the one at which all layers together cost as much as their targets.
 
-    Half of the way there (`ALLOCATION_SHARE`) has three quarters of what is to be gained, as the
-    loss is flat around the best split, and risks a quarter where the sensitivities, which are those
-    of the calibration's text, are wrong.
+    The targets move only a part of the way there (`ALLOCATION_FRACTION`).  The loss is quadratic
+    around the optimum, so half of the way achieves three quarters of the gain, and takes a quarter
+    of the risk that the sensitivities, which are measured on the calibration text, are wrong.
 
     Args:
-        targets: for every layer, its number of weights and the bits asked for it.
-        sensitivities: of layers; those that have none, or whose outputs do not matter at all, keep
-            their target.
+        targets: number of weights and target in bits per weight, by layer.
+        sensitivities: sensitivities by layer.  A layer that has none, or whose output does not
+            affect the predictions, keeps its target.
+
+    Returns:
+        The new targets, in the form of `targets`.
     """
     known = {
         name: sensitivities[name].variance_N * sensitivities[name].row_power_A.mean()
@@ -88,15 +96,20 @@ def sensitive_targets(
         middle = (low + high) / 2
         spent = sum(targets[name][0] * bits_at(2.0**middle, name) for name in known)
         low, high = (middle, high) if spent > budget else (low, middle)
-    shares = {}
+    moved = {}
     for name in known:
         weights, target = targets[name]
-        shares[name] = weights, target + ALLOCATION_SHARE * (bits_at(2.0**high, name) - target)
-    return dict(targets) | shares
+        optimum = bits_at(2.0**high, name)
+        moved[name] = weights, target + ALLOCATION_FRACTION * (optimum - target)
+    return dict(targets) | moved
 
 
 def row_importance(sensitivity: Sensitivity) -> Tensor | None:
-    """What the squared error of every row counts for; None if no row of the layer matters."""
+    """Return the weight of the squared error of every row; None if no row affects the predictions.
+
+    Every row gets at least `LEAST_IMPORTANCE` times the mean, as `quantize_weight` needs positive
+    numbers, and a row that the calibration text does not use is not given up.
+    """
     power_A = sensitivity.row_power_A
     mean = power_A.mean()
     return power_A.clamp(min=LEAST_IMPORTANCE * float(mean)) if mean > 0 else None

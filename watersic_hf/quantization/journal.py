@@ -1,12 +1,12 @@
-"""What is finished of a run, on the disk: the run goes on from it after a crash.
+"""The journal of a run: its finished parts on the disk, from which it resumes after a crash.
 
-A folder holds, each written whole or not at all::
+The folder holds these files, each of which is written atomically::
 
-    run.json              which run this is: model, settings, calibration windows, versions
-    progress.json         how many blocks are finished, and where stacks of them end
-    sensitivities...      of all layers, once they are known
+    run.json              identity of the run: model, settings, calibration windows, versions
+    progress.json         number of finished blocks, and the blocks after which a stack ends
+    sensitivities...      sensitivities of all layers, once they are measured
     block-00003...        a finished block: its name, its tensors, and the reports of its layers
-    layer-NAME...         a finished layer of the block at hand, or of none
+    layer-NAME...         a finished layer of the current block, or of no block
     states-STREAM-00004-* hidden states at the input of a block, a tensor per calibration window
 """
 
@@ -46,20 +46,22 @@ logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
 _PROGRESS = "progress.json"
+#: Streams of the two models, whose hidden states at the end of a stack are kept.
+_MODEL_STREAMS = ("working", "original")
 
 
 class SavedStates:
-    """Hidden states of this process's batches in files, mapped into memory a batch at a time.
+    """Hidden states of the batches of this process in files, read one batch at a time.
 
-    They are appended once, batch after batch, to a file of this process, and can be read when all
-    are there.  A file has a tensor for every window, so that other batches, and other processes,
-    can read it.
+    The batches are appended once, in order, to a file of this process, and can be read after the
+    last one.  The file has a tensor for every window, so that a run with another batch size or
+    another number of processes can read it.
 
     Args:
-        folder: of the files.
-        name: how their names begin.
-        batches: the numbers of the windows in every batch.
-        lengths: tokens of every window.
+        folder: folder of the files.
+        name: first part of their names.
+        batches: numbers of the windows in every batch.
+        lengths: number of tokens of every window.
     """
 
     def __init__(
@@ -79,24 +81,25 @@ class SavedStates:
     def __getitem__(self, batch: int) -> Tensor:
         rows = []
         for number in self._batches[batch]:
-            file, checksum = self._places[str(number)]
+            file, checksum = self._index[str(number)]
             (row,) = read_tensors(file, [str(number)]).values()
             if number not in self._checked and checksum_of(row) != checksum:
                 raise CheckpointError(
                     f"{file}: the hidden states of window {number} do not match their checksum. "
-                    f"Delete the folder {self._folder}, and the run begins again."
+                    f"{_advice(self._folder)}"
                 )
             self._checked.add(number)
             rows.append(row)
-        # a copy: the files are mapped no longer than this takes
+        # stacking copies, so the file is mapped only meanwhile
         return torch.stack(rows)
 
     def append(self, hidden: Tensor) -> None:
-        """Add the next batch, B x T x D."""
+        """Append the hidden states of the next batch, B x T x D."""
         if hidden.ndim != 3:
             raise CalibrationError(
                 f"hidden states have the shape {tuple(hidden.shape)}, but only windows x tokens x "
-                f"channels can be kept on the disk."
+                f"channels can be stored on the disk. Quantize the model while it is in memory, or "
+                f"without `dataset`."
             )
         self._rows = list(hidden)
         self._writing = self._writing or self._write(hidden)
@@ -104,23 +107,26 @@ class SavedStates:
         self._rows = []
 
     def _write(self, first: Tensor) -> Iterator[None]:
-        """Write the rows that `append` left, a batch for each step."""
+        """Write the rows that `append` sets, one batch per step.
+
+        A generator, as the file stays open until the last batch is written.
+        """
         file = self._folder / f"{self._name}-{rank_and_size()[0]:04d}.safetensors"
         width, numbers = first.shape[-1], [n for batch in self._batches for n in batch]
         specs = {str(n): ((self._lengths[n], width), first.dtype) for n in numbers}
-        sums: dict[str, int] = {}
+        checksums: dict[str, int] = {}
         with replacing(file) as handle:
             writer = TensorWriter(handle, specs, {})
             for batch in self._batches:
                 for number, row in zip(batch, self._rows, strict=True):
-                    sums[str(number)] = writer.add(row)
+                    checksums[str(number)] = writer.add(row)
                 if batch is not self._batches[-1]:
                     yield
-        write_json(file.with_suffix(".json"), sums)
+        write_json(file.with_suffix(".json"), checksums)
 
     @functools.cached_property
-    def _places(self) -> dict[str, tuple[Path, int]]:
-        """File and checksum of every window."""
+    def _index(self) -> dict[str, tuple[Path, int]]:
+        """File and checksum of every window, by its number."""
         return {
             number: (listing.with_suffix(".safetensors"), checksum)
             for listing in sorted(self._folder.glob(f"{self._name}-*.json"))
@@ -129,26 +135,29 @@ class SavedStates:
 
 
 class FinishedBlock(NamedTuple):
-    """A block that is quantized, and on the disk."""
+    """A quantized block on the disk."""
 
     name: str
-    """Of the block in the model."""
+    """Name of the block in the model."""
     file: Path
-    """With its tensors, by name within the block."""
+    """File of its tensors, by name within the block."""
     reports: list[LayerReport]
-    """Of its layers, in the order of their work."""
+    """Reports of its layers, in the order in which they were quantized."""
 
 
 class Journal:
-    """The folder of one run.
+    """The finished parts of one run, in a folder.
+
+    With several processes, each of them has a journal of the same folder.  Unless a method says
+    otherwise, all processes call it together.
 
     Args:
-        folder: made if it is not there.
-        identity: which run this is, as JSON holds it.
-        lengths: tokens of every calibration window.
+        folder: folder of the journal, which is created if necessary.
+        identity: identity of the run, as JSON.
+        lengths: number of tokens of every calibration window.
 
     Raises:
-        CheckpointError: the folder is that of another run; the message says what differs.
+        CheckpointError: the folder belongs to another run; the message says what differs.
     """
 
     def __init__(
@@ -167,15 +176,15 @@ class Journal:
         self._progress: dict[str, Any] = {"blocks": 0, "ends": []}
         if (self.folder / _PROGRESS).is_file():
             self._progress = read_json(self.folder / _PROGRESS)
-            logger.info("%s: going on after %d finished blocks.", self.folder, self.blocks)
+            logger.info("%s: resuming after %d finished blocks.", self.folder, self.blocks)
         self._clear()
-        # what another process finishes meanwhile is handed over, and not looked for here
+        # listed once: layers that other processes finish later are sent by them
         self._layers = {file.name for file in self.folder.glob("layer-*.safetensors")}
         barrier()
 
     @property
     def blocks(self) -> int:
-        """How many blocks are finished."""
+        """Number of finished blocks."""
         return self._progress["blocks"]
 
     # -- hidden states ------------------------------------------------------------------------
@@ -183,32 +192,32 @@ class Journal:
     def states(
         self, stream: str, block: int, batch_size: int, *, windows: int | None = None
     ) -> SavedStates:
-        """Hidden states at the input of a block, to be appended or to be read.
+        """Return the hidden states at the input of a block, to append or to read them.
 
         Args:
-            stream: a word for the model that they are of.
-            block: its number.
-            batch_size: windows in a batch.
-            windows: how many of the calibration windows; default: all.
+            stream: name of the stream, without a hyphen.
+            block: number of the block, counted through all stacks.
+            batch_size: number of windows in a batch.
+            windows: number of calibration windows (default: all).
         """
         batches = shard(batch_numbers(self.lengths[:windows], batch_size))
         return SavedStates(self.folder, f"states-{stream}-{block:05d}", batches, self.lengths)
 
-    # -- what belongs to the whole model ------------------------------------------------------
+    # -- facts about the whole model ----------------------------------------------------------
 
     def sensitivities(
         self, measure: Callable[..., Mapping[str, Sensitivity]]
     ) -> Mapping[str, Sensitivity]:
-        """The sensitivities of the run, measured once.
+        """Return the sensitivities of the run, which are measured once.
 
         Args:
-            measure: measures them, given the `states` of `layer_sensitivities`.
+            measure: measures them, given the argument `states` of `layer_sensitivities`.
         """
         file = self.folder / "sensitivities.safetensors"
-        if not self._is_there(file):
+        if not self._exists(file):
             tensors = {
                 f"{name}.{field}": tensor
-                for name, sensitivity in measure(states=self._few_states).items()
+                for name, sensitivity in measure(states=self._sensitivity_states).items()
                 for field, tensor in vars(sensitivity).items()
             }
             if rank_and_size()[0] == 0:
@@ -219,13 +228,18 @@ class Journal:
         fields = [field.name for field in dataclasses.fields(Sensitivity)]
         return {name: Sensitivity(**{f: tensors[f"{name}.{f}"] for f in fields}) for name in names}
 
-    def _few_states(self, block: int, windows: int) -> SavedStates:
+    def _sensitivity_states(self, block: int, windows: int) -> SavedStates:
         return self.states("sensitivity", block, 1, windows=windows)
 
     def fact(self, name: str, find: Callable[[], Any]) -> Any:
-        """Something that JSON holds, found once."""
+        """Return a fact about the model, which is found once.
+
+        Args:
+            name: name of the fact, and of its file.
+            find: returns it, in a form that JSON can hold.
+        """
         file = self.folder / f"{name}.json"
-        if not self._is_there(file):
+        if not self._exists(file):
             value = find()
             if rank_and_size()[0] == 0:
                 write_json(file, value)
@@ -233,23 +247,23 @@ class Journal:
         return read_json(file)
 
     @staticmethod
-    def _is_there(file: Path) -> bool:
-        """Whether a file is there, in the eyes of the first process."""
+    def _exists(file: Path) -> bool:
+        """Return whether a file existed when the first process looked, so that all agree."""
         return gather(file.is_file())[0]
 
     # -- layers and blocks --------------------------------------------------------------------
 
     def has_layer(self, name: str) -> bool:
-        """Whether a layer of the block at hand is finished."""
+        """Return whether a layer of the current block was finished when the run started."""
         return self._layer_file(name).name in self._layers
 
     def layer(self, name: str) -> tuple[PackedLayer, LayerReport]:
-        """A finished layer of the block at hand."""
+        """Return a finished layer of the current block, or of no block."""
         tensors, facts = read_state(self._layer_file(name), identity=self._identity)
         return PackedLayer(**tensors), layer_report(facts["report"])
 
     def put_layer(self, packed: PackedLayer, report: LayerReport) -> None:
-        """Keep a finished layer."""
+        """Store a finished layer; the process that quantized it calls this."""
         facts = {"identity": self._identity, "report": dataclasses.asdict(report)}
         write_state(self._layer_file(report.name), packed.tensors(), facts)
 
@@ -258,13 +272,14 @@ class Journal:
         name: str,
         prepare: Callable[[], Callable[[], tuple[PackedLayer, Tensor, LayerReport]]],
     ) -> tuple[PackedLayer, LayerReport]:
-        """A layer of no block, quantized once, by the first process.
+        """Return a layer outside the blocks, which the first process quantizes once.
 
         Args:
-            name: of the layer.
-            prepare: finds its statistics, in all processes together, and returns what quantizes it.
+            name: full name of the layer.
+            prepare: finds the statistics of the layer, in all processes together, and returns the
+                function that quantizes it.
         """
-        if not self._is_there(self._layer_file(name)):
+        if not self._exists(self._layer_file(name)):
             quantize = prepare()
             if rank_and_size()[0] == 0:
                 packed, _, report = quantize()
@@ -273,34 +288,42 @@ class Journal:
         return self.layer(name)
 
     def block(self, index: int) -> FinishedBlock:
-        """A finished block, by its number in the order of the work."""
+        """Return a finished block by its number, counted through all stacks."""
         file = self._block_file(index)
-        advice = f"Delete the folder {self.folder}, and the run begins again."
-        _, facts = read_state(file, identity=self._identity, advice=advice)
+        _, facts = read_state(file, identity=self._identity, advice=_advice(self.folder))
         reports = [layer_report(report) for report in facts["reports"]]
         return FinishedBlock(facts["name"], file, reports)
 
-    def put_block(
-        self, index: int, name: str, tensors: Mapping[str, Tensor], reports: Sequence[LayerReport]
+    def finish_block(
+        self,
+        index: int,
+        *,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        reports: Sequence[LayerReport],
+        ends_stack: bool = False,
     ) -> None:
-        """Keep a block that is finished; `finish_block` makes it count."""
-        facts = {
-            "identity": self._identity,
-            "name": name,
-            "reports": [dataclasses.asdict(report) for report in reports],
-        }
-        write_state(self._block_file(index), tensors, facts)
+        """Store a finished block, count it, and delete the files that are no longer needed.
 
-    def finish_block(self, index: int, *, end: bool = False) -> None:
-        """Count a block as finished, and let go of what is not needed any more.
-
-        The block has been kept, and so have the hidden states that it puts out.
+        The hidden states at the output of the block have to be in the journal already.
 
         Args:
-            index: of the block.
-            end: whether it is the last of its stack, so that what it puts out is needed on.
+            index: number of the block, counted through all stacks.
+            name: name of the block in the model.
+            tensors: tensors of the block, by name within it.
+            reports: reports of its layers.
+            ends_stack: whether it is the last of its stack, so that later stacks need its output.
         """
-        ends = self._progress["ends"] + [index + 1] * end
+        # no block is counted before all processes have their part of its output in files
+        barrier()
+        if rank_and_size()[0] == 0:
+            facts = {
+                "identity": self._identity,
+                "name": name,
+                "reports": [dataclasses.asdict(report) for report in reports],
+            }
+            write_state(self._block_file(index), tensors, facts)
+        ends = self._progress["ends"] + [index + 1] * ends_stack
         self._progress = {"blocks": index + 1, "ends": ends}
         if rank_and_size()[0] == 0:
             write_json(self.folder / _PROGRESS, self._progress)
@@ -313,17 +336,18 @@ class Journal:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def _clear(self) -> None:
-        """Remove layers of finished blocks, hidden states of other blocks, and what a crash left.
+        """Delete layers of finished blocks, hidden states of past blocks, and incomplete files.
 
-        Nothing of it is read by a process that has got here.
+        After the first `barrier` no process reads any of them.
         """
         barrier()
         if rank_and_size()[0] == 0:
             outdated = [*self.folder.glob("*.tmp*")]
             for file in self.folder.glob("states-*"):
                 _, stream, block, *_ = file.stem.split("-")
-                end = int(block) in self._progress["ends"] and stream in ("working", "original")
-                if not end and int(block) != self.blocks:
+                # the output of a stack is an input of the stacks behind it
+                is_output = int(block) in self._progress["ends"] and stream in _MODEL_STREAMS
+                if not is_output and int(block) != self.blocks:
                     outdated.append(file)
             if self.blocks:
                 reports = self.block(self.blocks - 1).reports
@@ -331,3 +355,7 @@ class Journal:
             for file in outdated:
                 file.unlink(missing_ok=True)
         barrier()
+
+
+def _advice(folder: Path) -> str:
+    return f"Delete the folder {folder} to start the run from the beginning."

@@ -3,6 +3,8 @@
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from watersic_hf.core import (
     Moments,
     column_deviations,
     column_profile,
+    quantize_tall,
     quantize_weight,
     to_smallest_dtype,
 )
@@ -24,17 +27,111 @@ from watersic_hf.quantization.budget import Budget, row_importance, sensitive_ta
 from watersic_hf.quantization.journal import Journal
 from watersic_hf.streams.processes import gather, rank_and_size, shard
 
+LayerMoments = Moments | Callable[[str], Moments] | None
+"""Moments of the input of layers; or a function that returns those of one layer by its name; or
+None if the layers are finished, so that none are needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTask:
+    """A layer to quantize, and what its bits are spent by."""
+
+    name: str
+    """Full name of the layer."""
+    weight_AN: Tensor
+    """Dense weight."""
+    moments: Moments
+    """Second moments of its input."""
+    bits: float
+    """Bits per weight to spend."""
+    row_importance_A: Tensor | None = None
+    """Weight of the squared error of every row; None if all rows count the same."""
+    is_vocabulary: bool = False
+    """Whether this is a vocabulary matrix, whose float64 copies would not fit in memory."""
+
+
+class QuantizedLayer(NamedTuple):
+    """A quantized layer."""
+
+    packed: PackedLayer
+    """Its stored tensors."""
+    codes_AN: Tensor
+    """The codes that the payload decodes to."""
+    report: LayerReport
+    """Its report."""
+
+
+@torch.no_grad()
+def quantize_and_pack(
+    task: LayerTask,
+    *,
+    settings: LayerSettings,
+    seed: int,
+    pack: Callable[..., PackedLayer] = pack_layer,
+) -> QuantizedLayer:
+    """Quantize the weight of a layer, pack it, and report on it.
+
+    Args:
+        task: the layer.
+        settings: settings of the method.
+        seed: seed of the run.  Together with the name of the layer it seeds the generator that
+            draws the rows of the search, so that the result does not depend on the other layers.
+        pack: packs codes and scales: `pack_layer`, or `pack_table` for an embedding.
+
+    Raises:
+        CalibrationError: the weight or the moments cannot be used; the message names the layer.
+    """
+    start = time.perf_counter()
+    name, weight_AN, moments = task.name, task.weight_AN, task.moments
+    rows, columns = weight_AN.shape
+    quantize = quantize_tall if task.is_vocabulary else quantize_weight
+    quantized = quantize(
+        weight_AN,
+        moments,
+        bits=task.bits,
+        charge=layer_charge,
+        row_importance_A=task.row_importance_A,
+        settings=settings,
+        generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed),
+        block_step=block_step(weight_AN.device),
+        name=name,
+    )
+    packed = pack(quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name)
+    profile = None
+    if not task.is_vocabulary:
+        deviation_N = column_deviations(weight_AN, quantized.row_scale_A, quantized.spacing_N)
+        profile = column_profile(quantized.codes_AN, deviation_N)
+    report = LayerReport(
+        name=name,
+        rows=rows,
+        columns=columns,
+        asked=task.bits,
+        bits=packed.bits_per_weight,
+        error=float(quantized.error),
+        damping=quantized.damping,
+        tokens=moments.tokens if moments.own_tokens is None else moments.own_tokens,
+        pooled=moments.pool_fraction,
+        seconds=time.perf_counter() - start,
+        profile=profile,
+        table=task.is_vocabulary,
+    )
+    return QuantizedLayer(packed, quantized.codes_AN, report)
+
+
+def identity_moments(weight_AN: Tensor) -> Moments:
+    """Return the moments that a weight is quantized with without data: the identity covariance."""
+    return Moments.identity(weight_AN.shape[1], device=weight_AN.device)
+
 
 class LayerQuantizer:
     """Quantizes the layers of one model, one after another, within one budget.
 
     Args:
-        targets: number of weights and bits asked for, by layer.
-        settings: of the method.
-        seed: every layer draws from a generator of its own, seeded by this and by its name, so
-            that the result does not depend on the order of the layers.
-        pinned: layers whose bits are not to be moved to others.
-        journal: where finished layers are kept, and taken from if they are there.
+        targets: number of weights and target in bits per weight, by layer.
+        settings: settings of the method.
+        seed: seed of the run; see `quantize_and_pack`.
+        pinned: layers whose bits are not moved to other layers.
+        journal: stores finished layers, and returns those that it has (default: none).
     """
 
     def __init__(
@@ -56,17 +153,17 @@ class LayerQuantizer:
         self._row_importance: dict[str, Tensor] = {}
         self._start = time.perf_counter()
 
-    def weigh(
+    def use_sensitivities(
         self, sensitivities: Mapping[str, Sensitivity], *, allocate: bool, rows: bool
     ) -> None:
-        """Spend bits where errors matter, from what is known before the first layer.
+        """Spend bits where errors matter; to be called before the first layer.
 
         Args:
-            sensitivities: by layer.
-            allocate: split the bits among the layers by it.
-            rows: give the rows of each layer steps by it.
+            sensitivities: sensitivities by layer.
+            allocate: whether to split the bits among the layers by them.
+            rows: whether to give every row of a layer a step by them.
         """
-        free = {n: s for n, s in sensitivities.items() if n not in self._pinned}
+        free = {name: s for name, s in sensitivities.items() if name not in self._pinned}
         if allocate:
             self.budget = Budget(sensitive_targets(self._targets, free))
         if rows:
@@ -74,117 +171,89 @@ class LayerQuantizer:
                 name: row_importance(sensitivity) for name, sensitivity in sensitivities.items()
             }
 
-    def weights(self, layers: Iterable[str]) -> int:
-        """Number of weights in some layers."""
+    def count_weights(self, layers: Iterable[str]) -> int:
+        """Return the number of weights in some layers."""
         return sum(self._targets[layer][0] for layer in layers)
 
-    def finished(self, name: str) -> bool:
-        """Whether the layer was quantized before, so that no moments are needed."""
+    def is_finished(self, name: str) -> bool:
+        """Whether the journal has the layer, so that no moments are needed."""
         return self.journal is not None and self.journal.has_layer(name)
 
-    def count(self, report: LayerReport) -> None:
-        """Add the report of a layer that is quantized, and take what it cost from the budget."""
+    def record(self, report: LayerReport) -> None:
+        """Add the report of a quantized layer, and charge its bits to the budget."""
         self.budget.spend(report.name, report.bits)
         self.reports.append(report)
 
     def quantize(
-        self,
-        name: str,
-        weight_AN: Tensor,
-        moments: Moments | Callable[[str], Moments] | None,
+        self, name: str, weight_AN: Tensor, moments: LayerMoments
     ) -> tuple[PackedLayer, Tensor]:
-        """Quantize and pack a layer's weight, and add its report.
+        """Quantize and pack the weight of a layer, and record its report.
 
         Args:
-            name: of the layer.
-            weight_AN: its weight.
-            moments: of its input, or what finds them; None for a layer that is finished.
+            name: full name of the layer.
+            weight_AN: dense weight.
+            moments: moments of its input.
 
         Returns:
-            The packed layer, and the codes that it holds.
+            The packed layer, and the codes that its payload decodes to.
 
         Raises:
             CalibrationError: the weight or the moments cannot be used; the message names the layer.
         """
-        packed, codes_AN, report = self._work(name, weight_AN, moments, self.budget.ask(name))
-        self.count(report)
-        return packed, codes_AN
+        layer = self._quantize_or_load(name, weight_AN, moments, self.budget.bits_for(name))
+        self.record(layer.report)
+        return layer.packed, layer.codes_AN
 
     def quantize_group(
-        self,
-        weights: Mapping[str, Tensor],
-        moments: Moments | Callable[[str], Moments] | None,
+        self, weights: Mapping[str, Tensor], moments: LayerMoments
     ) -> Iterator[tuple[str, PackedLayer, Tensor]]:
-        """Quantize layers with one input, where there are several processes each its share.
+        """Quantize the layers of a group; with several processes, each quantizes some of them.
 
         Args:
-            weights: by name of the layer.
-            moments: of their input; None if all of them are finished.  Layers that have an input
-                each, as experts do, have a function that finds the moments of one.
+            weights: dense weights by full name of the layer.
+            moments: moments of the input that they share; for layers with separate inputs, as
+                experts are, the function that returns those of one layer.
 
-        Returns:
-            What `quantize` returns for each, with its name.
+        Yields:
+            The name of each layer, and what `quantize` returns for it.
         """
         if rank_and_size()[1] == 1:
             for name, weight_AN in weights.items():
                 yield name, *self.quantize(name, weight_AN, moments)
             return
-        # all at once: what one leaves over is for the groups to come
-        asked = {name: self.budget.ask(name) for name in weights}
+        # processes work at the same time, so what one layer saves goes to later groups only
+        bits = {name: self.budget.bits_for(name) for name in weights}
         done = {}
         for name in shard(list(weights)):
-            packed, _, report = self._work(name, weights[name], moments, asked[name])
-            done[name] = packed, report
-        found = {name: result for part in gather(done) for name, result in part.items()}
+            layer = self._quantize_or_load(name, weights[name], moments, bits[name])
+            done[name] = layer.packed, layer.report
+        gathered = {name: result for part in gather(done) for name, result in part.items()}
         for name in weights:
-            packed, report = found[name]
-            self.count(report)
+            packed, report = gathered[name]
+            self.record(report)
             yield name, packed, to_smallest_dtype(decode(packed.weight))
 
     @torch.no_grad()
-    def _work(
-        self,
-        name: str,
-        weight_AN: Tensor,
-        moments: Moments | Callable[[str], Moments] | None,
-        asked: float,
-    ) -> tuple[PackedLayer, Tensor, LayerReport]:
-        """Packed layer, codes and report of a layer, from the journal if it has them."""
-        if self.finished(name):
+    def _quantize_or_load(
+        self, name: str, weight_AN: Tensor, moments: LayerMoments, bits: float
+    ) -> QuantizedLayer:
+        """Return a layer from the journal if that has it; otherwise quantize and store it."""
+        if self.is_finished(name):
             packed, report = self.journal.layer(name)
             packed.verify(name)
-            return packed, to_smallest_dtype(decode(packed.weight)), report
-        if callable(moments):
-            moments = moments(name)
-        start = time.perf_counter()
-        rows, columns = weight_AN.shape
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
-        quantized = quantize_weight(
-            weight_AN, moments, bits=asked, charge=layer_charge, settings=self.settings,
-            row_importance_A=self._row_importance.get(name), generator=generator,
-            block_step=block_step(weight_AN.device), name=name,
-        )  # fmt: skip
-        packed = pack_layer(
-            quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name
-        )
-        deviation_N = column_deviations(weight_AN, quantized.row_scale_A, quantized.spacing_N)
-        report = LayerReport(
+            return QuantizedLayer(packed, to_smallest_dtype(decode(packed.weight)), report)
+        task = LayerTask(
             name=name,
-            rows=rows,
-            columns=columns,
-            asked=asked,
-            bits=packed.bits_per_weight,
-            error=float(quantized.error),
-            damping=quantized.damping,
-            tokens=moments.tokens if moments.own_tokens is None else moments.own_tokens,
-            pooled=moments.pool_fraction,
-            seconds=time.perf_counter() - start,
-            profile=column_profile(quantized.codes_AN, deviation_N),
+            weight_AN=weight_AN,
+            moments=moments(name) if callable(moments) else moments,
+            bits=bits,
+            row_importance_A=self._row_importance.get(name),
         )
+        layer = quantize_and_pack(task, settings=self.settings, seed=self.seed)
         if self.journal is not None:
-            self.journal.put_layer(packed, report)
-        return packed, quantized.codes_AN, report
+            self.journal.put_layer(layer.packed, layer.report)
+        return layer
 
     def run_report(self) -> RunReport:
-        """The report of the run, which ends now."""
+        """Return the report of the run, which ends now."""
         return describe_run(time.perf_counter() - self._start)

@@ -1,42 +1,47 @@
-"""How the statistics behind a quantized model are taken and used."""
+"""Settings of the calibration: which statistics are collected, and how they are used."""
 
 from dataclasses import dataclass
 
-#: Ways to split the bits among the layers.
+#: Ways to allocate bits to layers.
 ALLOCATIONS = ("sensitivity", "uniform")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
-    """The parts of the method that look beyond one layer; each can be switched off.
+    """Settings of the parts of the method that look beyond one layer; each can be switched off.
 
     Raises:
         ValueError: a value is out of range.
     """
 
     allocation: str = "sensitivity"
-    """``sensitivity`` gives layers bits by what their errors do to the model's predictions,
-    ``uniform`` gives all layers the same."""
+    """How bits are allocated to layers: ``sensitivity`` gives more bits to layers whose errors have
+    a larger effect on the predictions of the model, ``uniform`` gives all layers the same bits."""
 
     row_importance: bool = True
-    """Give every row of a weight a step by what its errors do to the model's predictions."""
+    """Whether every row of a weight gets a quantization step by how much its errors affect the
+    predictions of the model."""
 
     drift: float = 0.5
-    """Share of the drift of a layer's input, against that in the original model, that the layer
-    makes up for (paper, section on drift correction).  The correction is a regression on the
-    calibration tokens, and the whole of it is worse than none when they are few."""
+    """Strength of the activation-drift correction, from 0 (off) to 1: the fraction of the drift of
+    its input, relative to the original model, that a layer compensates for (paper, section on drift
+    correction).  The correction is a regression on the calibration tokens; with few tokens, full
+    strength is worse than none."""
 
     residual: bool = True
-    """Layers that write to the residual stream also make up for its error, by the same share."""
+    """Whether layers that write to the residual stream also compensate for the error of the stream,
+    with the strength ``drift``."""
 
     attention: float = 0.0
-    """Share of the statistics of q, k and v that weighs tokens by the attention they receive."""
+    """Fraction of the statistics of q, k and v that weights tokens by the attention they receive,
+    from 0 to 1."""
 
     mixing: bool = False
-    """Search both shares for q, k and v in every block, by the error of the attention's output."""
+    """Whether to search both fractions for q, k and v in every block, by the error of the output of
+    the attention, instead of using the values of ``drift`` and ``attention``."""
 
     sensitivity_tokens: int = 8192
-    """Calibration tokens that the sensitivities are measured on."""
+    """Number of calibration tokens on which the sensitivities are measured."""
 
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
@@ -52,10 +57,10 @@ class CalibrationSettings:
 
     @property
     def two_streams(self) -> bool:
-        """Whether the original model has to run beside the one that is being quantized."""
+        """Whether the original model has to run next to the one that is being quantized."""
         return self.drift != 0 or self.attention > 0 or self.mixing
 
     @property
     def sensitivity(self) -> bool:
-        """Whether sensitivities are needed."""
+        """Whether the sensitivities of layers have to be measured."""
         return self.allocation == "sensitivity" or self.row_importance
