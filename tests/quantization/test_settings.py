@@ -14,5 +14,5 @@ from watersic_hf.quantization import CalibrationSettings
         ({"drift": 0.0, "mixing": True}, True),
     ],
 )
-def test_the_original_model_runs_only_where_something_needs_it(changes, two):
+def test_the_original_model_runs_only_if_a_setting_needs_it(changes, two):
     assert CalibrationSettings(**changes).two_streams == two
