@@ -47,8 +47,15 @@ def test_set_changes_any_other_setting(llama_folder, tmp_path, capsys):
 
 
 def test_quantize_keeps_the_architecture_of_the_checkpoint(tokenizer, tmp_path, capsys):
-    config = T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
-                      decoder_start_token_id=0)  # fmt: skip
+    config = T5Config(
+        vocab_size=320,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     options = ("--bits=6", "--samples=4", "--sequence-length=32")
@@ -145,8 +152,19 @@ def test_verify_counts_what_it_checked(quantized, capsys):
 
 
 def test_eval_compares_with_the_original(quantized, llama_folder, capsys):
-    status = run("eval", quantized, "--against", llama_folder, "--windows", 2,
-                 "--sequence-length", 64, "--prompt", "def f", "--json")  # fmt: skip
+    status = run(
+        "eval",
+        quantized,
+        "--against",
+        llama_folder,
+        "--windows",
+        2,
+        "--sequence-length",
+        64,
+        "--prompt",
+        "def f",
+        "--json",
+    )
 
     found = json.loads(capsys.readouterr().out)
     assert status == 0
@@ -164,8 +182,9 @@ def test_eval_prints_a_table(quantized, capsys):
 
 
 def test_eval_prints_tasks_of_both_models(quantized, llama_folder, write_task, capsys):
-    documents = [{"question": f"Item {n} is", "choices": ["a", "b"], "answer": n % 2}
-                 for n in range(8)]  # fmt: skip
+    documents = [
+        {"question": f"Item {n} is", "choices": ["a", "b"], "answer": n % 2} for n in range(8)
+    ]
     task = write_task("quiz", documents)
     options = ("--windows", 1, "--sequence-length", 64, "--limit", 6, "--against", llama_folder)
 
@@ -189,9 +208,24 @@ def test_finetune_keeps_the_size_and_resumes(
     quantized, llama_folder, spoil_scales, tmp_path, capsys
 ):
     spoil_scales(AutoModelForCausalLM.from_pretrained(quantized)).save_pretrained(tmp_path / "q")
-    options = ("--teacher", llama_folder, "--tokenizer", llama_folder, "--samples", 8,
-               "--sequence-length", 32, "--epochs", 1, "--batch-size", 2, "--learning-rate", 1e-2,
-               "--resume", tmp_path / "state")  # fmt: skip
+    options = (
+        "--teacher",
+        llama_folder,
+        "--tokenizer",
+        llama_folder,
+        "--samples",
+        8,
+        "--sequence-length",
+        32,
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        "--learning-rate",
+        1e-2,
+        "--resume",
+        tmp_path / "state",
+    )
     assert run("finetune", tmp_path / "q", tmp_path / "a", *options, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert run("finetune", tmp_path / "q", tmp_path / "b", *options) == 0
@@ -297,21 +331,64 @@ def test_commands_and_options(capsys):
 
     common = ["--debug", "--help", "--json"]
     assert options == {
-        "quantize": sorted([*common, "--bits", "--dataset", "--tokenizer", "--samples",
-                            "--sequence-length", "--batch-size", "--layer-bits", "--skip",
-                            "--set", "--seed", "--dtype", "--device-map", "--max-shard-size",
-                            "--dry-run", "--processes"]),
-        "finetune": sorted([*common, "--teacher", "--dataset", "--tokenizer", "--samples",
-                            "--sequence-length", "--epochs", "--learning-rate", "--batch-size",
-                            "--seed", "--resume", "--dtype", "--device-map"]),
-        "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
-                        "--tasks", "--few-shot", "--limit", "--batch-size", "--dtype",
-                        "--device-map", "--prompt"]),
+        "quantize": sorted(
+            [
+                *common,
+                "--bits",
+                "--dataset",
+                "--tokenizer",
+                "--samples",
+                "--sequence-length",
+                "--batch-size",
+                "--layer-bits",
+                "--skip",
+                "--set",
+                "--seed",
+                "--dtype",
+                "--device-map",
+                "--max-shard-size",
+                "--dry-run",
+                "--processes",
+            ]
+        ),
+        "finetune": sorted(
+            [
+                *common,
+                "--teacher",
+                "--dataset",
+                "--tokenizer",
+                "--samples",
+                "--sequence-length",
+                "--epochs",
+                "--learning-rate",
+                "--batch-size",
+                "--seed",
+                "--resume",
+                "--dtype",
+                "--device-map",
+            ]
+        ),
+        "eval": sorted(
+            [
+                *common,
+                "--against",
+                "--text",
+                "--sequence-length",
+                "--windows",
+                "--tasks",
+                "--few-shot",
+                "--limit",
+                "--batch-size",
+                "--dtype",
+                "--device-map",
+                "--prompt",
+            ]
+        ),
         "inspect": sorted([*common, "--html"]),
         "diff": common,
         "verify": common,
         "demo": sorted([*common, "--bits", "--model", "--out"]),
-    }  # fmt: skip
+    }
 
 
 def test_demo_runs_on_a_given_model(llama_folder, tmp_path, capsys):
