@@ -62,6 +62,8 @@ ALLOWED = {
     # displays what the files of a model say: no tensor, no model
     "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.checkpoint"}, set()),
 }
+# the command line is on top of everything; None: modules that are not packages, as demo.py
+ALLOWED["watersic_hf.cli"] = ({*ALLOWED, None} - {"watersic_kernels"}, {"transformers"})
 
 
 def package_of(module: str) -> str | None:

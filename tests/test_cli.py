@@ -7,7 +7,9 @@ import sys
 import pytest
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from watersic_hf import WaterSICConfig
 from watersic_hf.cli import main
+from watersic_hf.integration.settings import settings_of
 
 
 def run(*arguments):
@@ -23,7 +25,7 @@ def quantized(tmp_path_factory, llama_folder):
     return out
 
 
-def test_quantize_writes_a_folder_that_is_complete(quantized, capsys):
+def test_quantize_writes_weights_config_tokenizer_card_and_page(quantized, capsys):
     names = {f.name for f in quantized.iterdir()}
 
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
@@ -33,7 +35,7 @@ def test_quantize_writes_a_folder_that_is_complete(quantized, capsys):
     assert (quantized / "report.html").read_text("utf-8").count("<svg") == 4
 
 
-def test_any_setting_of_the_method_can_be_set(llama_folder, tmp_path, capsys):
+def test_set_changes_any_other_setting(llama_folder, tmp_path, capsys):
     options = ["--dataset=none", "--set=allocation=uniform", "--set=drift=0", "--set=mixing=true"]
 
     assert run("quantize", llama_folder, tmp_path / "o", *options) == 0
@@ -44,9 +46,16 @@ def test_any_setting_of_the_method_can_be_set(llama_folder, tmp_path, capsys):
     assert saved["mixing"] is True
 
 
-def test_a_model_is_quantized_as_what_it_was_saved_as(tokenizer, tmp_path, capsys):
-    config = T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
-                      decoder_start_token_id=0)  # fmt: skip
+def test_quantize_keeps_the_architecture_of_the_checkpoint(tokenizer, tmp_path, capsys):
+    config = T5Config(
+        vocab_size=320,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     options = ("--bits=6", "--samples=4", "--sequence-length=32")
@@ -63,7 +72,7 @@ def test_a_model_is_quantized_as_what_it_was_saved_as(tokenizer, tmp_path, capsy
     ("text", "message"),
     [("bits=3", "must be NAME=VALUE with a name among"), ("drift=high", "drift is 'high'")],
 )
-def test_a_setting_that_is_none_is_refused(llama_folder, tmp_path, capsys, text, message):
+def test_set_refuses_unknown_names_and_bad_values(llama_folder, tmp_path, capsys, text, message):
     assert run("quantize", llama_folder, tmp_path / "o", "--set", text) == 1
     assert message in capsys.readouterr().err
 
@@ -82,7 +91,7 @@ def test_inspect_prints_a_row_per_layer_and_the_totals(quantized, capsys):
     assert any("embed_tokens.weight" in line and "embedding" in line for line in out.splitlines())
 
 
-def test_inspect_in_json_has_bits_entropies_and_errors(quantized, capsys):
+def test_inspect_json_has_bits_entropies_and_errors(quantized, capsys):
     assert run("inspect", quantized, "--json") == 0
 
     found = json.loads(capsys.readouterr().out)
@@ -93,7 +102,7 @@ def test_inspect_in_json_has_bits_entropies_and_errors(quantized, capsys):
     assert found["totals"]["layers"] == 12
 
 
-def test_inspect_draws_the_page_of_quantize_and_adds_the_entropies(quantized, tmp_path, capsys):
+def test_inspect_html_is_the_page_of_quantize_plus_entropies(quantized, tmp_path, capsys):
     page = tmp_path / "page.html"
 
     assert run("inspect", quantized, "--html", page) == 0
@@ -106,7 +115,7 @@ def test_inspect_draws_the_page_of_quantize_and_adds_the_entropies(quantized, tm
     assert plots[0] == plots[1]
 
 
-def test_inspect_draws_what_there_is_of_a_model_without_a_report(quantized, tmp_path, capsys):
+def test_inspect_html_works_without_a_report(quantized, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(quantized, bare)
     (bare / "watersic_report.jsonl").unlink()
@@ -118,7 +127,7 @@ def test_inspect_draws_what_there_is_of_a_model_without_a_report(quantized, tmp_
     assert 'id="waterfilling"' in page
 
 
-def test_diff_shows_what_two_models_have_in_common(quantized, llama_folder, tmp_path, capsys):
+def test_diff_compares_layers_settings_and_tensors(quantized, llama_folder, tmp_path, capsys):
     options = ("--bits=4", "--samples=4", "--sequence-length=64", "--set=allocation=uniform")
     assert run("quantize", llama_folder, tmp_path / "b", *options, "--skip=k_proj") == 0
     capsys.readouterr()
@@ -143,8 +152,19 @@ def test_verify_counts_what_it_checked(quantized, capsys):
 
 
 def test_eval_compares_with_the_original(quantized, llama_folder, capsys):
-    status = run("eval", quantized, "--against", llama_folder, "--windows", 2,
-                 "--sequence-length", 64, "--prompt", "def f", "--json")  # fmt: skip
+    status = run(
+        "eval",
+        quantized,
+        "--against",
+        llama_folder,
+        "--windows",
+        2,
+        "--sequence-length",
+        64,
+        "--prompt",
+        "def f",
+        "--json",
+    )
 
     found = json.loads(capsys.readouterr().out)
     assert status == 0
@@ -161,9 +181,10 @@ def test_eval_prints_a_table(quantized, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_eval_shows_tasks_of_both_models(quantized, llama_folder, write_task, capsys):
-    documents = [{"question": f"Item {n} is", "choices": ["a", "b"], "answer": n % 2}
-                 for n in range(8)]  # fmt: skip
+def test_eval_prints_tasks_of_both_models(quantized, llama_folder, write_task, capsys):
+    documents = [
+        {"question": f"Item {n} is", "choices": ["a", "b"], "answer": n % 2} for n in range(8)
+    ]
     task = write_task("quiz", documents)
     options = ("--windows", 1, "--sequence-length", 64, "--limit", 6, "--against", llama_folder)
 
@@ -178,18 +199,33 @@ def test_eval_shows_tasks_of_both_models(quantized, llama_folder, write_task, ca
     assert re.split("  +", row) == ["quiz, acc", *cells]
 
 
-def test_eval_refuses_settings_of_tasks_without_tasks(quantized, capsys):
+def test_eval_refuses_task_options_without_tasks(quantized, capsys):
     assert run("eval", quantized, "--few-shot", 2) == 1
-    assert "are for --tasks" in capsys.readouterr().err
+    assert "require --tasks" in capsys.readouterr().err
 
 
-def test_finetune_saves_a_folder_of_the_same_size_and_goes_on_where_it_was(
+def test_finetune_keeps_the_size_and_resumes(
     quantized, llama_folder, spoil_scales, tmp_path, capsys
 ):
     spoil_scales(AutoModelForCausalLM.from_pretrained(quantized)).save_pretrained(tmp_path / "q")
-    options = ("--teacher", llama_folder, "--tokenizer", llama_folder, "--samples", 8,
-               "--sequence-length", 32, "--epochs", 1, "--batch-size", 2, "--learning-rate", 1e-2,
-               "--resume", tmp_path / "state")  # fmt: skip
+    options = (
+        "--teacher",
+        llama_folder,
+        "--tokenizer",
+        llama_folder,
+        "--samples",
+        8,
+        "--sequence-length",
+        32,
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        "--learning-rate",
+        1e-2,
+        "--resume",
+        tmp_path / "state",
+    )
     assert run("finetune", tmp_path / "q", tmp_path / "a", *options, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert run("finetune", tmp_path / "q", tmp_path / "b", *options) == 0
@@ -202,22 +238,22 @@ def test_finetune_saves_a_folder_of_the_same_size_and_goes_on_where_it_was(
     before, first, second = (tmp_path / name / "model.safetensors" for name in ("q", "a", "b"))
     assert first.stat().st_size == before.stat().st_size
     assert first.read_bytes() != before.read_bytes()
-    # the second run found the first one's state
+    # the second run resumed from the state of the first
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_finetune_says_when_it_did_not_help(quantized, llama_folder, tmp_path, capsys):
+def test_finetune_reports_if_no_epoch_helped(quantized, llama_folder, tmp_path, capsys):
     options = ("--samples", 2, "--sequence-length", 16, "--epochs", 1, "--learning-rate", 0.5)
 
     assert run("finetune", quantized, tmp_path / "o", "--teacher", llama_folder, *options) == 0
 
-    assert "no epoch was better, scales as they were" in capsys.readouterr().out
+    assert "no epoch lowered the held-out KL, original scales kept" in capsys.readouterr().out
     assert "finetuned" not in (tmp_path / "o" / "README.md").read_text("utf-8")
     before, after = (folder / "model.safetensors" for folder in (quantized, tmp_path / "o"))
     assert before.read_bytes() == after.read_bytes()
 
 
-def test_finetune_refuses_to_overwrite_and_models_that_are_not_quantized(
+def test_finetune_refuses_to_overwrite_and_needs_a_quantized_model(
     quantized, llama_folder, tmp_path, capsys
 ):
     options = ("--teacher", llama_folder, "--samples", 2, "--sequence-length", 16)
@@ -237,24 +273,45 @@ def test_an_error_is_one_line_without_a_traceback(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "a/b/c", __file__])
-def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name, capsys):
+def test_a_missing_folder_is_not_looked_up_on_the_hub(name, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("inspect", name)
 
     assert f"there is no folder {name}" in capsys.readouterr().err
 
 
-def test_a_text_to_evaluate_on_that_is_not_there_is_named(quantized, capsys):
+def test_eval_names_a_missing_text_file(quantized, capsys):
     assert run("eval", quantized, "--text", "nowhere.txt") == 1
 
     assert "the text file nowhere.txt does not exist" in capsys.readouterr().err
 
 
-def test_debug_shows_the_error_as_it_is(tmp_path):
+def test_debug_raises_the_original_error(tmp_path):
     from watersic_hf import CheckpointError
 
     with pytest.raises(CheckpointError):
         run("verify", tmp_path, "--debug")
+
+
+def test_quantize_options_are_declared_by_the_settings():
+    from watersic_hf.cli.main import build_parser
+    from watersic_hf.cli.quantize import _config
+
+    arguments = build_parser().parse_args(["quantize", "model", "out"])
+
+    assert _config(arguments) == WaterSICConfig(dataset="pydoc")
+
+
+def test_quantize_help_describes_every_setting(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("quantize", "--help")
+
+    text = " ".join(capsys.readouterr().out.split())
+    for name, setting in settings_of(WaterSICConfig).items():
+        assert setting.option is None or setting.summary in text, name
+    assert "drift: strength of activation-drift" in text
+    assert "(default: sensitivity)" in text
+    assert "name on the Hub, or none (default: pydoc)" in text
 
 
 @pytest.mark.parametrize("text", ["v_proj", "v_proj=x"])
@@ -263,10 +320,10 @@ def test_bad_layer_bits_are_explained(llama_folder, tmp_path, capsys, text):
     assert "must be PATTERN=BITS" in capsys.readouterr().err
 
 
-def test_the_commands_and_their_options_are_these(capsys):
-    from watersic_hf.cli import _parser
+def test_commands_and_options(capsys):
+    from watersic_hf.cli.main import build_parser
 
-    (commands,) = (a for a in _parser()._actions if a.choices)
+    (commands,) = (a for a in build_parser()._actions if a.choices)
     options = {
         name: sorted(o for a in parser._actions for o in a.option_strings if o.startswith("--"))
         for name, parser in commands.choices.items()
@@ -274,24 +331,67 @@ def test_the_commands_and_their_options_are_these(capsys):
 
     common = ["--debug", "--help", "--json"]
     assert options == {
-        "quantize": sorted([*common, "--bits", "--dataset", "--tokenizer", "--samples",
-                            "--sequence-length", "--batch-size", "--layer-bits", "--skip",
-                            "--set", "--seed", "--dtype", "--device-map", "--max-shard-size",
-                            "--dry-run", "--processes"]),
-        "finetune": sorted([*common, "--teacher", "--dataset", "--tokenizer", "--samples",
-                            "--sequence-length", "--epochs", "--learning-rate", "--batch-size",
-                            "--seed", "--resume", "--dtype", "--device-map"]),
-        "eval": sorted([*common, "--against", "--text", "--sequence-length", "--windows",
-                        "--tasks", "--few-shot", "--limit", "--batch-size", "--dtype",
-                        "--device-map", "--prompt"]),
+        "quantize": sorted(
+            [
+                *common,
+                "--bits",
+                "--dataset",
+                "--tokenizer",
+                "--samples",
+                "--sequence-length",
+                "--batch-size",
+                "--layer-bits",
+                "--skip",
+                "--set",
+                "--seed",
+                "--dtype",
+                "--device-map",
+                "--max-shard-size",
+                "--dry-run",
+                "--processes",
+            ]
+        ),
+        "finetune": sorted(
+            [
+                *common,
+                "--teacher",
+                "--dataset",
+                "--tokenizer",
+                "--samples",
+                "--sequence-length",
+                "--epochs",
+                "--learning-rate",
+                "--batch-size",
+                "--seed",
+                "--resume",
+                "--dtype",
+                "--device-map",
+            ]
+        ),
+        "eval": sorted(
+            [
+                *common,
+                "--against",
+                "--text",
+                "--sequence-length",
+                "--windows",
+                "--tasks",
+                "--few-shot",
+                "--limit",
+                "--batch-size",
+                "--dtype",
+                "--device-map",
+                "--prompt",
+            ]
+        ),
         "inspect": sorted([*common, "--html"]),
         "diff": common,
         "verify": common,
         "demo": sorted([*common, "--bits", "--model", "--out"]),
-    }  # fmt: skip
+    }
 
 
-def test_the_demo_runs_on_a_given_model(llama_folder, tmp_path, capsys):
+def test_demo_runs_on_a_given_model(llama_folder, tmp_path, capsys):
     assert (
         run("demo", "--model", llama_folder, "--bits", 4, "--out", tmp_path / "kept", "--json") == 0
     )
@@ -313,7 +413,7 @@ def test_the_module_runs_as_a_program():
     assert "quantize" in done.stdout
 
 
-def test_a_reader_that_has_enough_is_no_error(quantized):
+def test_a_closed_pipe_is_not_an_error(quantized):
     command = [sys.executable, "-m", "watersic_hf.cli", "inspect", str(quantized)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as inspect:
         inspect.stdout.close()

@@ -1,4 +1,4 @@
-"""Synthetic layers and comparisons, shared by tests and benchmarks.
+"""Synthetic layers, codes and comparisons for tests and benchmarks.
 
 Shapes: A = out_features (rows), N = in_features (columns).
 """
@@ -17,18 +17,18 @@ def random_layer(
     input_spread: float = 0.7,
     weight_spread: float = 0.25,
 ) -> tuple[Tensor, Tensor]:
-    """Return a Gaussian weight and the covariance of inputs such as transformers have.
+    """Return a Gaussian weight and an input covariance that resemble those of transformers.
 
-    The inputs are a few shared directions of decaying strength plus independent noise, and columns
-    differ in scale.
+    The inputs are a few shared directions of decaying strength plus independent noise. Their
+    columns differ in scale.
 
     Args:
         rows: A.
         cols: N.
-        seed: everything is drawn from it.
+        seed: seed of the random generator.
         input_spread: standard deviation of the log scale of the input columns.
-        weight_spread: the same for the rows and columns of the weight; 0 makes its entries
-            independent and identically distributed.
+        weight_spread: standard deviation of the log scale of the weight's rows and columns; 0 makes
+            its entries independent and identically distributed.
 
     Returns:
         weight_AN and cov_NN, float64.
@@ -50,7 +50,12 @@ def random_layer(
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float) -> None:
-    """Raise unless the RMS of the difference is within `tolerance` of the RMS of `expected`."""
+    """Check that two tensors agree up to `tolerance`, relative to the RMS of `expected`.
+
+    Raises:
+        AssertionError: the shapes differ, or the RMS of the difference exceeds `tolerance` times
+            the RMS of `expected`.
+    """
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     difference = (actual.double() - expected.double()).square().mean().sqrt()
@@ -62,7 +67,14 @@ def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float) -> None:
 
 
 def uneven_codes(rows: int, columns: int, *, spread: float = 2.0, seed: int = 0) -> Tensor:
-    """Codes whose columns differ in scale, some of them empty, with a few huge ones; int32."""
+    """Return int32 codes whose columns differ in scale; some columns are zero, two codes are huge.
+
+    Args:
+        rows: A.
+        columns: N.
+        spread: standard deviation of the log2 scale of the columns.
+        seed: seed of the random generator.
+    """
     generator = torch.Generator().manual_seed(seed)
     scale_N = torch.exp2(spread * torch.randn(columns, generator=generator))
     found_AN = (torch.randn(rows, columns, generator=generator) * scale_N).round().int()

@@ -1,0 +1,210 @@
+"""``watersic quantize``: quantize a model to a folder, or estimate what that takes."""
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from watersic_hf.checkpoint import average_bits, model_size
+from watersic_hf.cli.options import add_setting, model_name
+from watersic_hf.cli.output import print_json, print_table
+from watersic_hf.integration import WaterSICConfig
+from watersic_hf.integration.settings import SET_OPTION, Setting, settings_of
+
+#: Options that are parsed otherwise than as a plain value.
+_PARSED = {
+    "dataset": {"default": "pydoc"},
+    "tokenizer": {"type": model_name},
+    "layer_bits": {"action": "append", "default": []},
+    "modules_to_not_convert": {"action": "append"},
+}
+
+
+def _settings(*, with_option: bool) -> dict[str, Setting]:
+    """Return the settings with an option of their own, or those of `SET_OPTION`."""
+    return {
+        name: setting
+        for name, setting in settings_of(WaterSICConfig).items()
+        if setting.option is not None and (setting.option != SET_OPTION) == with_option
+    }
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "quantize",
+        parents=[common],
+        help="quantize a model",
+        epilog=_help_of_set(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", type=model_name, help="folder or Hub name of the model")
+    parser.add_argument("out", help="folder to save to")
+    for name in _settings(with_option=True):
+        add_setting(parser, name, **_PARSED.get(name, {}))
+    parser.add_argument(
+        SET_OPTION,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting, with its value in JSON; may be repeated; see below",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="dtype of the layers that are not quantized (default: the checkpoint's)",
+    )
+    parser.add_argument("--device-map", help="device to compute on (default: a GPU if available)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="maximum size of a weight file (default: 5GB)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only estimate memory, disk and time, from the model's config.json",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="number of processes that --dry-run assumes (default: 1)",
+    )
+
+
+def _help_of_set() -> str:
+    entries = (
+        textwrap.fill(
+            f"{name}: {setting.help}", initial_indent=" " * 2, subsequent_indent=" " * 6, width=90
+        )
+        for name, setting in _settings(with_option=False).items()
+    )
+    return f"settings for {SET_OPTION}, as in {SET_OPTION} drift=0:\n" + "\n".join(entries)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Quantize the model, or estimate the run with ``--dry-run``."""
+    from watersic_hf.integration import quantize_to_folder
+    from watersic_hf.report import write_folder_page
+    from watersic_hf.streams.processes import process_group, rank_and_size
+
+    config = _config(arguments)
+    if arguments.dry_run:
+        _estimate(arguments, config)
+        return
+    with process_group():
+        reports = quantize_to_folder(
+            arguments.model,
+            arguments.out,
+            config,
+            dtype=arguments.dtype,
+            device_map=arguments.device_map,
+            max_shard_size=arguments.max_shard_size,
+        )
+        if rank_and_size()[0] > 0:
+            return
+    page = write_folder_page(arguments.out)
+    stored, size = average_bits(reports), model_size(arguments.out)
+    if arguments.json:
+        print_json(
+            {
+                "bits": config.bits,
+                "stored": stored,
+                "model_parameters": size.parameters,
+                "model_bits": size.bits,
+                "layers": [asdict(report) for report in reports],
+            }
+        )
+        return
+    layers = [report for report in reports if not report.table]
+    print(
+        f"{arguments.out}: {len(layers)} layers, {sum(r.weights for r in layers):,} weights, "
+        f"{stored:.4f} stored bits per weight (target: {config.bits:g})"
+    )
+    for matrix in (report for report in reports if report.table):
+        print(
+            f"{matrix.name}: {matrix.weights:,} weights, {matrix.bits:.4f} stored bits per weight "
+            f"(target: {matrix.asked:g})"
+        )
+    print(
+        f"whole model: {size.parameters:,} parameters, {size.bits:.4f} bits per parameter, "
+        f"{size.nbytes:,} bytes; details: {page}"
+    )
+
+
+def _config(arguments: argparse.Namespace) -> WaterSICConfig:
+    settings = {name: getattr(arguments, name) for name in _settings(with_option=True)}
+    settings["layer_bits"] = dict(_pattern_bits(arguments.layer_bits))
+    if arguments.dataset == "none":
+        settings["dataset"] = None
+    return WaterSICConfig(**settings, **dict(_other_settings(arguments.set)))
+
+
+def _pattern_bits(texts: Iterable[str]) -> Iterable[tuple[str, float]]:
+    """Parse the values of ``--layer-bits``."""
+    for text in texts:
+        pattern, equals, bits = text.rpartition("=")
+        try:
+            yield pattern, float(bits)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--layer-bits {text!r} must be PATTERN=BITS, as in down_proj=3.5")
+
+
+def _other_settings(texts: Iterable[str]) -> Iterable[tuple[str, Any]]:
+    """Parse the values of ``--set``; what is not JSON is taken as a string."""
+    names = _settings(with_option=False)
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names:
+            raise ValueError(
+                f"{SET_OPTION} {text!r} must be NAME=VALUE with a name among {', '.join(names)}"
+            )
+        try:
+            yield name, json.loads(value)
+        except json.JSONDecodeError:
+            yield name, value
+
+
+def _estimate(arguments: argparse.Namespace, config: WaterSICConfig) -> None:
+    """Print the memory, disk and time that a run would take."""
+    from watersic_hf.integration.folder import compute_device
+    from watersic_hf.integration.plan import plan
+
+    found = plan(
+        arguments.model,
+        config,
+        dtype=arguments.dtype,
+        processes=arguments.processes,
+        device=compute_device(arguments.device_map),
+    )
+    if arguments.json:
+        print_json(asdict(found))
+        return
+    print(
+        f"{found.model}: {found.layers} layers in {found.blocks} blocks, {found.weights:,} weights "
+        f"at {config.bits:g} bits, {found.tokens:,} calibration tokens, {found.processes} "
+        f"process{'es' if found.processes > 1 else ''}\n"
+    )
+    print_table(
+        ("", "at most"),
+        (
+            *_rows("memory per process, GB", found.memory, 1e9),
+            *_rows("disk, GB", found.disk, 1e9),
+            *_rows("time, hours", found.seconds, 3600),
+        ),
+    )
+    print(
+        f"\nEstimated from rates that were measured on {found.rates.machine}; expect deviations of "
+        f"up to a factor of two."
+    )
+
+
+def _rows(title: str, amounts: Mapping[str, float], unit: float) -> Iterable[tuple[str, str]]:
+    """Yield a row for the sum of all amounts, and one for each."""
+    yield title, f"{sum(amounts.values()) / unit:.2f}"
+    for name, amount in amounts.items():
+        yield f"  {name}", f"{amount / unit:.2f}"
