@@ -657,7 +657,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         for name, head in list(model.named_modules()):
             if isinstance(head, WaterSICTiedHead):
                 dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-                table = next(n for n, module in packed if module is head.table)
+                table = next(n for n, module in packed if module is head.embedding)
                 dense.weight = model.get_submodule(table).weight
                 replace_module(model, name, dense)
         detach_extras(model)

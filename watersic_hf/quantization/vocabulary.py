@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
 from watersic_hf.checkpoint.report import LayerReport
 from watersic_hf.core import LayerSettings, MomentAccumulator, Moments, quantize_tall
-from watersic_hf.nn import block_step, pack_table
+from watersic_hf.nn import block_step, pack_vocabulary_matrix
 from watersic_hf.quantization.pipeline import Ends
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.streams.capture import behind, head_pass
@@ -203,7 +203,7 @@ def quantize_vocabulary(
         block_step=block_step(weight_AN.device),
         generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed),
     )  # fmt: skip
-    pack = pack_table if embedding else pack_layer
+    pack = pack_vocabulary_matrix if embedding else pack_layer
     packed = pack(quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name)
     report = LayerReport(
         name=name, rows=rows, columns=columns, asked=bits, bits=packed.bits_per_weight,
