@@ -60,7 +60,7 @@ def ours(residency: str, coded: TiledCodes, scales: Sequence[Tensor]) -> Callabl
     """The kernel's product, past the operator, which takes the reference on a CPU."""
     from watersic_kernels import packed, prefix
 
-    arguments = (*coded.tensors().values(), *scales)
+    arguments = ([*coded.tensors().values()], *scales)
     if residency == "packed":
         return lambda x_MN: packed.packed_linear(x_MN, *arguments)
     tables_TW = prefix_tables(scales[0].device).entries_TW

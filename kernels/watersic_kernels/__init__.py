@@ -1,6 +1,7 @@
 """Triton kernels of watersic_hf; `watersic_hf.nn.ops` is the only module that imports them.
 
-Nothing here imports watersic_hf: a kernel's reference lives there, and only tests see both sides.
+Nothing here imports watersic_hf.  The reference of each kernel lives there, and the tests compare
+the two.
 """
 
 if __name__ != "watersic_kernels":

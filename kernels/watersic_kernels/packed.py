@@ -1,12 +1,14 @@
-"""Products with weights whose codes lie in tiles of fixed width.
+"""Products with weights whose codes are stored in tiles of fixed width.
 
 Shapes: M = tokens, A = out_features (rows), N = in_features (columns), and those of the layout,
         which `watersic_hf.nn.packing.PackedCodes` defines: B = bands of rows, T = tiles of a band,
-        R, C = rows and columns of all tiles, G = words, O = entries for outliers, S = splits of
-        the columns.
+        R, C = rows and columns of all tiles, G = words, O = outlier entries, S = splits of the
+        columns.
 
-Whatever the tensors of the layout hold, nothing outside of them is read.
+The kernels read nothing outside the tensors of the layout, whatever these tensors contain.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -24,77 +26,77 @@ from watersic_kernels.product import (
     through_scratch,
 )
 
-#: Most tokens for which the weight is decoded tile by tile in front of a matrix product; with more,
-#: it is decoded once into scratch memory.
+#: Largest number of tokens for which the weight is decoded tile by tile inside a matrix product;
+#: for more tokens it is decoded once, into scratch memory.
 GEMM_TOKENS = 64
 
-#: The bits of a float32's exponent.
+#: The exponent bits of a float32.
 EXPONENTS = 0xFF << 23
 
-#: Programs that keep a GPU busy; the columns are split until there are so many.
+#: Number of programs that keeps a GPU busy; the columns are split until there are as many.
 PROGRAMS = 4096
 
 
 def packed_linear(
-    x_MN: Tensor,
-    words_G: Tensor,
-    tiles_BT: Tensor,
-    row_order_R: Tensor,
-    column_order_C: Tensor,
-    outliers_O: Tensor,
-    outlier_start_R: Tensor,
-    row_scale_A: Tensor,
-    col_scale_N: Tensor,
+    x_MN: Tensor, layout: Sequence[Tensor], row_scale_A: Tensor, col_scale_N: Tensor
 ) -> Tensor:
     """Return ``x @ W.T``, M x A, in the dtype of x.
 
-    Up to `GEMV_TOKENS` tokens, products and sums are float32; with more, codes and the folded x are
-    rounded to bfloat16 for a bfloat16 x, and to TF32 for a float16 x.  Sums are float32 and always
-    in the same order.  Reference: `watersic_hf.nn.ops.packed_linear`.
+    Up to `GEMV_TOKENS` tokens, products and sums are float32.  For more tokens, codes and the
+    folded x are rounded to bfloat16 if x is bfloat16; up to `GEMM_TOKENS` tokens, they are rounded
+    to TF32 if x is float16.  Sums are float32 and always in the same order.  Reference:
+    `watersic_hf.nn.ops.coded_linear`.
+
+    Args:
+        x_MN: input, of a floating-point dtype, any strides.
+        layout: the tensors of `watersic_hf.nn.packing.PackedCodes`, in the order of its fields.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
     """
     M, A = len(x_MN), len(row_scale_A)
     y_MA = x_MN.new_empty(M, A)
     if y_MA.numel() == 0:
         return y_MA
+    words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R = layout
     bands, tiles = tiles_BT.shape
     rows = len(row_order_R)
-    band: dict[str, int] = {"BAND": rows // bands}
-    layout = (words_G, tiles_BT, outliers_O, outlier_start_R)
-    slots = len(words_G) // (rows // bands)
+    band = rows // bands
+    slots = len(words_G) // band
+    tensors = (words_G, tiles_BT, outliers_O, outlier_start_R)
     sizes = (tiles, slots, len(outliers_O))
+    dtype = scratch_dtype(x_MN.dtype)
     if M <= GEMV_TOKENS:
         tokens = triton.next_power_of_2(M)
         folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
-        share = triton.cdiv(tiles, max(1, PROGRAMS // bands))
-        # the last split is the outliers'
-        splits = triton.cdiv(tiles, share) + 1
+        tiles_per_split = triton.cdiv(tiles, max(1, PROGRAMS // bands))
+        # the last split adds the outliers
+        splits = triton.cdiv(tiles, tiles_per_split) + 1
         sums_SMR = x_MN.new_empty(splits, tokens, rows, dtype=torch.float32)
+        arguments = (folded_CM, *tensors, sums_SMR, *sizes, tiles_per_split, EXPONENTS)
         _gemv_kernel[(bands, splits)](
-            folded_CM, *layout, sums_SMR, *sizes, share, EXPONENTS, TOKENS=tokens, **band,
-            num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
+            *arguments, TOKENS=tokens, BAND=band, num_warps=1, enable_fp_fusion=True
+        )
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
     elif M <= GEMM_TOKENS:
         block = 16 if M <= 16 else 32
         tokens = triton.cdiv(M, block) * block
-        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, scratch_dtype(x_MN.dtype))
+        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype)
         sums_SMR = x_MN.new_empty(1, tokens, rows, dtype=torch.float32)
+        arguments = (folded_CM, *tensors, sums_SMR, *sizes, tokens)
+        precision = "tf32" if x_MN.dtype == torch.float16 else "ieee"
         _gemm_kernel[(bands, tokens // block)](
-            folded_CM, *layout, sums_SMR, *sizes, tokens, **band, BLOCK_M=block,
-            PRECISION="tf32" if x_MN.dtype == torch.float16 else "ieee",
-        )  # fmt: skip
+            *arguments, BLOCK_M=block, BAND=band, PRECISION=precision
+        )
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
     else:
 
         def decode(start: int, count: int) -> Tensor:
-            codes_RC = x_MN.new_empty(
-                count * band["BAND"], tiles * TILE, dtype=scratch_dtype(x_MN.dtype)
+            codes_RC = x_MN.new_empty(count * band, tiles * TILE, dtype=dtype)
+            _decode_kernel[(count, tiles)](
+                words_G, tiles_BT, codes_RC, start, tiles, slots, BAND=band
             )
-            _decode_kernel[(count, tiles)](words_G, tiles_BT, codes_RC, start, tiles, slots, **band)
-            _decode_outliers_kernel[(count,)](
-                outliers_O, outlier_start_R, codes_RC, start, tiles * TILE, len(outliers_O),
-                **band, num_warps=1,
-            )  # fmt: skip
+            arguments = (outliers_O, outlier_start_R, codes_RC, start, tiles * TILE)
+            _decode_outliers_kernel[(count,)](*arguments, len(outliers_O), BAND=band, num_warps=1)
             return codes_RC.T
 
         through_scratch(
@@ -105,10 +107,21 @@ def packed_linear(
 
 @triton.jit
 def _gemv_kernel(
-    folded_CM, words_G, tiles_BT, outliers_O, outlier_start_R, sums_SMR, tiles, slots, entries,
-    share, exponents, TOKENS: tl.constexpr, BAND: tl.constexpr,
-):  # fmt: skip
-    # a lane has rows of its own; the columns go by in lockstep
+    folded_CM,
+    words_G,
+    tiles_BT,
+    outliers_O,
+    outlier_start_R,
+    sums_SMR,
+    tiles,
+    slots,
+    entries,
+    tiles_per_split,
+    exponents,
+    TOKENS: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    # each lane has rows of its own; all lanes advance through the columns in lockstep
     b = tl.program_id(0)
     s = tl.program_id(1)
     r = tl.arange(0, BAND)
@@ -120,8 +133,8 @@ def _gemv_kernel(
         columns = tiles * 32
         sums = _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, TOKENS, columns, entries)
     else:
-        for t in range(s * share, tl.minimum((s + 1) * share, tiles)):
-            first, width = _place(tiles_BT + b * tiles + t, slots)
+        for t in range(s * tiles_per_split, tl.minimum((s + 1) * tiles_per_split, tiles)):
+            first, width = _locate(tiles_BT + b * tiles + t, slots)
             words = words_G + first.to(tl.int64) * BAND + r[None, :]
             x = folded_CM + t * (32 * TOKENS)
             for WIDTH in tl.static_range(1, 9):
@@ -133,13 +146,13 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _place(tile, slots):
-    # where the words of a tile begin, in bands of words, and its width; 0 if they are not there
+def _locate(tile, slots):
+    # position of a tile's words, in units of `BAND` words, and its width; 0, 0 if out of bounds
     tile = tl.load(tile)
     first = tile >> 4
     width = tile & 15
-    there = (first >= 0) & (width <= 8) & (first <= slots - width)
-    return tl.where(there, first, 0), tl.where(there, width, 0)
+    inside = (first >= 0) & (width <= 8) & (first <= slots - width)
+    return tl.where(inside, first, 0), tl.where(inside, width, 0)
 
 
 @triton.jit
@@ -147,9 +160,9 @@ def _add_tile(
     sums, x, words, exponents, WIDTH: tl.constexpr, BAND: tl.constexpr, TOKENS: tl.constexpr
 ):
     # sums[m, r] += code[r, j] * x[j, m].  A code u at bit s <= 23 - WIDTH of a word becomes a float
-    # without a shift and a conversion: below the exponent of 2^(23-s) it is the float 2^(23-s) + u.
-    # `exponents` has ones in all bits of the exponent; that they are not known to the compiler
-    # keeps it from setting them code by code
+    # without a shift or a conversion: with the exponent of 2^(23-s) above it, it is the float
+    # 2^(23-s) + u.  `exponents` has all exponent bits set; as the compiler does not know its value,
+    # it sets the exponent once per word and not once per code
     MASK: tl.constexpr = (1 << WIDTH) - 1
     HALF: tl.constexpr = (1 << WIDTH) // 2
     before = tl.zeros((1, BAND), tl.uint32)
@@ -160,7 +173,7 @@ def _add_tile(
         for j in tl.static_range(32):
             if j * WIDTH + WIDTH > 32 * k and j * WIDTH + WIDTH <= 32 * k + 32:
                 if j * WIDTH < 32 * k:
-                    # begins in the word before
+                    # the code begins in the previous word
                     both = (before >> (32 + j * WIDTH - 32 * k)) | (word << (32 * k - j * WIDTH))
                     code = _float(both | exponents, 0, MASK, HALF)
                 elif j * WIDTH - 32 * k + WIDTH <= 23:
@@ -184,16 +197,27 @@ def _float(word, START: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _gemm_kernel(
-    folded_CM, words_G, tiles_BT, outliers_O, outlier_start_R, sums_MR, tiles, slots, entries,
-    tokens, BLOCK_M: tl.constexpr, BAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    folded_CM,
+    words_G,
+    tiles_BT,
+    outliers_O,
+    outlier_start_R,
+    sums_MR,
+    tiles,
+    slots,
+    entries,
+    tokens,
+    BLOCK_M: tl.constexpr,
+    BAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     b = tl.program_id(0)
     r = tl.arange(0, BAND)
     j = tl.arange(0, 32)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     sums = tl.zeros((BAND, BLOCK_M), tl.float32)
     for t in range(tiles):
-        first, width = _place(tiles_BT + b * tiles + t, slots)
+        first, width = _locate(tiles_BT + b * tiles + t, slots)
         words = words_G + first.to(tl.int64) * BAND
         code = _tile(words + r[:, None], j[None, :], width, BAND)
         x = tl.load(folded_CM + (t * 32 + j)[:, None].to(tl.int64) * tokens + m[None, :])
@@ -208,7 +232,7 @@ def _gemm_kernel(
 
 @triton.jit
 def _tile(words, j, width, BAND: tl.constexpr):
-    # the codes of a tile, whatever its width, as floats
+    # the codes of a tile of any width, as floats
     bit = j * width
     k = bit >> 5
     shift = (bit & 31).to(tl.uint32)
@@ -227,7 +251,7 @@ def _decode_kernel(words_G, tiles_BT, codes_RC, start, tiles, slots, BAND: tl.co
     t = tl.program_id(1)
     r = tl.arange(0, BAND)[:, None]
     j = tl.arange(0, 32)[None, :]
-    first, width = _place(tiles_BT + (start + b) * tiles + t, slots)
+    first, width = _locate(tiles_BT + (start + b) * tiles + t, slots)
     code = _tile(words_G + first.to(tl.int64) * BAND + r, j, width, BAND)
     out = codes_RC + (b * BAND + r).to(tl.int64) * (tiles * 32) + t * 32 + j
     tl.store(out, code.to(codes_RC.dtype.element_ty))

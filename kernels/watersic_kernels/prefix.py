@@ -3,13 +3,15 @@
 Shapes: M = tokens, A = out_features (rows), N = in_features (columns), and those of the layout,
         which `watersic_hf.nn.prefix.PrefixCodes` defines: B = bands of rows, S = segments of a
         band, T = tiles of a band, R, C = rows and columns of all tiles, r = rows of a band,
-        G = words, O = entries for outliers; TW = the entries of the symbol tables.
+        G = words, O = outlier entries; TW = the entries of the symbol tables.
 
-A lane has a stream of its own, of a row of a segment, and all lanes of a band go through the
-columns in lockstep, two codes a look-up.  Whatever the streams hold, a lane reads words of the
-layer only: it cannot get further in a tile than `PADDING` words, and before every tile it is put
-back if there are fewer ahead.
+Each lane decodes the stream of one row of a segment, and all lanes of a band advance through the
+columns in lockstep, two codes per look-up.  Whatever the streams contain, a lane reads only words
+of the layer: within a tile it advances by at most `PADDING` words, and before every tile it is set
+back if fewer than that are ahead.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,25 +29,16 @@ from watersic_kernels.product import (
     through_scratch,
 )
 
-#: Words behind the last stream.
+#: Words after the last stream.
 PADDING = 18
 
-#: Most bits of all streams of a block that are behind each other.
+#: Upper bound on the bits of all streams of a block together.
 BLOCK_BITS = tl.constexpr(1 << 30)
 
 
 def prefix_linear(
     x_MN: Tensor,
-    words_G: Tensor,
-    first_BS: Tensor,
-    shortest_BS: Tensor,
-    bits_BSr: Tensor,
-    tiles_BT: Tensor,
-    row_order_R: Tensor,
-    column_order_C: Tensor,
-    outliers_O: Tensor,
-    outlier_first_B: Tensor,
-    outlier_count_R: Tensor,
+    layout: Sequence[Tensor],
     row_scale_A: Tensor,
     col_scale_N: Tensor,
     *,
@@ -53,13 +46,22 @@ def prefix_linear(
 ) -> Tensor:
     """Return ``x @ W.T``, M x A, in the dtype of x.
 
-    Up to `GEMV_TOKENS` tokens, products and sums are float32, and always in the same order; with
-    more, codes and the folded x are rounded to bfloat16 for a bfloat16 x, and the codes are decoded
-    into scratch memory.  Reference: `watersic_hf.nn.ops.coded_linear`.
+    Up to `GEMV_TOKENS` tokens, products and sums are float32 and always in the same order.  For
+    more tokens, the codes are decoded into scratch memory, and codes and the folded x are rounded
+    to bfloat16 if x is bfloat16.  Reference: `watersic_hf.nn.ops.coded_linear`.
+
+    Args:
+        x_MN: input, of a floating-point dtype, any strides.
+        layout: the tensors of `watersic_hf.nn.prefix.PrefixCodes`, in the order of its fields.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
+        tables_TW: entries of the symbol tables, of `watersic_hf.nn.prefix_tables.PrefixTables`.
 
     Raises:
-        ValueError: the tables or the words are not such as the kernel reads.
+        ValueError: the tables are not aligned, or the words lack their padding.
     """
+    *streams, row_order_R, column_order_C, outliers_O, first_B, count_R = layout
+    words_G, _, _, bits_BSr, tiles_BT = streams
     tables, entries = tables_TW.shape
     if tables_TW.data_ptr() % (4 * entries) or not tables_TW.is_contiguous():
         raise ValueError(
@@ -68,7 +70,8 @@ def prefix_linear(
         )
     if len(words_G) < PADDING:
         raise ValueError(
-            f"prefix_linear: there are {len(words_G)} words, but {PADDING} are padding alone"
+            f"prefix_linear: the layout has {len(words_G)} words, but needs at least {PADDING}, "
+            f"which are padding"
         )
     M, A = len(x_MN), len(row_scale_A)
     y_MA = x_MN.new_empty(M, A)
@@ -76,28 +79,27 @@ def prefix_linear(
         return y_MA
     bands, segments, band = bits_BSr.shape
     tiles = tiles_BT.shape[1]
-    streams = (words_G, first_BS, shortest_BS, bits_BSr)
-    outliers = (outliers_O, outlier_first_B, outlier_count_R)
-    share = triton.cdiv(tiles, segments)
-    sizes = (tiles, share, len(words_G), tables - 1)
-    constants: dict[str, int] = {"BAND": band, "WINDOW": entries.bit_length() - 1}
+    outliers = (outliers_O, first_B, count_R)
+    sizes = (tiles, triton.cdiv(tiles, segments), len(words_G), tables - 1)
+    window = entries.bit_length() - 1
     if M <= GEMV_TOKENS:
         tokens = triton.next_power_of_2(M)
         folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
-        # the last split is the outliers'
+        # the last split adds the outliers
         sums_SMR = x_MN.new_empty(segments + 1, tokens, bands * band, dtype=torch.float32)
+        arguments = (folded_CM, *streams, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O))
+        constants: dict[str, int] = {"TOKENS": tokens, "BAND": band, "WINDOW": window}
         _gemv_kernel[(bands, segments + 1)](
-            folded_CM, *streams, tiles_BT, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O),
-            TOKENS=tokens, **constants, num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
+            *arguments, **constants, num_warps=1, enable_fp_fusion=True
+        )
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
         return y_MA
 
     def decode(start: int, count: int) -> Tensor:
         codes_CR = x_MN.new_empty(tiles * TILE, count * band, dtype=scratch_dtype(x_MN.dtype))
         _decode_kernel[(count, segments)](
-            *streams, tiles_BT, tables_TW, codes_CR, start, *sizes, **constants, num_warps=1,
-        )  # fmt: skip
+            *streams, tables_TW, codes_CR, start, *sizes, BAND=band, WINDOW=window, num_warps=1
+        )
         _decode_outliers_kernel[(count,)](
             *outliers, codes_CR, start, tiles * TILE, len(outliers_O), BAND=band, num_warps=1
         )
@@ -111,10 +113,26 @@ def prefix_linear(
 
 @triton.jit
 def _gemv_kernel(
-    folded_CM, words_G, first_BS, shortest_BS, bits_BSr, tiles_BT, outliers_O, outlier_first_B,
-    outlier_count_R, tables_TW, sums_SMR, tiles, share, words, last_table, entries,
-    TOKENS: tl.constexpr, BAND: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+    folded_CM,
+    words_G,
+    first_BS,
+    shortest_BS,
+    bits_BSr,
+    tiles_BT,
+    outliers_O,
+    outlier_first_B,
+    outlier_count_R,
+    tables_TW,
+    sums_SMR,
+    tiles,
+    tiles_per_segment,
+    words,
+    last_table,
+    entries,
+    TOKENS: tl.constexpr,
+    BAND: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     b = tl.program_id(0)
     s = tl.program_id(1)
     segments = tl.num_programs(1) - 1
@@ -130,7 +148,7 @@ def _gemv_kernel(
             words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND
         )
         w0, w1, w2 = _ahead(block, at)
-        for t in range(s * share, tl.minimum((s + 1) * share, tiles)):
+        for t in range(s * tiles_per_segment, tl.minimum((s + 1) * tiles_per_segment, tiles)):
             at = tl.minimum(at, limit)
             table, shift = _table(tiles_BT + b * tiles + t, tables_TW, last_table, WINDOW)
             x = folded_CM + t * (32 * TOKENS)
@@ -150,7 +168,7 @@ def _gemv_kernel(
 
 @triton.jit
 def _add_tile(sums, x, table, block, at, w0, w1, w2, WINDOW: tl.constexpr, TOKENS: tl.constexpr):
-    # sums[m, r] += code[r, j] * x[j, m], of codes without low bits, four columns at a time
+    # sums[m, r] += code[r, j] * x[j, m], for codes without low bits, four columns at a time
     for j in tl.static_range(0, 32, 4):
         e0, e1, at, w0, w1, w2 = _two(table, block, at, w0, w1, w2, WINDOW)
         if TOKENS == 1:
@@ -169,19 +187,31 @@ def _add_tile(sums, x, table, block, at, w0, w1, w2, WINDOW: tl.constexpr, TOKEN
 
 @triton.jit
 def _decode_kernel(
-    words_G, first_BS, shortest_BS, bits_BSr, tiles_BT, tables_TW, codes_CR,
-    start, tiles, share, words, last_table, BAND: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+    words_G,
+    first_BS,
+    shortest_BS,
+    bits_BSr,
+    tiles_BT,
+    tables_TW,
+    codes_CR,
+    start,
+    tiles,
+    tiles_per_segment,
+    words,
+    last_table,
+    BAND: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     b = start + tl.program_id(0)
     s = tl.program_id(1)
     rows = tl.num_programs(0) * BAND
     out = codes_CR + tl.program_id(0) * BAND + tl.arange(0, BAND)[None, :]
-    out += (s * share).to(tl.int64) * 32 * rows
+    out += (s * tiles_per_segment).to(tl.int64) * 32 * rows
     block, at, limit = _streams(
         words_G, first_BS, shortest_BS, bits_BSr, b, tl.num_programs(1), s, words, BAND
     )
     w0, w1, w2 = _ahead(block, at)
-    for t in range(s * share, tl.minimum((s + 1) * share, tiles)):
+    for t in range(s * tiles_per_segment, tl.minimum((s + 1) * tiles_per_segment, tiles)):
         at = tl.minimum(at, limit)
         table, shift = _table(tiles_BT + b * tiles + t, tables_TW, last_table, WINDOW)
         for _ in range(16):
@@ -193,9 +223,15 @@ def _decode_kernel(
 
 @triton.jit
 def _decode_outliers_kernel(
-    outliers_O, outlier_first_B, outlier_count_R, codes_CR, start, columns, entries,
+    outliers_O,
+    outlier_first_B,
+    outlier_count_R,
+    codes_CR,
+    start,
+    columns,
+    entries,
     BAND: tl.constexpr,
-):  # fmt: skip
+):
     b = tl.program_id(0)
     entry, stop = _outliers_of(outlier_first_B, outlier_count_R, start + b, BAND)
     rows = tl.num_programs(0) * BAND
@@ -212,8 +248,8 @@ def _outliers_of(first_B, count_R, b, BAND: tl.constexpr):
 
 @triton.jit
 def _streams(words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND: tl.constexpr):
-    # where the words of a block begin, where in them the streams of its rows do, two bits early,
-    # and beyond which bit no tile may begin
+    # the first word of a block, the bits in it at which the streams of its rows begin, two bits
+    # early, and the last bit at which a tile may begin
     n = b * segments + s
     first = tl.minimum(tl.maximum(tl.load(first_BS + n), 0), words - 18)
     shortest = tl.load(shortest_BS + n)
@@ -235,8 +271,8 @@ def _ahead(block, at):
 
 @triton.jit
 def _table(tile, tables_TW, last_table, WINDOW: tl.constexpr):
-    # a table's address as a number: it is a multiple of the table's size, so that an entry's
-    # address is made with one `or`
+    # a table's address as an integer; it is a multiple of the table's size, so that one `or` with
+    # an offset gives the address of an entry
     tile = tl.load(tile).to(tl.int32)
     table = tables_TW + tl.minimum(tile & 255, last_table) * (1 << WINDOW)
     return table.to(tl.uint64, bitcast=True), tl.minimum((tile >> 8) & 255, 8)
@@ -244,7 +280,7 @@ def _table(tile, tables_TW, last_table, WINDOW: tl.constexpr):
 
 @triton.jit
 def _two(table, block, at, w0, w1, w2, WINDOW: tl.constexpr):
-    # two look-ups of at most WINDOW bits each with the bits of one window
+    # two look-ups, of at most WINDOW bits each, in one window of 32 bits
     bits = _window(w0, w1, at)
     e0 = _entry(table, bits, WINDOW)
     e1 = _entry(table, bits >> (e0 & 15), WINDOW)
@@ -255,7 +291,7 @@ def _two(table, block, at, w0, w1, w2, WINDOW: tl.constexpr):
 
 @triton.jit
 def _pair(table, shift, block, at, w0, w1, w2, WINDOW: tl.constexpr):
-    # one look-up, and the low bits of both codes
+    # one look-up, followed by the low bits of both codes
     bits = _window(w0, w1, at)
     e = _entry(table, bits, WINDOW)
     n = e & 15
@@ -272,7 +308,7 @@ def _pair(table, shift, block, at, w0, w1, w2, WINDOW: tl.constexpr):
 
 @triton.jit
 def _window(w0, w1, at):
-    # 32 bits from bit `at` on, two of them before the next code word; a funnel shift
+    # the 32 bits from bit `at` on, the first two of which precede the code word; a funnel shift
     s = (at & 31).to(tl.uint32)
     return (w0 >> s) | ((w1 << 1) << (s ^ 31))
 
@@ -286,7 +322,7 @@ def _entry(table, bits, WINDOW: tl.constexpr):
 
 @triton.jit
 def _refill(block, at, after, w0, w1, w2):
-    # a lane that has got into the next word takes a new one; it is needed a word later
+    # a lane that has advanced into the next word loads a new one, which it needs a word later
     word = after >> 5
     crossed = word != (at >> 5)
     w0 = tl.where(crossed, w1, w0)

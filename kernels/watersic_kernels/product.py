@@ -1,10 +1,11 @@
-"""What products with tiles of codes share: scales, outliers, and weights decoded to scratch memory.
+"""The common part of products with tiles of codes: scales, outliers, decoding to scratch memory.
 
 Shapes: M = tokens, A = out_features (rows), N = in_features (columns), R, C = rows and columns of
-        all tiles, O = entries for outliers, S = splits of the columns.
+        all tiles, O = outlier entries, S = splits of the columns.
 
-All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``: column scales meet x once, in
-`fold`, and row scales meet the sums once, in `finish`.  Layouts: `watersic_hf.nn.tiles`.
+All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``: `fold` multiplies x by the
+column scales once, and `finish` multiplies the sums by the row scales once.  The layouts are
+defined in `watersic_hf.nn.tiles`.
 """
 
 from collections.abc import Callable
@@ -14,39 +15,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Columns in a tile.
+#: Columns of a tile.
 TILE = 32
 
-#: Most tokens for which the weight is decoded in registers, row by row.
+#: Largest number of tokens for which the weight is decoded in registers, row by row.
 GEMV_TOKENS = 8
 
-#: Bytes of decoded codes that are held at a time, about.
+#: Approximate number of bytes of decoded codes that are held at a time.
 SCRATCH_BYTES = 256 << 20
 
 
 def fold(
     x_MN: Tensor, column_order_C: Tensor, col_scale_N: Tensor, tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    """``col_scale * x`` in the order of the tiles, C x tokens, zeros where there is no token."""
+    """Return ``col_scale * x`` with columns in the order of the tiles, C x `tokens`.
+
+    Args:
+        x_MN: input.
+        column_order_C: the column of x for each column of the tiles; N or more for padding.
+        col_scale_N: column scales.
+        tokens: M rounded up as the caller needs it; the tokens beyond M are zero.
+        dtype: dtype of the result.
+    """
     columns = len(column_order_C)
     folded_CM = x_MN.new_empty(columns, tokens, dtype=dtype)
     block_m = min(tokens, 16)
-    block = 1024 // block_m
-    _fold_kernel[(triton.cdiv(columns, block), tokens // block_m)](
-        x_MN, column_order_C, col_scale_N, folded_CM, *x_MN.shape, columns, *x_MN.stride(), tokens,
-        BLOCK_C=block, BLOCK_M=block_m,
-    )  # fmt: skip
+    block_c = 1024 // block_m
+    tensors = (x_MN, column_order_C, col_scale_N, folded_CM)
+    sizes = (*x_MN.shape, columns, *x_MN.stride(), tokens)
+    _fold_kernel[(triton.cdiv(columns, block_c), tokens // block_m)](
+        *tensors, *sizes, BLOCK_C=block_c, BLOCK_M=block_m
+    )
     return folded_CM
 
 
 def finish(sums_SMR: Tensor, row_order_R: Tensor, row_scale_A: Tensor, y_MA: Tensor) -> None:
-    """Write the outputs that these rows of the tiles are of: the sum of all splits, scaled."""
+    """Write the outputs of some rows of the tiles into `y_MA`: the sum over all splits, scaled.
+
+    Args:
+        sums_SMR: sums over the columns of each split, float32; may have more tokens than y.
+        row_order_R: the row of the weight for each row of the tiles; A or more for padding.
+        row_scale_A: row scales.
+        y_MA: receives the outputs.
+    """
     block = 256
     rows = len(row_order_R)
-    _finish_kernel[(len(y_MA), triton.cdiv(rows, block))](
-        sums_SMR, row_order_R, row_scale_A, y_MA, len(row_scale_A), len(sums_SMR),
-        sums_SMR.stride(0), rows, BLOCK_R=block,
-    )  # fmt: skip
+    tensors = (sums_SMR, row_order_R, row_scale_A, y_MA)
+    sizes = (len(row_scale_A), len(sums_SMR), sums_SMR.stride(0), rows)
+    _finish_kernel[(len(y_MA), triton.cdiv(rows, block))](*tensors, *sizes, BLOCK_R=block)
 
 
 def through_scratch(
@@ -59,7 +75,19 @@ def through_scratch(
     col_scale_N: Tensor,
     y_MA: Tensor,
 ) -> None:
-    """The product with codes that ``decode(first_band, bands)`` gives as C x R, some at a time."""
+    """Compute a product by decoding some bands at a time into scratch memory.
+
+    Args:
+        decode: returns the codes of some bands, C x r, in `scratch_dtype`; called with the first
+            band and the number of bands.
+        bands: number of bands.
+        x_MN: input.
+        row_order_R: the row of the weight for each row of the tiles.
+        column_order_C: the column of the weight for each column of the tiles.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
+        y_MA: receives the outputs.
+    """
     block = 16 if len(x_MN) <= 16 else 32
     tokens = triton.cdiv(len(x_MN), block) * block
     wide = scratch_dtype(x_MN.dtype)
@@ -73,15 +101,25 @@ def through_scratch(
 
 
 def scratch_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what codes are decoded for an x of `dtype`; float16 would not hold all of them."""
+    """Return the dtype of decoded codes for an x of `dtype`; float16 cannot hold all codes."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 @triton.jit
 def _fold_kernel(
-    x_MN, order_C, scale_N, folded_CM, M, N, C, stride_m, stride_n, tokens,
-    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
+    x_MN,
+    order_C,
+    scale_N,
+    folded_CM,
+    M,
+    N,
+    C,
+    stride_m,
+    stride_n,
+    tokens,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.load(order_C + c, c < C, other=0).to(tl.int32)
@@ -96,7 +134,7 @@ def _fold_kernel(
 @triton.jit
 def _finish_kernel(
     sums_SMR, order_R, scale_A, y_MA, A, splits, stride_s, rows, BLOCK_R: tl.constexpr
-):  # fmt: skip
+):
     m = tl.program_id(0)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -113,7 +151,7 @@ def _finish_kernel(
 
 @triton.jit
 def _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, tokens, columns, entries):
-    # every lane walks along the outliers of its rows; whatever they are, only x is read
+    # each lane walks along the outliers of its rows; whatever they contain, only x is read
     entry = tl.minimum(tl.maximum(entry, 0), entries)
     stop = tl.minimum(tl.maximum(stop, 0), entries)
     c = tl.zeros_like(entry)
@@ -130,7 +168,7 @@ def _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, tokens, columns, 
 
 @triton.jit
 def _decode_outliers(codes_CR, outliers_O, entry, stop, stride_c, columns, entries):
-    # as above, into the codes of the lanes' rows
+    # as `_add_outliers`, but adds to the decoded codes of the rows
     entry = tl.minimum(tl.maximum(entry, 0), entries)
     stop = tl.minimum(tl.maximum(stop, 0), entries)
     c = tl.zeros_like(entry)
@@ -139,9 +177,9 @@ def _decode_outliers(codes_CR, outliers_O, entry, stop, stride_c, columns, entri
         gap, code = _outlier(tl.load(outliers_O + entry, here, other=0))
         c = tl.minimum(c + gap, columns)
         here &= c < columns
-        place = codes_CR + c.to(tl.int64) * stride_c
-        code += tl.load(place, here, other=0.0).to(tl.float32)
-        tl.store(place, code.to(codes_CR.dtype.element_ty), here)
+        address = codes_CR + c.to(tl.int64) * stride_c
+        code += tl.load(address, here, other=0.0).to(tl.float32)
+        tl.store(address, code.to(codes_CR.dtype.element_ty), here)
         entry += 1
 
 
@@ -149,6 +187,6 @@ def _decode_outliers(codes_CR, outliers_O, entry, stop, stride_c, columns, entri
 def _outlier(entry):
     entry = entry.to(tl.int32)
     digit = entry >> 10
-    place = ((entry >> 8) & 3) * 5
-    gap = (entry & 255) << tl.where(digit == 0, place, 0)
-    return gap, (digit << place).to(tl.float32)
+    shift = ((entry >> 8) & 3) * 5
+    gap = (entry & 255) << tl.where(digit == 0, shift, 0)
+    return gap, (digit << shift).to(tl.float32)

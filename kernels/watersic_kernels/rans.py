@@ -1,9 +1,11 @@
-"""Decode the entropy-coded payload of a layer: all chunks at once, a warp for each.
+"""Decode the entropy-coded payload of a layer: all chunks at once, one warp per chunk.
 
 Shapes: A x N codes, C = chunks, K = keys, W = 16-bit words.
 
-The format, and what the words of a chunk are, is defined in `watersic_hf/codec/FORMAT.md`.
+`watersic_hf/codec/FORMAT.md` defines the format, and what the words of a chunk are.
 """
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -11,53 +13,62 @@ from torch import Tensor
 
 
 def decode_chunks(
-    words_W: Tensor,
-    offsets_C: Tensor,
-    row_class_A: Tensor,
-    col_class_N: Tensor,
-    table: Tensor,
-    shift_K: Tensor,
+    payload: Sequence[Tensor],
     codes_AN: Tensor,
     *,
     rows_per_lane: int,
     cols_per_chunk: int,
     escape_words: int,
 ) -> Tensor:
-    """Decode all chunks into `codes_AN`; whatever they hold, nothing outside of it is written.
+    """Decode all chunks into `codes_AN`; nothing else is written, whatever the chunks contain.
 
     Reference: `watersic_hf.codec.decode`.
 
     Args:
-        words_W: int16, the words of all chunks.
-        offsets_C: int64, first word of every chunk, and the number of words; must be within them.
-        row_class_A: int32; with `col_class_N`, all sums must be keys.
-        col_class_N: int32.
-        table: int32, 4096 entries per key: symbol, slot above the symbol's start, frequency in 8,
-            12 and 12 bits.
-        shift_K: int32.
-        codes_AN: int32, contiguous; where the codes go.
-        rows_per_lane: of the payload's header, as the next two.
-        cols_per_chunk: steps of a lane for one of its rows.
+        payload: the tensors of a payload, on the device of `codes_AN`:
+
+            * words_W: int16, the words of all chunks.
+            * offsets_C: int64, the first word of every chunk, and at the end the number of words;
+              all must be within `words_W`.
+            * row_class_A, col_class_N: int32; the sum of any two must be a key.
+            * table: int32, 4096 entries per key: the symbol, the slot relative to the symbol's
+              first, and the frequency, in 8, 12 and 12 bits.
+            * shift_K: int32, the number of low bits that follow a symbol of each key.
+        codes_AN: int32, contiguous; receives the codes.
+        rows_per_lane: rows that one lane decodes; this and the following are in the payload's
+            header.
+        cols_per_chunk: columns of a chunk.
         escape_words: words of an escaped value.
 
     Returns:
-        For every chunk, int32: whether it ended where and as it must.
+        For every chunk, int32: 1 if it ended in the state and at the word where it must, else 0.
     """
+    words_W, offsets_C, *model = payload
     chunks = len(offsets_C) - 1
     good_C = offsets_C.new_empty(chunks, dtype=codes_AN.dtype)
     if chunks:
-        _decode_kernel[(chunks,)](
-            words_W, offsets_C, row_class_A, col_class_N, table, shift_K, codes_AN, good_C,
-            *codes_AN.shape, rows_per_lane, cols_per_chunk, escape_words, num_warps=1,
-        )  # fmt: skip
+        tensors = (words_W, offsets_C, *model, codes_AN, good_C)
+        sizes = (*codes_AN.shape, rows_per_lane, cols_per_chunk, escape_words)
+        _decode_kernel[(chunks,)](*tensors, *sizes, num_warps=1)
     return good_C
 
 
 @triton.jit
 def _decode_kernel(
-    words_W, offsets_C, row_class_A, col_class_N, table, shift_K, codes_AN, good_C,
-    A, N, rows_per_lane, cols_per_chunk, escape_words,
-):  # fmt: skip
+    words_W,
+    offsets_C,
+    row_class_A,
+    col_class_N,
+    table,
+    shift_K,
+    codes_AN,
+    good_C,
+    A,
+    N,
+    rows_per_lane,
+    cols_per_chunk,
+    escape_words,
+):
     chunk = tl.program_id(0)
     lane = tl.arange(0, 32)
     segments = tl.cdiv(N, cols_per_chunk)
@@ -110,7 +121,7 @@ def _decode_kernel(
 
 @triton.jit
 def _take(x, at, words_W, start, stop, active):
-    # every lane whose state became small takes a word, in lane order
+    # every lane whose state has become small takes one word, in the order of the lanes
     small = active & (x < 1 << 16)
     count = small.to(tl.int32)
     word = _word(words_W, at + tl.cumsum(count) - count, start, stop, small)
@@ -119,6 +130,6 @@ def _take(x, at, words_W, start, stop, active):
 
 @triton.jit
 def _word(words_W, at, start, stop, wanted):
-    # nothing is read outside of the chunk, however damaged it is
+    # never read outside the chunk, however damaged it is
     word = tl.load(words_W + at, wanted & (at >= start) & (at < stop), other=0)
     return word.to(tl.int32).to(tl.uint32, bitcast=True) & 0xFFFF

@@ -1,13 +1,13 @@
-"""The recursion that quantizes: a block of columns in one launch.
+"""The ZSIC recursion: quantize a block of columns in one launch.
 
 Shapes: A = out_features (rows), B = columns of the block, P = programs.
 Units:  targets and the step are in whitened units, as in `watersic_hf/core/zsic.py`.
 
-Every program has rows of its own, and goes through the columns from last to first.  The gain of a
+Every program has rows of its own and walks through the columns from last to first.  The gain of a
 column is a sum over all rows, so after each column all programs wait for each other, at a barrier
-in global memory.  That takes all of them to be on the device at once, which a cooperative launch
-sees to; and a program that has waited too long goes on with a gain that is not a number, so that
-what should never happen ends as an error and not as a device that hangs.
+in global memory.  This requires all of them to be resident on the device at once, which a
+cooperative launch guarantees.  A program that has waited too long continues with NaN as the gain:
+if the impossible happens, the result is an error rather than a device that hangs.
 """
 
 import torch
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Rows that a program handles at a time.
+#: Rows that a program processes at a time.
 ROWS = 128
-#: Times that a program asks whether all have arrived, before it gives up: some seconds.
+#: How often a program polls for the others before it gives up: a few seconds.
 PATIENCE = 1 << 23
 
 
@@ -28,40 +28,61 @@ def quantize_block(
     codes_BA: Tensor,
     shrinkage_B: Tensor,
 ) -> None:
-    """What `watersic_hf.core.zsic_block` does, which is its reference, in one launch.
+    """Quantize a block of columns in one launch.
 
-    A gain that is not a number says that programs did not meet.
+    A gain of NaN means that a program waited in vain for the others.  Reference:
+    `watersic_hf.core.zsic_block`.
 
     Args:
-        target_BA: float32 or float64, rows contiguous; overwritten with what is fed back.
-        chol_BB: of the same dtype, any strides.
+        target_BA: whitened targets, float32 or float64, rows contiguous; overwritten with the
+            feedback of each column.
+        chol_BB: the block of the Cholesky factor, in the dtype of the target, any strides.
         step: the lattice step.
-        codes_BA: int32, rows contiguous.
-        shrinkage_B: of the dtype of the target, contiguous.
+        codes_BA: int32, rows contiguous; receives the codes.
+        shrinkage_B: in the dtype of the target, contiguous; receives the gains.
     """
     columns, rows = target_BA.shape
-    # the interpreter runs one program after another
+    # one program in the interpreter: it runs programs one after another, so several never meet
     programs = 1
     if target_BA.is_cuda:
         device = torch.cuda.get_device_properties(target_BA.device)
         programs = min(triton.cdiv(rows, ROWS), device.multi_processor_count)
     sums_B2P = target_BA.new_empty(columns, 2, programs)
     arrived = torch.zeros(1, dtype=torch.int32, device=target_BA.device)
-    # a float among the arguments would be float32
+    # a tensor, as Triton passes Python floats as float32
     step_1 = target_BA.new_full((1,), step)
+    tensors = (target_BA, chol_BB, step_1, codes_BA, shrinkage_B, sums_B2P, arrived)
+    strides = (target_BA.stride(0), codes_BA.stride(0), *chol_BB.stride())
+    sizes = (columns, rows, *strides, programs, PATIENCE)
     _block_kernel[(programs,)](
-        target_BA, chol_BB, step_1, codes_BA, shrinkage_B, sums_B2P, arrived, columns, rows,
-        target_BA.stride(0), codes_BA.stride(0), *chol_BB.stride(), programs, PATIENCE,
-        ROWS=ROWS, PROGRAMS=triton.next_power_of_2(programs), launch_cooperative_grid=True,
-    )  # fmt: skip
+        *tensors,
+        *sizes,
+        ROWS=ROWS,
+        PROGRAMS=triton.next_power_of_2(programs),
+        launch_cooperative_grid=True,
+    )
 
 
 @triton.jit
 def _block_kernel(
-    target_BA, chol_BB, step_1, codes_BA, shrinkage_B, sums_B2P, arrived, B, A,
-    stride_target, stride_codes, stride_row, stride_column, programs, patience,
-    ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
+    target_BA,
+    chol_BB,
+    step_1,
+    codes_BA,
+    shrinkage_B,
+    sums_B2P,
+    arrived,
+    B,
+    A,
+    stride_target,
+    stride_codes,
+    stride_row,
+    stride_column,
+    programs,
+    patience,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
     program = tl.program_id(0)
     others = tl.arange(0, PROGRAMS)
     step = tl.load(step_1)
@@ -84,9 +105,9 @@ def _block_kernel(
         tl.store(sums + program, tl.sum(linear))
         tl.store(sums + programs + program, tl.sum(energy))
         met = _meet(arrived, (done + 1) * programs, patience)
-        # who has waited in vain waits no more
+        # after one failed wait, do not wait again
         patience = tl.where(met, patience, 0)
-        # not from a cache that other programs do not write to
+        # bypass the L1 cache, which does not see what other programs write
         linear_P = tl.load(sums + others, others < programs, other=0.0, cache_modifier=".cg")
         energy_P = tl.load(
             sums + programs + others, others < programs, other=0.0, cache_modifier=".cg"
@@ -101,13 +122,13 @@ def _block_kernel(
             tl.store(out, z.to(spacing.dtype) * spacing, a < A)
         if program == 0:
             tl.store(shrinkage_B + i, gain)
-        # the next column reads what other threads have fed back
+        # the next column reads the feedback that other threads have written
         tl.debug_barrier()
 
 
 @triton.jit
 def _meet(arrived, expected, patience):
-    # what this program has written is seen by all who see it arrive
+    # release: whoever sees this program arrive also sees what it has written
     tl.debug_barrier()
     seen = tl.atomic_add(arrived, 1, sem="release", scope="gpu") + 1
     asked = 0
@@ -128,7 +149,7 @@ def _over(a, b):
 
 @triton.jit
 def _round(x):
-    # to even: beyond this power of two there are no fractions left, and adding it drops them
+    # to nearest, ties to even: adding this power of two leaves no bits for the fraction
     big: tl.constexpr = 4503599627370496.0 if x.dtype == tl.float64 else 8388608.0
     size = tl.abs(x)
     whole = tl.where(size < big, (size + big) - big, size)

@@ -23,9 +23,13 @@ from watersic_hf.nn import (
 )
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_local_experts": 4, "n_routed_experts": 4,
-    "moe_intermediate_size": 48, "_experts_implementation": "eager",
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 48,
+    "_experts_implementation": "eager",
+}
 KINDS = {
     "gated": (MixtralExperts, MixtralConfig),
     "transposed": (GptOssExperts, GptOssConfig),
@@ -45,7 +49,7 @@ def experts(request):
 
 @pytest.fixture
 def routed():
-    """Hidden states, experts of every token, and their weights; expert 2 gets none."""
+    """Hidden states, the experts of every token and their weights; expert 2 gets no token."""
     g = torch.Generator().manual_seed(0)
     index_TK = torch.stack([torch.tensor([0, 1, 3])[torch.randperm(3)[:2]] for _ in range(9)])
     return torch.randn(9, 32, generator=g), index_TK, torch.rand(9, 2, generator=g)
@@ -66,7 +70,7 @@ def packed(module):
     return module
 
 
-def test_separated_experts_compute_the_same_on_the_same_memory(experts, routed):
+def test_separate_and_fuse_keep_outputs_memory_and_state(experts, routed):
     expected = experts(*routed)
     pointer = experts.down_proj.data_ptr()
     weights = {name: value.clone() for name, value in experts.state_dict().items()}
@@ -85,7 +89,7 @@ def test_separated_experts_compute_the_same_on_the_same_memory(experts, routed):
 
 
 @pytest.mark.parametrize("residency", ["entropy", "packed"])
-def test_the_form_in_memory_changes_nothing(experts, routed, residency):
+def test_residency_does_not_change_the_outputs(experts, routed, residency):
     module = packed(experts)
     set_residency(module, "dense")
     expected = module(*routed)
@@ -98,7 +102,7 @@ def test_the_form_in_memory_changes_nothing(experts, routed, residency):
 
 
 @pytest.mark.parametrize("experts", ["transposed"], indirect=True)
-def test_compiled_experts_are_one_node_and_copies_have_their_own(experts, routed):
+def test_compile_deepcopy_and_pickle_give_each_module_its_own_handle(experts, routed):
     module = packed(experts)
     twin = copy.deepcopy(module)
     for part in twin.packed:
@@ -116,7 +120,7 @@ def test_compiled_experts_are_one_node_and_copies_have_their_own(experts, routed
 
 
 @pytest.mark.parametrize("experts", ["transposed"], indirect=True)
-def test_gradients_pass_through_but_not_when_compiled(experts, routed):
+def test_gradients_flow_in_eager_mode_and_are_refused_when_compiled(experts, routed):
     module = packed(experts)
     hidden_TH, index_TK, weight_TK = routed
     hidden_TH.requires_grad_()
@@ -131,18 +135,18 @@ def test_gradients_pass_through_but_not_when_compiled(experts, routed):
         compiled(hidden_TH, index_TK, weight_TK).sum().backward()
 
 
-def test_adapters_do_not_take_the_matrices_for_layers(experts):
+def test_matrices_of_experts_are_not_linear_layers(experts):
     assert not any(isinstance(module, nn.Linear) for module in packed(experts).modules())
 
 
-def test_experts_that_are_called_in_another_way_are_none():
+def test_experts_with_another_forward_are_not_recognized():
     module = Llama4TextExperts(Llama4TextConfig(hidden_size=32, intermediate_size=48))
 
     assert fused_experts(module) is None
     assert fused_experts(nn.Linear(4, 4)) is None
 
 
-def test_a_token_may_go_to_no_expert(experts, routed):
+def test_index_beyond_the_experts_means_no_expert(experts, routed):
     hidden_TH, index_TK, weight_TK = routed
     separate_dense(experts, fused_experts(experts))
     index_TK[:, 1] = 4

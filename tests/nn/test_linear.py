@@ -22,7 +22,7 @@ def make(rows=48, columns=32, *, bias=True, dtype=torch.float32):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_all_residencies_give_the_output_of_the_dense_layer(bias, dtype):
+def test_all_residencies_match_the_dense_layer(bias, dtype):
     layer = make(bias=bias, dtype=dtype)
     x = torch.randn(2, 5, 32, dtype=dtype)
     expected = layer.dequantize()(x)
@@ -47,7 +47,7 @@ def test_packed_tensors_are_parameters_without_gradient():
 
 
 @pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
-def test_other_forms_of_the_weight_are_never_saved(residency):
+def test_state_dict_holds_only_the_stored_tensors(residency):
     layer = make()
     layer.set_residency(residency)
 
@@ -67,7 +67,7 @@ def test_casting_the_layer_keeps_the_stored_tensors(residency):
     assert layer(torch.randn(3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_layer_survives_deepcopy_and_torch_save():
+def test_deepcopy_and_torch_save_keep_the_output():
     layer = make()
     layer.set_residency("dense")
     x = torch.randn(3, 32)
@@ -81,7 +81,7 @@ def test_a_layer_survives_deepcopy_and_torch_save():
     assert torch.equal(torch.load(buffer, weights_only=False)(x), layer(x))
 
 
-def test_gradients_flow_to_the_input_only():
+def test_only_the_input_gets_a_gradient():
     layer = make()
     x = torch.randn(3, 32, requires_grad=True)
 
@@ -92,7 +92,7 @@ def test_gradients_flow_to_the_input_only():
 
 
 @pytest.mark.parametrize("residency", ["dense", "packed", "entropy", "stored"])
-def test_torch_compile_sees_one_graph(residency):
+def test_torch_compile_without_graph_breaks(residency):
     layer = make()
     layer.set_residency(residency)
     x = torch.randn(3, 32)
@@ -102,7 +102,7 @@ def test_torch_compile_sees_one_graph(residency):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_autocast_gives_the_dtype_that_a_linear_layer_gives():
+def test_autocast_dtype_is_that_of_a_linear_layer():
     layer = make()
     layer.set_residency("dense")
 
@@ -123,7 +123,7 @@ def test_an_unknown_backend_is_refused():
 
 
 @pytest.mark.parametrize("residency", ["dense", "packed", "entropy"])
-def test_a_damaged_payload_names_the_layer(residency):
+def test_error_for_a_damaged_payload_names_the_layer(residency):
     model = nn.Sequential(make())
     model[0].weight.data[40] ^= 1
 
@@ -131,14 +131,14 @@ def test_a_damaged_payload_names_the_layer(residency):
         set_residency(model, residency)
 
 
-def test_the_representation_tells_the_bits():
+def test_repr_has_sizes_bits_and_residency():
     text = repr(make())
 
     assert "in_features=32, out_features=48, bias=True, bits=" in text
     assert "residency=stored" in text
 
 
-def test_the_size_in_memory_of_a_stored_layer_is_its_size_on_the_disk():
+def test_stored_layer_has_the_same_size_in_memory_as_on_disk():
     layer = make(256, 512, bias=False)
 
     held = sum(p.numel() * p.element_size() for p in layer.parameters())
@@ -161,11 +161,11 @@ def test_the_size_in_memory_of_a_stored_layer_is_its_size_on_the_disk():
         ("layers.3.mlp.up", r"layers\.\d+\.mlp", True),
     ],
 )
-def test_patterns_select_whole_components(name, pattern, expected):
+def test_patterns_match_whole_components_of_a_name(name, pattern, expected):
     assert (module_matches(name, [pattern]) is not None) == expected
 
 
-def test_a_replaced_module_takes_the_training_mode_of_the_old_one():
+def test_replace_module_keeps_the_training_mode():
     model = nn.Sequential(nn.Sequential(nn.Linear(32, 48)))
     model.eval()
 

@@ -16,8 +16,8 @@ def packed(rows, columns):
     return (layer.weight, layer.row_scale, layer.col_scale), dense
 
 
-def laid_out(rows, columns, residency):
-    """The same weight as `packed` makes: the arguments of `coded_linear` but the first and last."""
+def encoded(rows, columns, residency):
+    """The weight of `packed`, encoded: the arguments of `coded_linear` between x and backend."""
     payload, *scales = packed(rows, columns)[0]
     coded = ops.encode(codec.decode(payload), residency)
     return residency, list(coded.tensors().values()), *scales
@@ -36,24 +36,24 @@ def test_dequantize_is_codes_times_scales(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)])
-def test_the_product_is_that_of_the_dense_weight(shape, leading):
+def test_linear_operators_match_the_dense_product(shape, leading):
     layer, dense = packed(*shape)
     x = torch.randn(*leading, shape[1])
 
     torch.testing.assert_close(ops.dequant_linear(x, *layer), x @ dense.T)
     for residency in ops.LAYOUTS:
-        coded = laid_out(*shape, residency)
+        coded = encoded(*shape, residency)
         torch.testing.assert_close(ops.coded_linear(x, *coded, "auto"), x @ dense.T)
 
 
-def test_a_non_contiguous_input_is_read_as_it_is():
+def test_dequant_linear_of_a_non_contiguous_input():
     layer, dense = packed(40, 24)
     x = torch.randn(24, 6).T
 
     torch.testing.assert_close(ops.dequant_linear(x, *layer), x @ dense.T)
 
 
-def test_tiles_of_any_size_give_the_same_weight(monkeypatch):
+def test_dequantize_does_not_depend_on_the_tile_size(monkeypatch):
     layer, dense = packed(300, 1500)
     monkeypatch.setattr(ops, "SCRATCH_BYTES", 1500 * 4 * 70)
 
@@ -64,19 +64,19 @@ def test_tiles_of_any_size_give_the_same_weight(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_gradient_of_the_input_is_that_of_the_dense_weight(dtype):
+def test_input_gradient_matches_the_dense_product(dtype):
     layer, dense = packed(40, 24)
     x = torch.randn(2, 3, 24, dtype=dtype, requires_grad=True)
     grad_y = torch.randn(2, 3, 40, dtype=dtype)
 
-    coded = [ops.coded_linear(x, *laid_out(40, 24, form), "auto") for form in ops.LAYOUTS]
+    coded = [ops.coded_linear(x, *encoded(40, 24, form), "auto") for form in ops.LAYOUTS]
     for y in (ops.dequant_linear(x, *layer), *coded):
         (grad_x,) = torch.autograd.grad(y, x, grad_y)
 
         torch.testing.assert_close(grad_x, grad_y @ dense.to(dtype))
 
 
-def test_the_operators_obey_torchs_rules():
+def test_operators_pass_opcheck():
     layer, _ = packed(40, 24)
     x = torch.randn(2, 24, requires_grad=True)
 
@@ -84,7 +84,7 @@ def test_the_operators_obey_torchs_rules():
     torch.library.opcheck(ops.dequantize, (*layer, torch.float32))
     torch.library.opcheck(ops.dequant_linear_backward, (torch.randn(2, 40), *layer))
     for residency in ops.LAYOUTS:
-        coded = laid_out(40, 24, residency)
+        coded = encoded(40, 24, residency)
         torch.library.opcheck(ops.coded_linear, (x, *coded, "auto"))
         torch.library.opcheck(ops.coded_linear_backward, (torch.randn(2, 40), *coded))
 
@@ -95,7 +95,7 @@ def test_an_input_of_the_wrong_size_is_refused():
     with pytest.raises(ValueError, match=r"x has shape \(2, 23\), but a layer of 40 x 24"):
         ops.dequant_linear(torch.randn(2, 23), *layer)
     with pytest.raises(ValueError, match=r"x has shape \(2, 23\), but a layer of 40 x 24"):
-        ops.coded_linear(torch.randn(2, 23), *laid_out(40, 24, "entropy"), "auto")
+        ops.coded_linear(torch.randn(2, 23), *encoded(40, 24, "entropy"), "auto")
 
 
 def test_scales_of_another_shape_are_refused():

@@ -15,7 +15,7 @@ def restored(packed):
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (127, 32), (3, 300), (300, 65), (256, 128)])
 @pytest.mark.parametrize("spread", [0.0, 2.0])
-def test_all_codes_come_back(shape, spread):
+def test_pack_unpack_roundtrip(shape, spread):
     expected_AN = uneven_codes(*shape, spread=spread)
 
     packed = pack_codes(expected_AN)
@@ -26,14 +26,14 @@ def test_all_codes_come_back(shape, spread):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (127, 32), (300, 65)])
-def test_rows_come_back_by_number_in_any_order_and_more_than_once(shape):
+def test_unpack_rows_in_any_order_with_repetitions(shape):
     expected_AN = uneven_codes(*shape)
     index_U = torch.randint(shape[0], (50,), generator=torch.Generator().manual_seed(1))
 
     assert torch.equal(unpack_rows(pack_codes(expected_AN), index_U), expected_AN[index_U])
 
 
-def test_codes_take_the_width_that_holds_them():
+def test_width_of_a_tile_is_the_smallest_that_holds_its_codes():
     for width in range(1, MAX_WIDTH + 1):
         half = 1 << (width - 1)
         span = torch.arange(-half, half, dtype=torch.int16)
@@ -46,14 +46,14 @@ def test_codes_take_the_width_that_holds_them():
         assert torch.equal(restored(packed), span_AN.int())
 
 
-def test_codes_of_zero_take_no_words():
+def test_zeros_take_no_words():
     packed = pack_codes(torch.zeros(16, 96, dtype=torch.int8))
 
     assert packed.words_G.numel() == 0
     assert packed.tiles_BT.tolist() == [[0, 0, 0]]
 
 
-def test_rows_and_columns_of_different_scales_cost_little_more_than_equal_ones():
+def test_scales_of_rows_and_columns_cost_at_most_a_quarter_bit():
     generator = torch.Generator().manual_seed(0)
     normal_AN = torch.randn(1024, 512, generator=generator)
     scale_A = torch.exp2(torch.rand(1024, 1, generator=generator) * 2 - 1)
@@ -76,6 +76,6 @@ def test_far_and_large_outliers_take_several_entries():
     assert torch.equal(restored(packed), codes_AN)
 
 
-def test_no_codes_are_refused():
+def test_empty_matrix_is_refused():
     with pytest.raises(ValueError, match="0 x 4"):
         pack_codes(torch.zeros(0, 4, dtype=torch.int8))

@@ -17,21 +17,21 @@ def restored(coded):
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (127, 32), (3, 300), (300, 65), (64, 1100)])
 @pytest.mark.parametrize("spread", [0.0, 2.0, 5.0])
-def test_all_codes_come_back(shape, spread):
+def test_encode_decode_roundtrip(shape, spread):
     expected_AN = uneven_codes(*shape, spread=spread)
 
     assert torch.equal(restored(encode_codes(expected_AN)), expected_AN)
 
 
 @pytest.mark.parametrize("limit", [1, 100, 1 << 15, 1 << 20])
-def test_codes_that_fit_no_table_come_back(limit):
+def test_roundtrip_of_codes_that_fit_no_table(limit):
     generator = torch.Generator().manual_seed(0)
     expected_AN = torch.randint(-limit, limit, (70, 100), generator=generator).int()
 
     assert torch.equal(restored(encode_codes(expected_AN)), expected_AN)
 
 
-def test_bands_of_any_number_give_the_same_code(monkeypatch):
+def test_encoding_does_not_depend_on_the_chunk_size(monkeypatch):
     expected_AN = uneven_codes(500, 70)
     whole = encode_codes(expected_AN)
     monkeypatch.setattr(prefix, "CHUNK", 1)
@@ -43,19 +43,19 @@ def test_bands_of_any_number_give_the_same_code(monkeypatch):
     assert torch.equal(restored(parts), expected_AN)
 
 
-def test_codes_of_zero_take_no_bits():
+def test_zeros_take_no_bits():
     coded = encode_codes(torch.zeros(16, 96, dtype=torch.int8))
 
     assert coded.bits_BSr.sum() == 0
     assert coded.tiles_BT.tolist() == [[0, 0, 0]]
 
 
-def test_no_codes_are_refused():
+def test_empty_matrix_is_refused():
     with pytest.raises(ValueError, match="0 x 4"):
         encode_codes(torch.zeros(0, 4, dtype=torch.int8))
 
 
-def test_real_sizes_take_little_more_than_on_the_disk():
+def test_layer_of_real_size_takes_at_most_a_tenth_bit_more_than_on_disk():
     # as in a layer of 3 bits: rows and columns differ in scale
     generator = torch.Generator().manual_seed(0)
     scale_A = torch.exp2(0.25 * torch.randn(2048, 1, generator=generator))
@@ -68,7 +68,7 @@ def test_real_sizes_take_little_more_than_on_the_disk():
 
 
 @pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0, 2.8])
-def test_pairs_of_normal_values_cost_little_more_than_their_entropy(deviation):
+def test_cost_of_normal_values_is_close_to_their_entropy(deviation):
     tables = prefix_tables.prefix_tables(torch.device("cpu"))
     values = torch.arange(-15.0, 16)
     normal = torch.distributions.Normal(0.0, deviation)
@@ -81,7 +81,7 @@ def test_pairs_of_normal_values_cost_little_more_than_their_entropy(deviation):
     assert entropy < cost < entropy + 0.06
 
 
-def test_every_window_of_a_table_is_a_pair_and_its_length():
+def test_every_entry_of_a_table_is_a_pair_and_its_length():
     tables = prefix_tables.prefix_tables(torch.device("cpu"))
     window = prefix_tables.WINDOW
 
@@ -99,7 +99,7 @@ def test_every_window_of_a_table_is_a_pair_and_its_length():
         assert torch.equal(tables.words_TVV[table][index].long(), word_W)
 
 
-def test_limited_lengths_are_those_of_huffman_where_the_limit_does_not_matter():
+def test_limited_lengths_equal_huffman_lengths_if_the_limit_permits():
     weights = torch.tensor([8.0, 4, 2, 1, 1])
 
     assert prefix_tables.limited_lengths(weights, 11).tolist() == [1, 2, 3, 4, 4]

@@ -1,4 +1,4 @@
-"""Whatever a layout's tensors hold, its kernels stay within the tensors that they are handed."""
+"""Kernels access only the tensors they are given, whatever the tensors of a layout contain."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from watersic_hf.testing import assert_close
 from watersic_kernels import packed, prefix, product
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="only Triton's interpreter tells every access"
+    torch.cuda.is_available(), reason="only Triton's interpreter reports every access"
 )
 
 
 class Memory:
-    """The tensors that kernels may touch, all others being poison."""
+    """The tensors that kernels may access."""
 
     def __init__(self):
         self.ranges = {}
@@ -40,7 +40,7 @@ class Memory:
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Every access of a kernel is checked, and what it allocates is full of poison."""
+    """Check every access of a kernel, and fill what it allocates with poison."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     memory = Memory()
@@ -62,7 +62,7 @@ def memory(monkeypatch):
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    # what torch's own product has allocated
+    # the result of torch's own product was not allocated by `new_empty`
     monkeypatch.setattr(
         product, "finish", lambda sums, *others: finish(memory.allow(sums), *others)
     )
@@ -84,7 +84,7 @@ FORMS = {
 
 
 def multiply(form, memory, tokens, damage=None):
-    """A product whose tensors are the only memory that there is; `damage` changes the layout."""
+    """A product that may access only its own tensors; `damage` changes the layout."""
     encode, linear = FORMS[form]
     expected_AN = codes(70, 40)
     layout = [tensor.clone() for tensor in encode(expected_AN).tensors().values()]
@@ -94,13 +94,16 @@ def multiply(form, memory, tokens, damage=None):
     options = {}
     if form == "prefix":
         options["tables_TW"] = memory.allow(prefix_tables(torch.device("cpu")).entries_TW)
-    tensors = [memory.allow(tensor) for tensor in (x_MN, *layout, torch.ones(70), torch.ones(40))]
-    return linear(*tensors, **options), x_MN @ expected_AN.float().T
+    row_scale_A, col_scale_N = torch.ones(70), torch.ones(40)
+    for tensor in (x_MN, *layout, row_scale_A, col_scale_N):
+        memory.allow(tensor)
+    y_MA = linear(x_MN, layout, row_scale_A, col_scale_N, **options)
+    return y_MA, x_MN @ expected_AN.float().T
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_products_read_and_write_within_their_tensors(form, tokens, memory):
+def test_products_access_only_their_tensors(form, tokens, memory):
     y, expected = multiply(form, memory, tokens)
 
     assert_close(y, expected, tolerance=1e-6)
@@ -108,7 +111,7 @@ def test_products_read_and_write_within_their_tensors(form, tokens, memory):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("tokens", "seed"), [(1, 0), (70, 1)])
-def test_damaged_layouts_lead_no_kernel_elsewhere(form, tokens, seed, memory):
+def test_products_with_random_layouts_access_only_their_tensors(form, tokens, seed, memory):
     rng = np.random.default_rng(seed)
 
     def damage(layout):
@@ -122,7 +125,7 @@ def test_damaged_layouts_lead_no_kernel_elsewhere(form, tokens, seed, memory):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_flipped_bits_lead_no_kernel_elsewhere(form, memory):
+def test_products_with_flipped_bits_access_only_their_tensors(form, memory):
     rng = np.random.default_rng(0)
 
     def damage(layout):

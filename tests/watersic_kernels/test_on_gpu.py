@@ -16,16 +16,15 @@ pytestmark = [
 
 @pytest.fixture(params=["packed", "entropy"])
 def models(request):
-    """Two layers, one after the other, on the GPU with compressed weights, and the dense ones."""
+    """A model of two layers on the GPU, with compressed weights and with dense ones."""
     rows, columns = 512, 768
     generator = torch.Generator().manual_seed(0)
     layers, dense = [], []
     for A, N in ((rows, columns), (columns, rows)):
         codes_AN = (3 * torch.randn(A, N, generator=generator)).round().to(torch.int8)
-        packed = pack_layer(
-            codes_AN, torch.rand(A, generator=generator) + 0.5,
-            0.01 * torch.rand(N, generator=generator), name="l",
-        )  # fmt: skip
+        row_scale_A = torch.rand(A, generator=generator) + 0.5
+        col_scale_N = 0.01 * torch.rand(N, generator=generator)
+        packed = pack_layer(codes_AN, row_scale_A, col_scale_N, name="l")
         bias = torch.randn(A, generator=generator)
         layers.append(WaterSICLinear.from_packed(packed, bias=bias, dtype=torch.bfloat16))
         dense.append(layers[-1].dequantize())
@@ -35,7 +34,7 @@ def models(request):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 8, 9, 64, 65, 300])
-def test_a_model_gives_the_output_of_the_dense_one(tokens, models):
+def test_model_matches_the_dense_one(tokens, models):
     packed, dense = models
     x = torch.randn(2, tokens, 768, device="cuda", dtype=torch.bfloat16)
 
@@ -46,7 +45,7 @@ def test_a_model_gives_the_output_of_the_dense_one(tokens, models):
     assert y.shape == (2, tokens, 768)
 
 
-def test_beside_compressed_weights_the_payload_rests_in_host_memory(models):
+def test_payload_is_in_host_memory_except_when_stored(models):
     packed, _ = models
 
     assert {layer.weight.device.type for layer in packed} == {"cpu"}
@@ -55,7 +54,7 @@ def test_beside_compressed_weights_the_payload_rests_in_host_memory(models):
     assert {layer.weight.device.type for layer in packed} == {"cuda"}
 
 
-def test_a_cuda_graph_replays_the_product(models):
+def test_cuda_graph_replays_the_product(models):
     packed, dense = models
     x = torch.randn(1, 768, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
@@ -70,7 +69,7 @@ def test_a_cuda_graph_replays_the_product(models):
         assert_close(y, dense(x), tolerance=1e-2)
 
 
-def test_torch_compile_sees_one_graph_and_gradients_flow_to_the_input(models):
+def test_torch_compile_without_graph_breaks_and_gradient_of_the_input(models):
     packed, dense = models
     x = torch.randn(3, 768, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
@@ -83,13 +82,13 @@ def test_torch_compile_sees_one_graph_and_gradients_flow_to_the_input(models):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (300, 100), (5000, 256), (40_000, 96)])
-def test_a_weight_gets_the_codes_that_torch_operations_give(shape):
+def test_quantize_weight_with_kernels_matches_torch(shape):
     weight_AN, cov_NN = (tensor.cuda() for tensor in random_layer(*shape, seed=0))
     moments = Moments(cov=cov_NN, tokens=1000)
 
     found = quantize_weight(weight_AN, moments, rate=3.0, block_step=block_step(weight_AN.device))
 
     wanted = quantize_weight(weight_AN, moments, rate=3.0)
-    # sums are in another order, so that a value halfway between two codes may go either way
+    # sums run in another order, so a value halfway between two codes may be rounded either way
     assert (found.codes_AN != wanted.codes_AN).double().mean() < 1e-6
     assert_close(found.shrinkage_N, wanted.shrinkage_N, tolerance=1e-9)

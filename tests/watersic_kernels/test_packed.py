@@ -26,7 +26,7 @@ def run(x_MN, codes_AN, row_scale_A, col_scale_N):
     packed = pack_codes(codes_AN)
     tensors = [tensor.to(DEVICE) for tensor in packed.tensors().values()]
     return packed_linear(
-        x_MN.to(DEVICE), *tensors, row_scale_A.to(DEVICE), col_scale_N.to(DEVICE)
+        x_MN.to(DEVICE), tensors, row_scale_A.to(DEVICE), col_scale_N.to(DEVICE)
     ).cpu()
 
 
@@ -35,14 +35,14 @@ def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
     return x_MN.double() @ weight_AN.T
 
 
-#: By dtype of the activations: 1e-6 is float32's sum, the rest is one rounding of y, and for many
-#: tokens also of codes and x.
+#: By dtype of the activations: 1e-6 is for the sum in float32; the others are one rounding of y,
+#: and for many tokens also of codes and x.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 33, 70])
-def test_every_number_of_tokens_and_dtype_gives_the_product(tokens, dtype):
+def test_product_for_all_token_counts_and_dtypes(tokens, dtype):
     if DEVICE == "cpu" and dtype == torch.bfloat16 and 8 < tokens <= 64:
         pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
     codes_AN, *scales = layer(70, 65)
@@ -56,7 +56,7 @@ def test_every_number_of_tokens_and_dtype_gives_the_product(tokens, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 300), (127, 31), (128, 64), (300, 33)])
 @pytest.mark.parametrize("tokens", [1, 2, 20, 65])
-def test_sizes_that_divide_by_nothing(shape, tokens):
+def test_product_for_ragged_sizes(shape, tokens):
     codes_AN, *scales = layer(*shape)
     x_MN = torch.randn(tokens, shape[1])
 

@@ -26,10 +26,10 @@ def layer(rows, columns, *, spread=1.0, outliers=3):
 
 
 def run(x_MN, codes_AN, *scales):
-    tensors = encode_codes(codes_AN).tensors().values()
-    tensors = [tensor.to(DEVICE) for tensor in (x_MN, *tensors, *scales)]
+    layout = [tensor.to(DEVICE) for tensor in encode_codes(codes_AN).tensors().values()]
+    x_MN, *scales = (tensor.to(DEVICE) for tensor in (x_MN, *scales))
     tables_TW = prefix_tables(torch.device(DEVICE)).entries_TW
-    return prefix_linear(*tensors, tables_TW=tables_TW).cpu()
+    return prefix_linear(x_MN, layout, *scales, tables_TW=tables_TW).cpu()
 
 
 def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
@@ -37,14 +37,14 @@ def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
     return x_MN.double() @ weight_AN.T
 
 
-#: By dtype of the activations: 3e-6 is float32's sum, the rest is one rounding of y, and for many
-#: tokens also of codes and x.
+#: By dtype of the activations: 3e-6 is for the sum in float32; the others are one rounding of y,
+#: and for many tokens also of codes and x.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 5e-4, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [1, 3, 9])
-def test_every_number_of_tokens_and_dtype_gives_the_product(tokens, dtype):
+def test_product_for_all_token_counts_and_dtypes(tokens, dtype):
     codes_AN, *scales = layer(70, 65)
     x_MN = torch.randn(tokens, 65).to(dtype)
 
@@ -56,7 +56,7 @@ def test_every_number_of_tokens_and_dtype_gives_the_product(tokens, dtype):
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 300), (128, 64), (300, 33)])
 @pytest.mark.parametrize("tokens", [1, 2, 20])
-def test_sizes_that_divide_by_nothing(shape, tokens):
+def test_product_for_ragged_sizes(shape, tokens):
     codes_AN, *scales = layer(*shape)
     x_MN = torch.randn(tokens, shape[1])
 
@@ -65,7 +65,7 @@ def test_sizes_that_divide_by_nothing(shape, tokens):
     assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=3e-6)
 
 
-def test_codes_with_low_bits_in_several_segments_and_bands(monkeypatch):
+def test_product_with_low_bits_in_several_segments_and_bands(monkeypatch):
     monkeypatch.setattr("watersic_hf.nn.prefix.STREAM_COLUMNS", (64, 64))
     monkeypatch.setattr("watersic_kernels.product.SCRATCH_BYTES", 1)
     codes_AN, *scales = layer(130, 200, spread=3.0)
@@ -80,20 +80,20 @@ def test_codes_with_low_bits_in_several_segments_and_bands(monkeypatch):
         assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=3e-6)
 
 
-def test_no_tokens_give_no_output():
+def test_product_for_zero_tokens():
     codes_AN, *scales = layer(5, 31)
 
     assert run(torch.randn(0, 31), codes_AN, *scales).shape == (0, 5)
 
 
-def test_the_kernel_knows_the_layout():
+def test_padding_of_kernel_and_layout_agree():
     assert prefix.PADDING == PADDING
 
 
-def test_tables_at_an_odd_address_are_refused():
+def test_unaligned_tables_are_refused():
     codes_AN, *scales = layer(5, 31)
-    tensors = encode_codes(codes_AN).tensors().values()
+    layout = encode_codes(codes_AN).tensors().values()
     moved = torch.empty(5 * (1 << WINDOW) + 1, dtype=torch.int32)[1:].view(5, -1)
 
     with pytest.raises(ValueError, match="begin at a multiple of 8192 bytes"):
-        prefix_linear(torch.randn(1, 31), *tensors, *scales, tables_TW=moved)
+        prefix_linear(torch.randn(1, 31), layout, *scales, tables_TW=moved)

@@ -21,22 +21,23 @@ def codes(rows, columns, *, spread=1.0, huge=0, seed=0):
 
 
 def run(payload, damage=None):
-    """Codes between guards, and what is said of the chunks; `damage` changes the words."""
+    """Decode between guards: the codes, and which chunks are good; `damage` changes the words."""
     header, (words, offsets_C, *model) = codec.take_apart(payload)
     if damage is not None:
         words = words.clone()
         damage(words.numpy())
-    # words from outside are poison: a chunk that read them would not end as it must
+    # words outside are poison: a chunk that reads them does not end in the right state
     words_W = torch.full((len(words) + 2 * GUARD,), 0x7F7F, dtype=torch.int16, device=DEVICE)
     words_W[GUARD:-GUARD] = words
     size = header.rows * header.cols
     around = torch.full((size + 2 * GUARD,), 0x7F7F7F7F, dtype=torch.int32, device=DEVICE)
     good_C = decode_chunks(
-        words_W, offsets_C.to(DEVICE) + GUARD, *(tensor.to(DEVICE) for tensor in model),
+        [words_W, offsets_C.to(DEVICE) + GUARD, *(tensor.to(DEVICE) for tensor in model)],
         around[GUARD:-GUARD].view(header.rows, header.cols),
-        rows_per_lane=header.rows_per_lane, cols_per_chunk=header.cols_per_chunk,
+        rows_per_lane=header.rows_per_lane,
+        cols_per_chunk=header.cols_per_chunk,
         escape_words=header.escape_words,
-    )  # fmt: skip
+    )
     for guard in (around[:GUARD], around[-GUARD:]):
         assert bool((guard == 0x7F7F7F7F).all())
     return around[GUARD:-GUARD].view(header.rows, header.cols).cpu(), good_C.cpu()
@@ -44,7 +45,7 @@ def run(payload, damage=None):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 40), (33, 7), (100, 3)])
 @pytest.mark.parametrize("huge", [0, 500, 100_000])
-def test_every_payload_is_decoded_to_its_codes(shape, huge):
+def test_encode_decode_roundtrip(shape, huge):
     expected_AN = codes(*shape, huge=huge)
 
     found_AN, good_C = run(codec.encode(expected_AN))
@@ -53,7 +54,7 @@ def test_every_payload_is_decoded_to_its_codes(shape, huge):
     assert bool(good_C.all())
 
 
-def test_codes_with_low_bits_come_back():
+def test_roundtrip_of_codes_with_low_bits():
     expected_AN = codes(40, 12, spread=3.0)
     payload = codec.encode(expected_AN)
     assert codec.take_apart(payload).tensors[-1].max() > 0
@@ -65,7 +66,7 @@ def test_codes_with_low_bits_come_back():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_damaged_chunk_is_noticed_and_touches_nothing_else(seed):
+def test_damaged_chunk_is_detected_and_writes_only_its_codes(seed):
     expected_AN = codes(20, 8, huge=500, seed=1)
     rng = np.random.default_rng(seed)
 

@@ -1,6 +1,6 @@
-"""The quantized layer and the operators it runs on."""
+"""Quantized layers, embeddings and experts, and the operators that they run on."""
 
-from watersic_hf.nn.embedding import WaterSICEmbedding, WaterSICTiedHead, pack_table
+from watersic_hf.nn.embedding import WaterSICEmbedding, WaterSICTiedHead, pack_vocabulary_matrix
 from watersic_hf.nn.experts import (
     FusedExperts,
     SeparateExperts,
@@ -36,7 +36,7 @@ __all__ = [
     "fused_experts",
     "install_packed",
     "module_matches",
-    "pack_table",
+    "pack_vocabulary_matrix",
     "packed_layers",
     "replace_module",
     "separate",

@@ -1,6 +1,6 @@
-"""WaterSICEmbedding: a table of rows, compressed; WaterSICTiedHead: the head that multiplies by it.
+"""Compressed vocabulary matrices: `WaterSICEmbedding`, and `WaterSICTiedHead`, which shares one.
 
-Shapes: A = rows of the table (tokens), N = columns.
+Shapes: A = rows of the matrix (tokens of the vocabulary), N = columns.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ _COL_SCALE_DTYPE = torch.float16
 
 
 class WaterSICEmbedding(PackedMatrix, nn.Embedding):
-    """Table of rows with a compressed weight.
+    """Embedding whose vocabulary matrix is compressed.
 
-    Called with integers it gathers rows, called with floats it multiplies by the table: a head that
-    is tied to it has no weight of its own.  Every residency but ``dense`` decodes the rows that are
-    asked for, and no others: ``packed`` row by row; ``entropy`` and ``stored`` from the payload, in
-    the chunks that hold them.
+    Called with integers it gathers rows; called with floats it multiplies by the matrix, so a head
+    that is tied to it has no weight of its own.  Every residency except ``dense`` decodes only the
+    rows asked for: ``packed`` row by row; ``entropy`` and ``stored`` decode the chunks of the
+    payload that hold them.
 
-    `col_scale` is the first parameter and has the dtype that the table was loaded in, since that is
-    where transformers looks for the dtype and the device of a model.  Its values are exact in
-    bfloat16, float16 and float32 alike (`pack_table`), and it is saved in float16.
+    `col_scale` is the first parameter and has the dtype that the embedding was loaded in, as that
+    is where transformers looks for the dtype and the device of a model.  Its values are exact in
+    bfloat16, float16 and float32 (`pack_vocabulary_matrix`), and it is saved in float16.
 
     Args:
         in_features: N.
         out_features: A.
-        scale: what rows are multiplied by on their way out, as in Gemma.
-        options: of `PackedMatrix`.
+        scale: factor of the gathered rows, as in Gemma; default: 1.
+        options: keyword arguments of `PackedMatrix`.
     """
 
     fixed_scales = ("row_scale",)
@@ -44,41 +44,48 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
     ) -> None:
         super().__init__(in_features, out_features, **options)
         self.num_embeddings, self.embedding_dim = out_features, in_features
-        # read by PEFT, which gathers the rows of its adapters in the same way
+        # PEFT reads these: it gathers the rows of its adapters in the same way
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
         self.scale = scale
+        # transformers takes a model's dtype from its first parameter: make that col_scale
         others = {name: self._parameters.pop(name) for name in ("weight", "row_scale")}
         self._parameters |= others
         self.adopt_dtype()
 
     @classmethod
     def from_packed(cls, packed: PackedLayer, *, scale: float = 1.0, **options: Any) -> Any:
-        """A table that holds the tensors of `packed`, as `PackedMatrix.from_packed`."""
-        table = super().from_packed(packed, **options)
-        table.scale = scale
-        table.adopt_dtype()
-        return table
+        """Make an embedding that holds the tensors of `packed`.
+
+        Args:
+            packed: the stored tensors.
+            scale: factor of the gathered rows; default: 1.
+            options: keyword arguments of `PackedMatrix.from_packed`.
+        """
+        embedding = super().from_packed(packed, **options)
+        embedding.scale = scale
+        embedding.adopt_dtype()
+        return embedding
 
     @property
     def packed(self) -> PackedLayer:
-        """The stored tensors of the table."""
+        """The stored tensors of the matrix."""
+        col_scale = self.col_scale.data.to(_COL_SCALE_DTYPE)
         return PackedLayer(
-            weight=self.weight.data, row_scale=self.row_scale.data,
-            col_scale=self.col_scale.data.to(_COL_SCALE_DTYPE),
-        )  # fmt: skip
+            weight=self.weight.data, row_scale=self.row_scale.data, col_scale=col_scale
+        )
 
     def adopt_dtype(self) -> None:
-        """Have `col_scale` in the dtype of the rows; a loader gives it that of the file."""
+        """Cast `col_scale` to the dtype of the rows; a loader leaves it in that of the file."""
         self.col_scale.data = self.col_scale.data.to(self.compute_dtype)
 
     def set_residency(self, residency: str, *, backend: str = "auto") -> None:
-        """Choose the form of the table in memory; see `PackedMatrix.set_residency`."""
+        """Choose the form of the matrix in memory; see `PackedMatrix.set_residency`."""
         self.adopt_dtype()
         super().set_residency(residency, backend=backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the table by number, scaled; or, of floats, their product with the table."""
+        """Return the scaled rows with these indices; for floats, their product with the matrix."""
         if input.is_floating_point():
             return super().forward(input)
         if self.dense_weight is not None:
@@ -92,17 +99,20 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
                 rows = ops.payload_rows(input, self.weight, *scales)
         if self.scale == 1:
             return rows
-        # rounded first, as where the factor is a buffer of the model
+        # round the factor first, as models do whose factor is a buffer
         return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """An ordinary table with the dequantized weight, in `dtype` (default: as loaded).
+        """Return an ordinary embedding with the dequantized weight.
 
-        It does not scale: that is for the class of the model's own table to do.
+        It does not apply `scale`: the model's own class of embeddings does that.
+
+        Args:
+            dtype: dtype of the weight; default: the dtype the embedding was loaded in.
         """
-        table = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        table.weight = nn.Parameter(self._decode(dtype or self.compute_dtype))
-        return table
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        embedding.weight = nn.Parameter(self._decode(dtype or self.compute_dtype))
+        return embedding
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -116,43 +126,52 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
 
 
 class WaterSICTiedHead(nn.Linear):
-    """Output head whose weight is a table's: `weight` is the table's payload, the same parameter.
+    """Output head that is tied to a `WaterSICEmbedding`; `weight` is the same parameter, a payload.
 
     Args:
-        table: the input embedding that the head is tied to.
+        embedding: the input embedding that the head is tied to.
     """
 
-    def __init__(self, table: WaterSICEmbedding) -> None:
+    def __init__(self, embedding: WaterSICEmbedding) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = table.in_features, table.out_features
-        self.weight = table.weight
+        self.in_features, self.out_features = embedding.in_features, embedding.out_features
+        self.weight = embedding.weight
         self.bias = None
-        # in a tuple, since the head has no part in the table's place among the modules
-        self._table = (table,)
+        # in a tuple, so that the embedding does not become a submodule of the head
+        self._embedding = (embedding,)
         self._is_hf_initialized = True
 
     @property
-    def table(self) -> WaterSICEmbedding:
+    def embedding(self) -> WaterSICEmbedding:
         """The embedding that the head is tied to."""
-        return self._table[0]
+        return self._embedding[0]
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the dense weight; read by PEFT."""
-        return self.table.compute_dtype
+        return self.embedding.compute_dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ W.T``, as the table's product: its hooks load what is offloaded."""
-        return self.table(x)
+        """Return ``x @ W.T``, by calling the embedding, whose hooks load offloaded weights."""
+        return self.embedding(x)
 
     def extra_repr(self) -> str:
-        """Sizes, for `repr`."""
+        """Return sizes, for `repr`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, tied"
 
 
-def pack_table(
+def pack_vocabulary_matrix(
     codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, *, name: str
 ) -> PackedLayer:
-    """`pack_layer` with column scales that bfloat16 holds exactly; see `WaterSICEmbedding`."""
+    """Pack codes as `pack_layer` does, with column scales that bfloat16 holds exactly.
+
+    `WaterSICEmbedding` needs such scales: it casts them to the dtype of the model.
+
+    Args:
+        codes_AN: integer codes.
+        row_scale_A: row scales.
+        col_scale_N: column scales, which are rounded.
+        name: name of the layer, for error messages.
+    """
     packed = pack_layer(codes_AN, row_scale_A, col_scale_N, name=name)
     return rescale_layer(packed, packed.row_scale, packed.col_scale.bfloat16(), name=name)

@@ -1,14 +1,15 @@
 """Operators on packed layers: the only module that chooses between implementations.
 
-Shapes: A = out_features, N = in_features, B = bytes of the payload; x has any leading dimensions.
+Shapes: A = out_features, N = in_features, B = bytes of the payload, M = tokens, U = rows asked
+        for, r = rows of a band; x has any leading dimensions.
 
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
 
-`coded_linear`, `decode` and `block_step` have Triton kernels on CUDA.  Their `backend` is
-``triton``, ``reference`` (the same without kernels, to compare with), or ``auto``: Triton where it
-can be imported, and where it cannot, the reference, with a warning.
+`coded_linear`, `decode` and `block_step` have Triton kernels on CUDA.  Their backend is ``triton``,
+``reference`` (no kernels, for comparison) or ``auto``, which uses Triton if it can be imported and
+otherwise the reference, with a warning.
 """
 
 import functools
@@ -22,22 +23,18 @@ from torch import Tensor
 
 from watersic_hf import codec
 from watersic_hf.core import BlockStep, zsic_block
-from watersic_hf.nn import prefix
-from watersic_hf.nn.packing import PackedCodes, pack_codes, unpack_bands, unpack_rows
-from watersic_hf.nn.prefix_tables import prefix_tables
+from watersic_hf.nn.layouts import LAYOUTS
+from watersic_hf.nn.packing import PackedCodes, unpack_rows
 from watersic_hf.nn.tiles import TiledCodes
 
 logger = logging.getLogger(__name__)
 
-#: What runs on compressed weights; see the module docstring.
+#: Implementations of the operators on compressed weights; see the module docstring.
 BACKENDS = ("auto", "triton", "reference")
-#: Environment variable with the backend of those who name none.
+#: Environment variable that sets the backend where no argument does.
 BACKEND_VARIABLE = "WATERSIC_BACKEND"
 
-#: The residencies that lay codes out anew, and how.
-LAYOUTS: dict[str, type[TiledCodes]] = {"packed": PackedCodes, "entropy": prefix.PrefixCodes}
-
-#: Bound on the dense weights that the reference holds at a time.
+#: Upper bound, in bytes, on the dense weights that the reference holds at a time.
 SCRATCH_BYTES = 32 << 20
 
 
@@ -45,10 +42,9 @@ SCRATCH_BYTES = 32 << 20
 def dequantize(
     payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Dense weight ``diag(row) @ codes @ diag(col)``, computed in float32, rounded once to `dtype`.
+    """Return the dense weight ``diag(row) @ codes @ diag(col)``, A x N, on the scales' device.
 
-    Returns:
-        The weight, A x N, on the device of the scales.
+    The weight is computed in float32 and rounded once to `dtype`.
 
     Raises:
         ValueError: the payload holds a matrix of another shape.
@@ -69,12 +65,13 @@ def _(payload_B, row_scale_A, col_scale_N, dtype):
 def dequant_linear(
     x: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
 ) -> Tensor:
-    """Return ``x @ W.T`` with W the dense weight of the payload, in the dtype of `x`.
+    """Return ``x @ W.T`` in the dtype of `x`, where W is the dense weight of the payload.
 
-    W is never whole in memory.  Differentiable in `x`.
+    W is decoded band by band and never held whole.  Differentiable in `x`.
 
     Raises:
-        ValueError: x does not end in N entries, or the payload holds a matrix of another shape.
+        ValueError: the last dimension of `x` is not N, or the payload holds a matrix of another
+            shape.
         CodecError: the payload is damaged.
     """
     A, N = len(row_scale_A), len(col_scale_N)
@@ -98,7 +95,7 @@ def _(x, payload_B, row_scale_A, col_scale_N):
 def dequant_linear_backward(
     grad_y: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
 ) -> Tensor:
-    """Gradient of `dequant_linear` in x: ``grad_y @ W``, summed over tiles in float32 or wider."""
+    """Return the gradient of `dequant_linear` in x: ``grad_y @ W``, summed in float32 or wider."""
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
     for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, grad_y.dtype):
@@ -132,14 +129,21 @@ def coded_linear(
     col_scale_N: Tensor,
     backend: str,
 ) -> Tensor:
-    """Return ``x @ W.T`` with the codes of W as `residency` has them, in the dtype of `x`.
+    """Return ``x @ W.T`` in the dtype of `x`, where the codes of W are in a layout of `LAYOUTS`.
 
-    `layout` is `TiledCodes.tensors` of the class that `LAYOUTS` has for the residency, in their
-    order.  Differentiable in `x`.
+    Differentiable in `x`.
+
+    Args:
+        x: input, (..., N).
+        residency: a key of `LAYOUTS`.
+        layout: the tensors of the codes, in the order of `TiledCodes.tensors`.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
+        backend: one of `BACKENDS`.
 
     Raises:
-        ValueError: x does not end in N entries.
-        ImportError: `backend` is ``triton``, and it cannot be imported.
+        ValueError: the last dimension of `x` is not N.
+        ImportError: `backend` is ``triton`` and Triton cannot be imported.
     """
     A, N = len(row_scale_A), len(col_scale_N)
     if x.shape[-1:] != (N,):
@@ -149,12 +153,8 @@ def coded_linear(
     if x.is_cuda and backend != "reference":
         kernels = _kernels(backend)
         if kernels is not None:
-            arguments = (x.reshape(-1, N), *layout, row_scale_A, col_scale_N)
-            if residency == "packed":
-                y_MA = kernels.packed.packed_linear(*arguments)
-            else:
-                tables_TW = prefix_tables(x.device).entries_TW
-                y_MA = kernels.prefix.prefix_linear(*arguments, tables_TW=tables_TW)
+            multiply = LAYOUTS[residency].multiply
+            y_MA = multiply(kernels, x.reshape(-1, N), layout, row_scale_A, col_scale_N)
             return y_MA.view(*x.shape[:-1], A)
     y = x.new_empty((*x.shape[:-1], A))
     for rows, weight_rN in coded_bands(residency, layout, row_scale_A, col_scale_N, x.dtype):
@@ -175,7 +175,7 @@ def coded_linear_backward(
     row_scale_A: Tensor,
     col_scale_N: Tensor,
 ) -> Tensor:
-    """Gradient of `coded_linear` in x: ``grad_y @ W``, summed over bands in float32 or wider."""
+    """Return the gradient of `coded_linear` in x: ``grad_y @ W``, summed in float32 or wider."""
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
     for rows, weight_rN in coded_bands(residency, layout, row_scale_A, col_scale_N, grad_y.dtype):
@@ -210,20 +210,27 @@ def payload_rows(
     col_scale_N: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of the dense weight by number, each of any number as often as it is asked for.
+    """Gather rows of the dense weight of a payload.
 
     Only the chunks of the payload that hold these rows are decoded.
 
+    Args:
+        index: row indices of any shape; a row may occur several times.
+        payload_B: the payload.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
+        dtype: dtype of the result.
+
     Returns:
-        Rows in `dtype`, the shape of `index` times N, on its device.
+        The rows, (*index.shape, N), on the device of `index`.
 
     Raises:
-        IndexError: there is no row of a number.
+        IndexError: an index is out of range.
         CodecError: the payload is damaged.
     """
-    rows_U, where = torch.unique(index, return_inverse=True)
+    rows_U, inverse = torch.unique(index, return_inverse=True)
     codes_UN = codec.decode_rows(payload_B, rows_U.cpu()).to(index.device)
-    return scale_codes(codes_UN, row_scale_A[rows_U], col_scale_N, dtype)[where]
+    return scale_codes(codes_UN, row_scale_A[rows_U], col_scale_N, dtype)[inverse]
 
 
 @payload_rows.register_fake
@@ -239,7 +246,7 @@ def packed_rows(
     col_scale_N: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `payload_rows`, of packed codes: `layout` is `PackedCodes.tensors`, in their order."""
+    """Gather rows of a dense weight as `payload_rows` does, from the tensors of `PackedCodes`."""
     packed = PackedCodes.of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
     rows_U = index.flatten()
     codes_UN = unpack_rows(packed, rows_U)
@@ -254,7 +261,7 @@ def _(index, layout, row_scale_A, col_scale_N, dtype):
 
 @functools.cache
 def _kernels(backend: str) -> ModuleType | None:
-    """The Triton kernels; None if they cannot be imported and need not be."""
+    """Import the Triton kernels; return None if that fails and `backend` is not ``triton``."""
     try:
         import watersic_kernels.packed
         import watersic_kernels.prefix
@@ -264,9 +271,9 @@ def _kernels(backend: str) -> ModuleType | None:
         if backend == "triton":
             raise
         logger.warning(
-            "Triton's kernels cannot be imported: %s. Layers are quantized, and compressed weights "
-            "multiplied, by slow references. Install triton; for products, the residency `dense` "
-            "needs no kernel.",
+            "The Triton kernels cannot be imported: %s. Quantization and products with compressed "
+            "weights use slow reference code. Install triton, or use the residency `dense`, whose "
+            "products need no kernel.",
             error,
         )
         return None
@@ -274,11 +281,11 @@ def _kernels(backend: str) -> ModuleType | None:
 
 
 def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
-    """The codes of a payload, A x N, int32, on a device; decoded there if it is a CUDA device.
+    """Return the codes of a payload, A x N, int32, on a device; CUDA devices decode them there.
 
     Raises:
         CodecError: the payload is damaged.
-        ImportError: `backend` is ``triton``, and it cannot be imported.
+        ImportError: `backend` is ``triton`` and Triton cannot be imported.
     """
     kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
     if kernels is None:
@@ -286,7 +293,7 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
     parts = codec.take_apart(payload_B)
     codes_AN = torch.empty(parts.header.rows, parts.header.cols, dtype=torch.int32, device=device)
     good_C = kernels.rans.decode_chunks(
-        *(tensor.to(device) for tensor in parts.tensors),
+        [tensor.to(device) for tensor in parts.tensors],
         codes_AN,
         rows_per_lane=parts.header.rows_per_lane,
         cols_per_chunk=parts.header.cols_per_chunk,
@@ -294,15 +301,21 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
     )
     bad_C = (good_C == 0).nonzero().flatten()
     if len(bad_C):
-        raise codec.CodecError(f"payload: chunk {int(bad_C[0])} does not end where and as it must")
+        raise codec.CodecError(
+            f"payload: chunk {int(bad_C[0])} is damaged: decoding it ended in a wrong state"
+        )
     return codes_AN
 
 
 def block_step(device: torch.device) -> BlockStep:
-    """What `watersic_hf.core.zsic` quantizes a block of columns with on a device.
+    """Return the function with which `watersic_hf.core.zsic` quantizes a block of columns.
+
+    Args:
+        device: device of the weight; CUDA devices use a kernel, unless the environment variable
+            `BACKEND_VARIABLE` says ``reference``.
 
     Raises:
-        ImportError: the backend is ``triton``, and it cannot be imported.
+        ImportError: the backend is ``triton`` and Triton cannot be imported.
     """
     backend = os.environ.get(BACKEND_VARIABLE, "auto")
     kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
@@ -310,12 +323,12 @@ def block_step(device: torch.device) -> BlockStep:
 
 
 def encode(codes_AN: Tensor, residency: str) -> TiledCodes:
-    """The layout that a residency has for codes, on their device.
+    """Encode codes, on their device, in the layout of a residency, a key of `LAYOUTS`.
 
     Raises:
-        ValueError: there is no code.
+        ValueError: the matrix is empty.
     """
-    return pack_codes(codes_AN) if residency == "packed" else prefix.encode_codes(codes_AN)
+    return LAYOUTS[residency].encode(codes_AN)
 
 
 def coded_bands(
@@ -325,17 +338,20 @@ def coded_bands(
     col_scale_N: Tensor,
     dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of the dense weight after another, each with their numbers."""
-    bands = unpack_bands if residency == "packed" else prefix.decode_bands
-    coded = LAYOUTS[residency].of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
-    for rows, codes_rN in bands(coded):
+    """Yield the dense weight some rows at a time: their indices and the rows, r x N.
+
+    The arguments are those of `coded_linear`, and the dtype of the result.
+    """
+    kind = LAYOUTS[residency]
+    coded = kind.codes.of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
+    for rows, codes_rN in kind.bands(coded):
         yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
 
 
 def _weight_tiles(
     payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Bands of rows of the dense weight, each with the slice of rows that it fills."""
+    """Yield the dense weight of a payload band by band, each with its slice of rows."""
     A, N = len(row_scale_A), len(col_scale_N)
     payload_B = payload_B.cpu()
     header = codec.read_header(payload_B)
@@ -344,7 +360,7 @@ def _weight_tiles(
             f"dequantize: the payload holds {header.rows} x {header.cols} codes, "
             f"but the scales are those of a {A} x {N} layer"
         )
-    # a range of rows that starts at a multiple of the band splits no chunk
+    # ranges that start at a multiple of the band split no chunk, so none is decoded twice
     band = header.geometry.band_rows
     band *= max(1, SCRATCH_BYTES // (4 * max(1, N) * band))
     for start in range(0, A, band):

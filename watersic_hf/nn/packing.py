@@ -1,10 +1,12 @@
-"""Codes of fixed width: the form of a weight that a GPU multiplies with fastest.
+"""Codes of fixed width: the layout of a weight that a GPU multiplies with fastest.
 
 Shapes: A = out_features (rows), N = in_features (columns), B = bands of rows, T = tiles of a band,
-        R, C = rows and columns of all tiles, G = words, O = entries for outliers.
+        R, C = rows and columns of all tiles, r = rows of a band, G = words, O = outlier entries,
+        U = rows asked for, j = columns of a tile, w = words of a row of a tile.
 
-A tile (`tiles.py`) has one width, 0 to 8 bits, the one that is cheapest with its outliers: a code
-that does not fit is clipped, and the rest of it is an outlier.
+All codes of a tile (`watersic_hf.nn.tiles`) have one width, 0 to 8 bits: the width that takes the
+fewest bits including outliers.  A code that does not fit is clipped, and the difference is an
+outlier.
 """
 
 from collections.abc import Iterator
@@ -18,18 +20,18 @@ from watersic_hf.nn.tiles import (
     TiledCodes,
     add_outliers,
     as_int32,
-    band_of,
-    filled,
-    in_order,
-    narrow,
+    choose_band,
+    compact_order,
     outlier_entries,
-    sorted_orders,
+    pad_to_tiles,
+    restore_order,
+    sort_by_magnitude,
 )
 
-#: Widest code; what it cannot hold is an outlier.
+#: Largest width of a tile, in bits.
 MAX_WIDTH = 8
 
-#: Bits that an outlier takes, a little more than its entry: some need several.
+#: Bits that an outlier is assumed to take: slightly more than one entry, as some need several.
 OUTLIER_BITS = 17
 
 
@@ -38,43 +40,43 @@ class PackedCodes(TiledCodes):
     """Integer codes, A x N, in tiles of fixed width."""
 
     words_G: Tensor
-    """int32.  The words of a tile of width w are a w x band matrix.  The w words of a row, taken as
-    one number of 32 w bits that begins with the lowest bit of the first, hold the row's 32 codes,
-    each plus 2^(w-1), which makes it non-negative."""
+    """int32.  The words of a tile of width w form a w x band matrix.  The w words of a row are one
+    little-endian number of 32 w bits; it holds the row's 32 codes, first code lowest, each raised
+    by 2^(w-1) to make it non-negative."""
 
     tiles_BT: Tensor
-    """int32.  The width of a tile in the lowest 4 bits; above, where its words begin, counted in
-    bands of words."""
+    """int32.  The lowest 4 bits are the width of a tile; the bits above are the position of its
+    words, in units of `band` words."""
 
     row_order_R: Tensor
-    """int16 or int32.  Which row of the weight a row of the tiles is; A where filled up."""
+    """int16 or int32.  The row of the weight that each row of the tiles is; A for padding."""
 
     column_order_C: Tensor
-    """int16 or int32.  Which column of the weight a column of the tiles is; N where filled up."""
+    """int16 or int32.  The column of the weight that each column of the tiles is; N for padding."""
 
     outliers_O: Tensor
-    """int16.  By rows of the tiles, what is to be added to the codes; see `tiles.py`."""
+    """int16.  Outlier entries, row after row of the tiles; see `watersic_hf.nn.tiles`."""
 
     outlier_start_R: Tensor
-    """int32, R + 1: where the outliers of every row of the tiles begin."""
+    """int32, R + 1 entries.  Position of the first outlier entry of each row of the tiles."""
 
     @property
     def band(self) -> int:
-        """Rows in a tile."""
+        """Rows of a tile."""
         return len(self.row_order_R) // len(self.tiles_BT)
 
 
 def pack_codes(codes_AN: Tensor) -> PackedCodes:
-    """Pack integer codes, without loss, on their device.
+    """Pack integer codes losslessly, on their device.
 
     Raises:
-        ValueError: there is no code.
+        ValueError: the matrix is empty.
     """
     rows, columns = codes_AN.shape
-    band = band_of(codes_AN)
-    row_order_R, column_order_C = sorted_orders(codes_AN, band)
+    band = choose_band(codes_AN)
+    row_order_R, column_order_C = sort_by_magnitude(codes_AN, band)
     bands = [
-        _pack_band(filled(codes_AN[order_r], column_order_C, band))
+        _pack_band(pad_to_tiles(codes_AN[order_r], column_order_C, band))
         for order_r in row_order_R[:rows].split(band)
     ]
     widths_BT = torch.stack([widths_T for widths_T, *_ in bands])
@@ -85,40 +87,46 @@ def pack_codes(codes_AN: Tensor) -> PackedCodes:
         columns=columns,
         words_G=torch.cat([words for _, words, *_ in bands]),
         tiles_BT=(first_BT << 4 | widths_BT).int(),
-        row_order_R=narrow(row_order_R),
-        column_order_C=narrow(column_order_C),
+        row_order_R=compact_order(row_order_R),
+        column_order_C=compact_order(column_order_C),
         outliers_O=torch.cat([outliers for *_, outliers, _ in bands]),
         outlier_start_R=torch.cat([count_R.new_zeros(1), count_R.cumsum(0)]).int(),
     )
 
 
 def unpack_bands(packed: PackedCodes) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the rows of the weight that make up a band, and their codes, rows x N, int32."""
+    """Yield, band by band, rows of the weight and their codes, rows x N, int32."""
     order_C = packed.column_order_C.long()
     for index, tiles_T in enumerate(packed.tiles_BT):
         start = index * packed.band
         order_r = packed.row_order_R[start : start + packed.band].long()
-        yield in_order(_unpack_band(packed, tiles_T, start), order_r, order_C, like=packed)
+        yield restore_order(_unpack_band(packed, tiles_T, start), order_r, order_C, like=packed)
 
 
 def unpack_rows(packed: PackedCodes, index_U: Tensor) -> Tensor:
-    """The codes of some rows by number, U x N, int32; a number may come more than once."""
+    """Return the codes of some rows, U x N, int32.
+
+    Args:
+        packed: the codes of the whole weight.
+        index_U: rows of the weight, int64; a row may occur several times.
+    """
     order_C = packed.column_order_C.long()
     real_C = order_C < packed.columns
     order_R = packed.row_order_R.long()
-    place_A = torch.empty(packed.rows, dtype=torch.int64, device=order_R.device)
-    place_A[order_R[order_R < packed.rows]] = (order_R < packed.rows).nonzero()[:, 0]
-    place_U = place_A[index_U]
-    tiles_UT = packed.tiles_BT[place_U // packed.band]
-    within_UT = (place_U % packed.band)[:, None].expand_as(tiles_UT)
+    position_A = torch.empty(packed.rows, dtype=torch.int64, device=order_R.device)
+    position_A[order_R[order_R < packed.rows]] = (order_R < packed.rows).nonzero()[:, 0]
+    position_U = position_A[index_U]
+    tiles_UT = packed.tiles_BT[position_U // packed.band]
+    within_UT = (position_U % packed.band)[:, None].expand_as(tiles_UT)
     words = packed.words_G.view(-1, packed.band)
     codes_UTj = words.new_zeros(*tiles_UT.shape, TILE)
+    # tiles of one width at a time: their words have the same number of bits
     for width in range(1, MAX_WIDTH + 1):
         chosen_UT = (tiles_UT & 15) == width
         first, within = tiles_UT[chosen_UT] >> 4, within_UT[chosen_UT]
         slots = first + torch.arange(width, device=first.device)[:, None]
         codes_UTj[chosen_UT] = _codes(words[slots, within], width).T
-    start_U, stop_U = (packed.outlier_start_R[place_U + i].long() for i in (0, 1))
+    start_U, stop_U = (packed.outlier_start_R[position_U + i].long() for i in (0, 1))
     count_U = stop_U - start_U
     row_O = torch.repeat_interleave(count_U)
     entry = start_U[row_O] + torch.arange(len(row_O), device=row_O.device)
@@ -130,7 +138,11 @@ def unpack_rows(packed: PackedCodes, index_U: Tensor) -> Tensor:
 
 
 def _pack_band(codes_rC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Widths of the tiles of one band, their words, the outliers, and their number in every row."""
+    """Pack one band.
+
+    Returns:
+        The widths of its tiles, their words, the outlier entries, and their number in each row.
+    """
     band = len(codes_rC)
     codes_rTj = codes_rC.view(band, -1, TILE)
     bits = []
@@ -153,13 +165,13 @@ def _pack_band(codes_rC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _range(width: int) -> tuple[int, int]:
-    """Smallest and largest code of a width."""
+    """Return the smallest and the largest code of a width."""
     half = 1 << width >> 1
     return -half, max(half - 1, 0)
 
 
 def _words(stored_rTj: Tensor, width: int) -> Tensor:
-    """Non-negative codes of some tiles as words, T x width x band."""
+    """Return the words of tiles of one width, T x width x band, from their raised codes."""
     rows, tiles, _ = stored_rTj.shape
     words_Twr = stored_rTj.new_zeros(tiles, width, rows, dtype=torch.int64)
     for j in range(TILE):
@@ -172,7 +184,13 @@ def _words(stored_rTj: Tensor, width: int) -> Tensor:
 
 
 def _unpack_band(packed: PackedCodes, tiles_T: Tensor, start: int) -> Tensor:
-    """The codes of one band of tiles, band x C, int32."""
+    """Return the codes of one band of tiles, band x C, int32.
+
+    Args:
+        packed: the codes of the whole weight.
+        tiles_T: the entries of `PackedCodes.tiles_BT` for this band.
+        start: first row of the band in the order of the tiles.
+    """
     band = packed.band
     words = packed.words_G.view(-1, band)
     widths_T, first_T = tiles_T & 15, tiles_T >> 4
@@ -188,7 +206,12 @@ def _unpack_band(packed: PackedCodes, tiles_T: Tensor, start: int) -> Tensor:
 
 
 def _codes(words_w: Tensor, width: int) -> Tensor:
-    """The `TILE` codes of rows of tiles, in front of the other dimensions, from their words."""
+    """Return the `TILE` codes of rows of tiles, as the first dimension, from their words.
+
+    Args:
+        words_w: the words, int32, as the first dimension; the other dimensions are kept.
+        width: bits of a code.
+    """
     words_w = words_w.long() & 0xFFFFFFFF
     codes = []
     for j in range(TILE):

@@ -1,13 +1,15 @@
-"""Prefix-coded codes: the form of a weight of about the stored size that a GPU multiplies with.
+"""Prefix-coded codes: a layout of about the stored size that a GPU can multiply with.
 
 Shapes: A = out_features (rows), N = in_features (columns), B = bands of rows, S = segments of a
         band, T = tiles of a band, R, C = rows and columns of all tiles, r = rows of a band,
-        G = words, O = entries for outliers, j = pairs of columns.
+        G = words, O = outlier entries, j = pairs of columns, V = values of a symbol.
+        A lower-case b or t is a part of B or T.
 
-A tile (`tiles.py`) has a symbol table (`prefix_tables.py`), whose symbols are pairs of codes of two
-columns side by side, and a shift: so many low bits of a code follow its symbol as they are.  Tiles
-side by side make up a segment, and every row of a segment is a stream of bits of its own, so that a
-lane of a GPU decodes a row of a segment, and all lanes of a warp have the same table at a time.
+A tile (`watersic_hf.nn.tiles`) has a symbol table (`watersic_hf.nn.prefix_tables`) and a shift.  A
+symbol is a pair of codes in adjacent columns without their lowest `shift` bits, which follow the
+symbol uncoded.  Adjacent tiles form a segment, and every row of a segment is a bit stream of its
+own.  So each lane of a GPU decodes one row of a segment, and all lanes of a warp use the same
+table at the same time.
 """
 
 import math
@@ -23,34 +25,36 @@ from watersic_hf.nn.tiles import (
     TiledCodes,
     add_outliers,
     as_int32,
-    band_of,
-    filled,
-    in_order,
-    narrow,
+    choose_band,
+    compact_order,
     outlier_entries,
-    sorted_orders,
+    pad_to_tiles,
+    restore_order,
+    sort_by_magnitude,
 )
 
-#: Most low bits of a code that follow its symbol.
+#: Largest number of low bits that follow a symbol uncoded.
 MAX_SHIFT = 8
 
-#: Bits of the number of a table; the shift of a tile is above.
+#: Bits of the number of a table in an entry of `PrefixCodes.tiles_BT`; the shift is above them.
 TABLE_BITS = 8
 
-#: A block's streams begin at this bit of its first word: a decoder's window starts as many bits
-#: early, where it makes the offset of a table's entry in bytes.
+#: The streams of a block begin at this bit of its first word.  A decoder's window starts as many
+#: bits early, which multiplies its value by four: the offset of a table entry in bytes.
 FIRST_BIT = 2
 
-#: Streams that a layer is cut into, as far as a stream has the columns for it: fewer cost less
-#: memory, more keep a GPU busier.  Not yet measured on one.
+#: Number of streams that a layer is divided into, as far as `STREAM_COLUMNS` permits: fewer take
+#: less memory, more keep a GPU busier.  Not yet measured on a GPU.
 STREAMS = 1 << 16
+
+#: Smallest and largest number of columns of a stream, about.
 STREAM_COLUMNS = (512, 1024)
 
-#: Words behind the last stream: as many as a decoder can read ahead within one tile, whatever the
+#: Words after the last stream: as many as a decoder can read ahead within one tile, whatever the
 #: bits are.
 PADDING = math.ceil(TILE // 2 * (WINDOW + 2 * MAX_SHIFT) / 32) + 4
 
-#: Codes that are encoded or decoded at a time.
+#: Number of codes that are encoded or decoded at a time, which bounds the temporary memory.
 CHUNK = 1 << 21
 
 
@@ -59,66 +63,69 @@ class PrefixCodes(TiledCodes):
     """Integer codes, A x N, prefix-coded in tiles."""
 
     words_G: Tensor
-    """int32.  The streams of a block, one segment of one band, row after row without a gap, from
-    bit `FIRST_BIT` on, the lowest bit of a word first; then the next block, at a word.  A stream
-    has for every pair the code word, the low bits of the first code and those of the second."""
+    """int32.  A block is one segment of one band.  The streams of its rows follow one another
+    without a gap, from bit `FIRST_BIT` of the block on, lowest bit of a word first; the next block
+    begins at a word.  For every pair of columns a stream holds the code word, the low bits of the
+    first code, and the low bits of the second."""
 
     first_BS: Tensor
-    """int32.  First word of a block."""
+    """int32.  First word of each block."""
 
     shortest_BS: Tensor
-    """int32.  In the low 16 bits a number of bits, above a power of two, for `bits_BSr`."""
+    """int32.  The low 16 bits are the length in bits of a block's shortest stream; the bits above
+    are the log2 of the unit of `bits_BSr`."""
 
     bits_BSr: Tensor
-    """uint8.  A stream has so many bits, times the block's power of two, more than the shortest;
-    a few of them mean nothing where that is no multiple."""
+    """uint8.  How much longer a stream is than the block's shortest, in units of a power of two
+    bits, rounded up: the last bits of a stream may be padding."""
 
     tiles_BT: Tensor
-    """int16.  The number of a tile's table in the lowest 8 bits, its shift above.  With the shift s
-    a code is ``value * 2^s + low - 2^(s-1)``."""
+    """int16.  The lowest 8 bits are the number of a tile's table, the bits above its shift s.  A
+    code is ``value * 2^s + low - 2^(s-1)``."""
 
     row_order_R: Tensor
-    """int16 or int32.  Which row of the weight a row of the tiles is; A where filled up."""
+    """int16 or int32.  The row of the weight that each row of the tiles is; A for padding."""
 
     column_order_C: Tensor
-    """int16 or int32.  Which column of the weight a column of the tiles is; N where filled up."""
+    """int16 or int32.  The column of the weight that each column of the tiles is; N for padding."""
 
     outliers_O: Tensor
-    """int16.  By rows of the tiles, what is to be added to the codes; see `tiles.py`."""
+    """int16.  Outlier entries, row after row of the tiles; see `watersic_hf.nn.tiles`."""
 
     outlier_first_B: Tensor
-    """int32.  Where the outliers of a band begin."""
+    """int32.  Position of the first outlier entry of each band."""
 
     outlier_count_R: Tensor
-    """uint8 or int32.  Entries of a row."""
+    """uint8 or int32.  Number of outlier entries of each row of the tiles."""
 
     @property
-    def share(self) -> int:
-        """Tiles of a segment; the last one may have fewer."""
+    def tiles_per_segment(self) -> int:
+        """Tiles of a segment; the last segment of a band may have fewer."""
         return -(-self.tiles_BT.shape[1] // self.first_BS.shape[1])
 
 
 def encode_codes(codes_AN: Tensor) -> PrefixCodes:
-    """Encode integer codes, without loss, on their device.
+    """Encode integer codes losslessly, on their device.
 
     Raises:
-        ValueError: there is no code.
+        ValueError: the matrix is empty.
     """
     rows, columns = codes_AN.shape
-    band = band_of(codes_AN)
-    row_order_R, column_order_C = sorted_orders(codes_AN, band)
+    band = choose_band(codes_AN)
+    row_order_R, column_order_C = sort_by_magnitude(codes_AN, band)
     bands, tiles = len(row_order_R) // band, len(column_order_C) // TILE
     target = min(max(rows * columns / STREAMS, STREAM_COLUMNS[0]), STREAM_COLUMNS[1])
-    share = math.ceil(tiles / max(1, round(tiles * TILE / target)))
+    tiles_per_segment = math.ceil(tiles / max(1, round(tiles * TILE / target)))
     tables = prefix_tables(codes_AN.device)
     step = max(1, CHUNK // (band * len(column_order_C)))
     parts = []
     for start in range(0, bands, step):
         order_r = row_order_R[start * band : (start + step) * band]
-        codes_rC = filled(codes_AN[order_r[order_r < rows]], column_order_C, len(order_r))
+        codes_rC = pad_to_tiles(codes_AN[order_r[order_r < rows]], column_order_C, len(order_r))
         codes_brTj = codes_rC.view(-1, band, tiles, TILE)
-        parts.append(_encode_bands(codes_brTj, order_r < rows, share, tables))
+        parts.append(_encode_bands(codes_brTj, order_r < rows, tiles_per_segment, tables))
     words, first, shortest, bits, tiles_BT, outliers, counts = zip(*parts, strict=True)
+    # each part counts its words from its own start
     sizes = torch.tensor([0, *map(len, words)]).cumsum(0).tolist()
     count_R = torch.cat(counts)
     per_band_B = count_R.view(bands, band).sum(1)
@@ -130,8 +137,8 @@ def encode_codes(codes_AN: Tensor) -> PrefixCodes:
         shortest_BS=torch.cat(shortest),
         bits_BSr=torch.cat(bits),
         tiles_BT=torch.cat(tiles_BT),
-        row_order_R=narrow(row_order_R),
-        column_order_C=narrow(column_order_C),
+        row_order_R=compact_order(row_order_R),
+        column_order_C=compact_order(column_order_C),
         outliers_O=torch.cat(outliers),
         outlier_first_B=(per_band_B.cumsum(0) - per_band_B).int(),
         outlier_count_R=count_R.to(torch.uint8 if int(count_R.max()) < 256 else torch.int32),
@@ -139,7 +146,7 @@ def encode_codes(codes_AN: Tensor) -> PrefixCodes:
 
 
 def decode_bands(coded: PrefixCodes) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the rows of the weight of some bands at a time, and their codes, rows x N, int32."""
+    """Yield, some bands at a time, rows of the weight and their codes, rows x N, int32."""
     order_C = coded.column_order_C.long()
     bands, band = len(coded.tiles_BT), coded.bits_BSr.shape[-1]
     count_R = coded.outlier_count_R.long()
@@ -152,15 +159,24 @@ def decode_bands(coded: PrefixCodes) -> Iterator[tuple[Tensor, Tensor]]:
         entry_O = coded.outliers_O[first : first + int(count_r.sum())]
         add_outliers(codes_rC, entry_O, count_r)
         order_r = coded.row_order_R[start * band : stop * band].long()
-        yield in_order(codes_rC, order_r, order_C, like=coded)
+        yield restore_order(codes_rC, order_r, order_C, like=coded)
 
 
 def _encode_bands(
-    codes_brTj: Tensor, real_r: Tensor, share: int, tables: PrefixTables
+    codes_brTj: Tensor, real_r: Tensor, tiles_per_segment: int, tables: PrefixTables
 ) -> tuple[Tensor, ...]:
-    """The words, and what else a `PrefixCodes` has, of some bands.
+    """Encode some bands.
 
-    Rows that are not `real_r` are filled up: they have no bits.
+    Args:
+        codes_brTj: codes in the order of the tiles, int32.
+        real_r: which rows are rows of the weight; the others are padding and take no bits.
+        tiles_per_segment: tiles of a segment.
+        tables: the symbol tables.
+
+    Returns:
+        The tensors of these bands that `PrefixCodes` holds as `words_G`, `first_BS`, counted from
+        the first of these words, `shortest_BS`, `bits_BSr`, `tiles_BT`, `outliers_O` and
+        `outlier_count_R`.
     """
     bands, band, tiles, _ = codes_brTj.shape
     table_bT, shift_bT = _choose(codes_brTj, tables)
@@ -168,7 +184,7 @@ def _encode_bands(
     half_b1T1 = 1 << shift_b1T1 >> 1
     symbol_brTj, low_brTj = _split(codes_brTj, shift_b1T1, half_b1T1)
     index_brTj = symbol_brTj.clamp(-LIMIT - 1, LIMIT + 1) + LIMIT
-    # both ends stand for all values that no table holds
+    # one index stands for all values, on both sides, that no table holds
     index_brTj = torch.where(index_brTj < 0, 2 * LIMIT + 1, index_brTj)
     pair = (table_bT[:, None, :, None], index_brTj[..., ::2], index_brTj[..., 1::2])
     kept_brTj = tables.kept_TVV[pair].flatten(-2)
@@ -182,8 +198,8 @@ def _encode_bands(
     length += 2 * shift_b1T1
     length *= real_r.view(bands, band, 1, 1)
 
-    segments = -(-tiles // share)
-    padding = (0, 0, 0, segments * share - tiles)
+    segments = -(-tiles // tiles_per_segment)
+    padding = (0, 0, 0, segments * tiles_per_segment - tiles)
     length, value = (
         torch.nn.functional.pad(part, padding)
         .view(bands, band, segments, -1)
@@ -196,9 +212,10 @@ def _encode_bands(
     words_bS = (bits_bSr.sum(-1) + FIRST_BIT + 31) >> 5
     first_bS = (words_bS.flatten().cumsum(0)).view_as(words_bS) - words_bS
     start_bSr = bits_bSr.cumsum(-1) - bits_bSr + FIRST_BIT + (first_bS[..., None] << 5)
+    # first bit of each pair; the bits of two pairs never overlap, so adding them is an `or`
     at = (length.cumsum(-1) - length + start_bSr[..., None]).flatten()
     value = value.flatten() << (at & 31)
-    # two more words for pairs of no bits behind the last one
+    # two more words: pairs of no bits may stand behind the last word
     words = value.new_zeros(int(words_bS.sum()) + 2)
     words.index_add_(0, at >> 5, value & 0xFFFFFFFF)
     words.index_add_(0, (at >> 5) + 1, value >> 32)
@@ -207,7 +224,7 @@ def _encode_bands(
 
 
 def _stream_bits(bits_bSr: Tensor) -> tuple[Tensor, Tensor]:
-    """`PrefixCodes.shortest_BS` and `bits_BSr` that leave room for so many bits."""
+    """Return `PrefixCodes.shortest_BS` and `PrefixCodes.bits_BSr` for streams of these lengths."""
     shortest_bS = bits_bSr.amin(-1)
     range_bS = bits_bSr.amax(-1) - shortest_bS
     power_bS = ((range_bS / 255).clamp(min=1).log2().ceil()).long()
@@ -217,24 +234,25 @@ def _stream_bits(bits_bSr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bits(shortest_bS: Tensor, count_bSr: Tensor) -> Tensor:
-    """Bits of the streams, int64."""
+    """Return the lengths of the streams in bits, int64: the inverse of `_stream_bits`."""
     shortest_bS1 = shortest_bS[..., None].long()
     return (shortest_bS1 & 0xFFFF) + (count_bSr.long() << (shortest_bS1 >> 16))
 
 
 def _choose(codes_brTj: Tensor, tables: PrefixTables) -> tuple[Tensor, Tensor]:
-    """The table and the shift of least bits for every tile."""
+    """Return the table and the shift that take the fewest bits for every tile."""
     bands, _, tiles, _ = codes_brTj.shape
     codes_tk = codes_brTj.transpose(1, 2).reshape(bands * tiles, -1)
     mean_t = codes_tk.abs().clamp(max=LIMIT << MAX_SHIFT).float().mean(1)
     best_t = torch.full_like(mean_t, math.inf)
     table_t, shift_t = torch.zeros_like(mean_t, dtype=torch.long), torch.zeros_like(mean_t).long()
     for shift in range(MAX_SHIFT + 1):
-        # a smaller mean is better off without so many low bits
+        # tiles of smaller codes take fewer bits with a smaller shift
         worth_t = (mean_t >= 0.5 * (1 << shift)) if shift else torch.ones_like(mean_t).bool()
         symbol_tk, _ = _split(codes_tk[worth_t], shift, 1 << shift >> 1)
         symbol_tk = symbol_tk.clamp(-LIMIT - 1, LIMIT + 1) + LIMIT
         symbol_tk = torch.where(symbol_tk < 0, 2 * LIMIT + 1, symbol_tk)
+        # one histogram for all tiles: 32 bins for each
         symbol_tk += torch.arange(len(symbol_tk), device=symbol_tk.device)[:, None] << 5
         count_tV = torch.bincount(symbol_tk.flatten(), minlength=len(symbol_tk) << 5).view(-1, 32)
         bits_tT = count_tV.float() @ tables.price_VT + shift * codes_tk.shape[1]
@@ -247,29 +265,38 @@ def _choose(codes_brTj: Tensor, tables: PrefixTables) -> tuple[Tensor, Tensor]:
 
 
 def _split(codes: Tensor, shift: Tensor | int, half: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Codes as symbols and low bits."""
+    """Split codes into symbols and their low bits."""
     raised = codes + half
     symbol = raised >> shift
     return symbol, raised - (symbol << shift)
 
 
 def _decode_bands(coded: PrefixCodes, start: int, stop: int) -> Tensor:
-    """The codes of some bands of tiles but the outliers, rows x C, int32, all streams in step."""
+    """Return the codes of some bands without their outliers, rows x C, int32.
+
+    All streams advance in lockstep, one pair of codes at a time.
+
+    Args:
+        coded: the codes of the whole weight.
+        start: first band.
+        stop: end of the bands.
+    """
     tables = prefix_tables(coded.words_G.device)
     entries_W = tables.entries_TW.flatten().long() & 0xFFFFFFFF
     words_G = coded.words_G.long() & 0xFFFFFFFF
     bits_bSr = _bits(coded.shortest_BS[start:stop], coded.bits_BSr[start:stop])
     bands, segments, band = bits_bSr.shape
-    share, tiles = coded.share, coded.tiles_BT.shape[1]
+    tiles_per_segment, tiles = coded.tiles_per_segment, coded.tiles_BT.shape[1]
     at = bits_bSr.cumsum(-1) - bits_bSr + FIRST_BIT
     at += coded.first_BS[start:stop, :, None].long() << 5
     tiles_bST = coded.tiles_BT[start:stop].long()
-    tiles_bST = torch.nn.functional.pad(tiles_bST, (0, segments * share - tiles))
-    tiles_bST = tiles_bST.view(bands, segments, share)
-    codes = words_G.new_empty(share * TILE, bands, segments, band, dtype=torch.int32)
+    columns = tiles_per_segment * TILE
+    tiles_bST = torch.nn.functional.pad(tiles_bST, (0, segments * tiles_per_segment - tiles))
+    tiles_bST = tiles_bST.view(bands, segments, tiles_per_segment)
+    codes = words_G.new_empty(columns, bands, segments, band, dtype=torch.int32)
     limit = len(words_G) - PADDING << 5
-    for tile in range(share):
-        # rows that are filled up have no stream of their own, and read on in others
+    for tile in range(tiles_per_segment):
+        # padding rows have no stream of their own and read on into those of others
         at = at.clamp(max=limit)
         table = (tiles_bST[..., tile, None] & ((1 << TABLE_BITS) - 1)) << WINDOW
         shift = tiles_bST[..., tile, None] >> TABLE_BITS
@@ -285,5 +312,5 @@ def _decode_bands(coded: PrefixCodes, start: int, stop: int) -> Tensor:
                 codes[index] = (whole << shift) + (low & ones) - half
                 low = low >> shift
             at = at + length + 2 * shift
-    codes = codes.view(share * TILE, bands, segments, band).permute(1, 3, 2, 0)
-    return codes.reshape(bands * band, segments * share * TILE)[:, : tiles * TILE].contiguous()
+    codes = codes.view(columns, bands, segments, band).permute(1, 3, 2, 0)
+    return codes.reshape(bands * band, segments * columns)[:, : tiles * TILE].contiguous()

@@ -1,13 +1,15 @@
 """The symbol tables of the prefix code: one library for all layers of all models.
 
-Shapes: T = tables, V = values of a symbol and one more for all others, P = pairs.
+Shapes: T = tables, W = windows of bits, P = pairs of a table, v = values of a symbol, V = those
+        and one index more for all other values.
 
-A symbol is a pair of values from -LIMIT to LIMIT.  A table has the Huffman code of the pairs that
-it holds, none longer than `WINDOW` bits, for values that are normal, or a mixture of normal ones,
-and rounded.  What a table does not hold of a pair is coded as zero, and is an outlier.
+A symbol is a pair of values from -LIMIT to LIMIT.  A table holds a length-limited Huffman code, of
+at most `WINDOW` bits, of the pairs that are likely if the values are rounded samples of a normal
+distribution or of a mixture of normal distributions.  A pair that a table does not hold is coded
+with one or both values replaced by zero, and the difference is an outlier.
 
-The library is made when it is first needed and never saved, so that no other machine has to find
-the same one.
+The library is computed when it is first needed and never saved, so different machines need not
+compute identical tables.
 """
 
 import functools
@@ -19,51 +21,51 @@ from torch import Tensor
 
 from watersic_hf.nn.tiles import as_int32
 
-#: Bits of a window, in which every code word fits: a decoder's table has an entry for each window.
+#: Bits of a window; every code word fits into it, and a decoder's table has an entry per window.
 WINDOW = 11
 
-#: Largest magnitude in a pair.
+#: Largest magnitude of a value of a pair.
 LIMIT = 15
 
-#: Standard deviations of the tables: a sixth of an octave apart.
+#: Standard deviations of the tables, a sixth of an octave apart.
 DEVIATIONS = tuple(2 ** (sixth / 6) for sixth in range(-15, 10))
 
-#: Weights of normal values of 1, 2 and 4 times the standard deviation.
+#: Weights of the mixtures: of normal distributions with 1, 2 and 4 times the standard deviation.
 SHAPES = ((1.0, 0.0, 0.0), (16 / 17, 1 / 17, 0.0), (64 / 81, 16 / 81, 1 / 81))
 
-#: Bits that an outlier takes: entries of 16 bits, of which a far gap needs more than one.  Found by
-#: what real layers of a small model take least with.
+#: Bits that an outlier is assumed to take: entries have 16 bits, and a far gap needs several.  This
+#: value gave the smallest real layers of a small model.
 OUTLIER_BITS = 40
 
-#: Bytes that a decoder's tables begin at a multiple of: those of a table.
+#: A decoder's tables begin at a multiple of this many bytes: the size of one table.
 ALIGNMENT = 4 << WINDOW
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTables:
-    """The library, on one device.  Table 0 holds no pair but zeros, and takes no bits for them."""
+    """The library on one device.  Table 0 holds only the pair of zeros, which takes no bits."""
 
     entries_TW: Tensor
-    """int32, T x 2^WINDOW.  What a decoder finds at the next `WINDOW` bits, the first one lowest:
-    in the high half the first value of the pair as a bfloat16, in the low half the second, and in
-    the lowest 4 bits, which are zero in all bfloat16 of such values, the code word's length."""
+    """int32, T x 2^WINDOW.  The entry of a decoder for the next `WINDOW` bits, first bit lowest.
+    The high half is the first value of the pair as a bfloat16, the low half the second.  The lowest
+    4 bits, which are zero in the bfloat16 of every such value, are the length of the code word."""
 
     words_TVV: Tensor
-    """int16: the code word of a pair; index LIMIT + v, and 2 LIMIT + 1 for other values."""
+    """int16.  Code word of a pair; the index of a value v is LIMIT + v, of others 2 LIMIT + 1."""
 
     lengths_TVV: Tensor
-    """uint8: its bits."""
+    """uint8.  Length of the code word in bits."""
 
     kept_TVV: Tensor
-    """int8, T x V x V x 2: the pair that is coded."""
+    """int8, T x V x V x 2.  The pair that is coded in place of a pair."""
 
     price_VT: Tensor
-    """float32: bits of a value, on average over the other value of its pair."""
+    """float32.  Bits of a value, outliers included, averaged over the other value of its pair."""
 
 
 @functools.cache
 def prefix_tables(device: torch.device) -> PrefixTables:
-    """The library on a device."""
+    """Return the library on a device; it is computed once and cached."""
     if device.type == "cpu":
         return _library()
     host = prefix_tables(torch.device("cpu"))
@@ -73,8 +75,9 @@ def prefix_tables(device: torch.device) -> PrefixTables:
 
 
 def _library() -> PrefixTables:
+    """Compute the library on the CPU."""
     values = torch.arange(-LIMIT, LIMIT + 1, dtype=torch.float64)
-    # table 0: the pair of zeros, and nothing else
+    # table 0: only the pair of zeros
     tables = [_table((values == 0).double().clamp(min=1e-9), pairs=1)]
     for deviation in DEVIATIONS:
         for shape in SHAPES:
@@ -92,20 +95,32 @@ def _library() -> PrefixTables:
 
 
 def _chances(values: Tensor, deviation: float, shape: tuple[float, ...]) -> Tensor:
-    """Chances of the values of a rounded mixture of normal ones."""
+    """Return the probabilities of the values of a rounded mixture of normal distributions.
+
+    Args:
+        values: consecutive integers, float64.
+        deviation: standard deviation of the narrowest distribution.
+        shape: weights of the distributions, each twice as wide as the one before.
+    """
     edges = torch.cat([values - 0.5, values[-1:] + 0.5]) / (deviation * 2**0.5)
     upto = sum(weight * torch.erf(edges / 2**i) for i, weight in enumerate(shape))
     return 0.5 * upto.diff()
 
 
 def _table(chance_v: Tensor, pairs: int | None = None) -> tuple[Tensor, ...]:
-    """Entries, code words, lengths, kept pairs and prices of one distribution.
+    """Make the table of one distribution.
 
-    It holds the likeliest `pairs`, by default all that save more bits than they cost.
+    Args:
+        chance_v: probabilities of the values from -LIMIT to LIMIT.
+        pairs: number of pairs that the table holds, the likeliest; default: all that save more
+            bits than they cost.
+
+    Returns:
+        Its entries, code words, lengths, kept pairs and prices, as in `PrefixTables`.
     """
     size = len(chance_v)
     chance_vv = chance_v[:, None] * chance_v
-    # a rarer pair costs the others more bits than it saves where it occurs
+    # a rarer pair costs the other pairs more bits than it saves where it occurs
     held_vv = chance_vv * OUTLIER_BITS * 2**WINDOW > 1 / math.log(2)
     if pairs is not None:
         held_vv = chance_vv >= chance_vv.flatten().topk(pairs).values[-1]
@@ -118,7 +133,7 @@ def _table(chance_v: Tensor, pairs: int | None = None) -> tuple[Tensor, ...]:
     for word, length, entry in zip(*map(Tensor.tolist, (word_P, length_P, pair_P)), strict=True):
         entries_W[word :: 1 << length] = entry
 
-    # the cheapest pair of the table that agrees with a pair, or else with one value of it
+    # the cheapest way to code a pair: as it is, or with one or both values replaced by zero
     length_VV = torch.full((size + 1, size + 1), 1e9, dtype=torch.float64)
     length_VV[first_P, second_P] = length_P.double()
     word_VV = torch.zeros(size + 1, size + 1, dtype=torch.int16)
@@ -145,7 +160,12 @@ def _table(chance_v: Tensor, pairs: int | None = None) -> tuple[Tensor, ...]:
 
 
 def limited_lengths(weight_P: Tensor, limit: int) -> Tensor:
-    """Lengths, at most `limit`, of the prefix code of least mean length, by package-merge."""
+    """Return the code word lengths of the optimal length-limited prefix code, by package-merge.
+
+    Args:
+        weight_P: weights of the symbols, proportional to their probabilities.
+        limit: largest length in bits.
+    """
     sorted_P, order_P = weight_P.sort(stable=True)
     count = len(sorted_P)
     leaves, packages = [], sorted_P[:0]
@@ -163,7 +183,7 @@ def limited_lengths(weight_P: Tensor, limit: int) -> Tensor:
 
 
 def prefix_words(length_P: Tensor) -> Tensor:
-    """Code words of these lengths, the first bit lowest."""
+    """Return code words of these lengths, of a canonical prefix code, first bit lowest."""
     word_P = torch.zeros_like(length_P)
     code = before = 0
     for index in length_P.argsort(stable=True).tolist():
@@ -176,11 +196,15 @@ def prefix_words(length_P: Tensor) -> Tensor:
 
 
 def _bfloat16(values: Tensor) -> Tensor:
+    """Return the bits of integers as bfloat16, which must hold them exactly."""
     return values.float().view(torch.int32).long() >> 16 & 0xFFFF
 
 
 def _aligned(entries_TW: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device that begins at a multiple of `ALIGNMENT` bytes: the kernels need it."""
+    """Copy entries to a device, at an address that is a multiple of `ALIGNMENT`.
+
+    The kernels compute the address of an entry with one `or`, which needs this alignment.
+    """
     memory = torch.empty(entries_TW.nbytes + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
     aligned = memory[start : start + entries_TW.nbytes].view(torch.int32).view(entries_TW.shape)

@@ -104,7 +104,7 @@ def set_residency(model: nn.Module, residency: str, *, backend: str = "auto") ->
     chosen: dict[torch.device, str] = {}
     if residency == "auto":
         for device in dict.fromkeys(layer.row_scale.device for _, layer in layers):
-            here = [layer.held for _, layer in layers if layer.row_scale.device == device]
+            here = [m.residency_inputs for _, m in layers if m.row_scale.device == device]
             chosen[device], reason = choose_residency(here)
             logger.info(
                 "Residency of %d quantized layers on %s: %s, since %s.",

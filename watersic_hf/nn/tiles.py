@@ -1,13 +1,16 @@
-"""What the layouts of codes in device memory share: tiles of sorted rows and columns, and outliers.
+"""Tiles of sorted rows and columns, and outliers: the common part of the layouts in device memory.
 
 Shapes: A = out_features (rows), N = in_features (columns), R, C = rows and columns of all tiles,
-        r = rows of a band of tiles, O = entries for outliers.
+        r = rows of a band of tiles, O = outlier entries.
 
-Rows and columns are sorted by the size of their codes, filled up, and cut into tiles of `band` x 32
-codes.  What a tile cannot hold of a code is an outlier, and lies beside the tiles.  An entry has 16
-bits: in the low 8 bits the gap to the column of the row's entry before, at first to column 0 of the
-tiles; then 2 bits p and, with sign, 6 bits d, for d * 32^p.  An entry whose d is 0 is a gap alone,
-of 32^p times as many columns.  A gap or a number that is too large takes several entries.
+Rows and columns are sorted by the magnitude of their codes, padded, and cut into tiles of band x 32
+codes, where a band is 64 or 128 rows.  The part of a code that its tile cannot hold is an outlier
+and is stored separately.
+
+An outlier entry has 16 bits.  The low 8 bits are the gap to the column of the row's previous entry
+(for the first entry: to column 0 of the tiles).  Above them are an exponent p of 2 bits and a
+signed digit d of 6 bits, which add d * 32^p to the code in that column.  An entry with d = 0 only
+moves on, by the gap times 32^p columns.  A gap or a value that is too large takes several entries.
 """
 
 from collections.abc import Sequence
@@ -16,25 +19,27 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-#: Columns in a tile: as many codes of w bits as fill w words.
+#: Columns of a tile: 32 codes of w bits fill exactly w words.
 TILE = 32
 
-#: Rows in a tile.  The wider band decodes with fewer instructions; it is taken where it fills up
-#: rows by no more than `MAX_FILLING`.
+#: Rows of a tile.  The taller band decodes with fewer instructions; it is used if the padding adds
+#: at most the fraction `MAX_PADDING` of the rows.
 BANDS = (128, 64)
-MAX_FILLING = 0.04
+MAX_PADDING = 0.04
 
-#: Largest gap between two entries, and bits from one place of a digit to the next.
+#: Largest gap that one entry holds.
 MAX_GAP = 255
+
+#: log2 of the base of the digits.
 DIGIT_BITS = 5
 
-#: Codes above this count as this for the order of rows and columns.
+#: Magnitudes are clamped to this when rows and columns are sorted, so that no outlier decides.
 LARGE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiledCodes:
-    """Integer codes, A x N, in tiles; a subclass says in which tensors, its remaining fields."""
+    """Integer codes, A x N, in tiles; a subclass adds the tensors of a layout as fields."""
 
     rows: int
     """A."""
@@ -44,53 +49,76 @@ class TiledCodes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors together."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, by name."""
+        """Return the tensors by name, in the order of `names`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @classmethod
     def names(cls) -> list[str]:
-        """Names of the tensors, in their order."""
+        """Return the names of the tensors, in the order of the fields."""
         return [field.name for field in fields(cls) if field.name not in ("rows", "columns")]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], *, rows: int, columns: int):
-        """The codes that `tensors`, those of `tensors()` in their order, are of."""
+        """Rebuild the codes from their tensors.
+
+        Args:
+            tensors: the values of `tensors()`, in the same order.
+            rows: A.
+            columns: N.
+        """
         return cls(rows=rows, columns=columns, **dict(zip(cls.names(), tensors, strict=True)))
 
 
-def band_of(codes_AN: Tensor) -> int:
-    """Rows in a tile of these codes.
+def choose_band(codes_AN: Tensor) -> int:
+    """Return the number of rows of a tile for these codes, one of `BANDS`.
 
     Raises:
-        ValueError: there is no code.
+        ValueError: the matrix is empty.
     """
     rows, columns = codes_AN.shape
     if codes_AN.numel() == 0:
-        raise ValueError(f"the codes are {rows} x {columns}; to be packed there must be some")
-    return next((b for b in BANDS if -rows % b <= MAX_FILLING * rows), BANDS[-1])
+        raise ValueError(f"the codes are {rows} x {columns}, but an empty matrix cannot be packed")
+    return next((b for b in BANDS if -rows % b <= MAX_PADDING * rows), BANDS[-1])
 
 
-def sorted_orders(codes_AN: Tensor, band: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns by the mean size of their codes, filled up to whole tiles."""
+def sort_by_magnitude(codes_AN: Tensor, band: int) -> tuple[Tensor, Tensor]:
+    """Return the order of the rows and of the columns in the tiles: by the mean magnitude of codes.
+
+    Both are padded to whole tiles, rows with the index A and columns with the index N.
+
+    Args:
+        codes_AN: integer codes.
+        band: rows of a tile.
+
+    Returns:
+        The row order, of R entries, and the column order, of C entries, int64.
+    """
     size_A, size_N = [], 0
     for codes_rN in codes_AN.split(band):
         size_rN = codes_rN.abs().clamp(max=LARGE).double()
         size_A.append(size_rN.mean(1))
+        # relative to its row, so that large rows do not decide the order of the columns
         size_N = size_N + (size_rN / (size_A[-1][:, None] + 1e-3)).sum(0)
     orders = []
     for size, multiple in ((torch.cat(size_A), band), (size_N, TILE)):
-        filling = torch.full((-len(size) % multiple,), len(size), device=size.device)
-        orders.append(torch.cat([size.argsort(stable=True), filling]))
+        padding = torch.full((-len(size) % multiple,), len(size), device=size.device)
+        orders.append(torch.cat([size.argsort(stable=True), padding]))
     return orders[0], orders[1]
 
 
-def filled(codes_rN: Tensor, column_order_C: Tensor, rows: int) -> Tensor:
-    """Rows with their columns in the order of the tiles, filled up with zeros, int32."""
+def pad_to_tiles(codes_rN: Tensor, column_order_C: Tensor, rows: int) -> Tensor:
+    """Return rows with their columns in the order of the tiles, padded with zeros, int32.
+
+    Args:
+        codes_rN: at most `rows` rows of codes.
+        column_order_C: as `sort_by_magnitude` returns it.
+        rows: rows after padding, a multiple of the band.
+    """
     found, columns = codes_rN.shape
     codes_rC = codes_rN.new_zeros(rows, len(column_order_C), dtype=torch.int32)
     codes_rC[:found, :columns] = codes_rN[:, column_order_C[:columns]].int()
@@ -98,7 +126,11 @@ def filled(codes_rN: Tensor, column_order_C: Tensor, rows: int) -> Tensor:
 
 
 def outlier_entries(rest_rC: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries for all that is not zero, int16, and their number in every row."""
+    """Encode all nonzero values as outlier entries.
+
+    Returns:
+        The entries, int16, row after row, and the number of entries in each row.
+    """
     rest_rC = rest_rC.long()
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
@@ -113,7 +145,7 @@ def outlier_entries(rest_rC: Tensor) -> tuple[Tensor, Tensor]:
 
     before_O = torch.where(row_O[1:] == row_O[:-1], column_O[:-1], 0)
     gap_O = column_O - torch.cat([column_O.new_zeros(min(len(row_O), 1)), before_O])
-    # a gap that is too large takes entries without a digit first, which count by 32
+    # a gap that is too large starts with entries without a digit, which count by 32 columns
     far_O = torch.where(gap_O > MAX_GAP, gap_O >> DIGIT_BITS, 0)
     steps_O = -(-far_O // MAX_GAP)
     of_E = torch.repeat_interleave(steps_O + 1)
@@ -126,40 +158,62 @@ def outlier_entries(rest_rC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_outliers(codes_rC: Tensor, entry_O: Tensor, count_r: Tensor) -> Tensor:
-    """Undo `outlier_entries`: add to the codes, in place, what the entries of their rows say."""
+    """Add the outliers to the codes of tiles, in place: the inverse of `outlier_entries`.
+
+    Args:
+        codes_rC: codes in the order of the tiles, int32.
+        entry_O: the entries of these rows, row after row, int16.
+        count_r: number of entries in each row.
+
+    Returns:
+        `codes_rC`.
+    """
     entry_O = entry_O.int()
     row_O = torch.repeat_interleave(count_r)
-    digit_O, place_O = entry_O >> 10, (entry_O >> 8 & 3) * DIGIT_BITS
-    column_O = ((entry_O & MAX_GAP) << torch.where(digit_O == 0, place_O, 0)).cumsum(0)
+    digit_O, shift_O = entry_O >> 10, (entry_O >> 8 & 3) * DIGIT_BITS
+    column_O = ((entry_O & MAX_GAP) << torch.where(digit_O == 0, shift_O, 0)).cumsum(0)
+    # the sum runs through all rows: subtract what it was at the start of each
     before_r = torch.cat([column_O.new_zeros(1), column_O])[count_r.cumsum(0) - count_r]
     return codes_rC.index_put_(
-        (row_O, column_O - before_r[row_O]), digit_O << place_O, accumulate=True
+        (row_O, column_O - before_r[row_O]), digit_O << shift_O, accumulate=True
     )
 
 
-def in_order(codes_rC: Tensor, row_order_r: Tensor, column_order_C: Tensor, *, like: TiledCodes):
-    """The rows of the weight among rows of tiles, and their codes, rows x N, as in the weight."""
+def restore_order(
+    codes_rC: Tensor, row_order_r: Tensor, column_order_C: Tensor, *, like: TiledCodes
+) -> tuple[Tensor, Tensor]:
+    """Undo the sorting and the padding of some rows of tiles.
+
+    Args:
+        codes_rC: codes in the order of the tiles.
+        row_order_r: rows of the weight that these rows are, int64; A or more for padding.
+        column_order_C: columns of the weight that the columns are, int64; N or more for padding.
+        like: the codes of the whole weight, for A and N.
+
+    Returns:
+        The rows of the weight that are among them, and the codes of these rows, rows x N.
+    """
     real_r, real_C = row_order_r < like.rows, column_order_C < like.columns
     codes_rN = codes_rC.new_empty(int(real_r.sum()), like.columns)
     codes_rN[:, column_order_C[real_C]] = codes_rC[real_r][:, real_C]
     return row_order_r[real_r], codes_rN
 
 
-def narrow(order: Tensor) -> Tensor:
-    """Numbers of rows or columns in the smallest type that holds them."""
+def compact_order(order: Tensor) -> Tensor:
+    """Return the indices of a row or column order as int16 if they fit, else as int32."""
     return order.short() if len(order) < 1 << 15 else order.int()
 
 
 def as_int32(words: Tensor) -> Tensor:
-    """The low 32 bits of non-negative int64 as signed numbers of 32 bits."""
+    """Reinterpret the values of non-negative int64 below 2^32 as int32 with the same bits."""
     return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
 
 
 def _leading_digit(value_O: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest digit of numbers to the base of 32 as the byte of an entry, and its value."""
-    place_O = sum(
-        ((value_O >> DIGIT_BITS * place) > 31) | ((value_O >> DIGIT_BITS * place) < -32)
-        for place in range(3)
+    """Return the leading base-32 digit of values: as the high byte of an entry, and its value."""
+    exponent_O = sum(
+        ((value_O >> DIGIT_BITS * exponent) > 31) | ((value_O >> DIGIT_BITS * exponent) < -32)
+        for exponent in range(3)
     )
-    digit_O = (value_O >> DIGIT_BITS * place_O).clamp(-32, 31)
-    return digit_O << 2 | place_O, digit_O << DIGIT_BITS * place_O
+    digit_O = (value_O >> DIGIT_BITS * exponent_O).clamp(-32, 31)
+    return digit_O << 2 | exponent_O, digit_O << DIGIT_BITS * exponent_O

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.core import LayerSettings, MomentAccumulator, Moments
-from watersic_hf.nn import pack_table
+from watersic_hf.nn import pack_vocabulary_matrix
 from watersic_hf.quantization.layer import (
     LayerTask,
     QuantizedLayer,
@@ -206,5 +206,5 @@ def quantize_vocabulary(
         row_importance_A=statistics.row_importance_A,
         is_vocabulary=True,
     )
-    pack = pack_table if embedding else pack_layer
+    pack = pack_vocabulary_matrix if embedding else pack_layer
     return quantize_and_pack(task, settings=settings, seed=seed, pack=pack)
