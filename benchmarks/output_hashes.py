@@ -6,8 +6,8 @@ Run it before and after a change that must not alter the output, and compare the
     python benchmarks/output_hashes.py > after.txt && diff before.txt after.txt
 
 Every model is quantized with calibration data and without, while it is loaded and streamed from
-the disk, with dense and with quantized vocabulary matrices.  The hash of `watersic_report.jsonl` covers
-neither the line about the run nor the seconds of the layers, which differ between any two runs.
+the disk, with dense and with quantized vocabulary matrices.  The hash of the report covers neither
+the line about the run nor the seconds of the layers, which differ between any two runs.
 """
 
 import argparse
