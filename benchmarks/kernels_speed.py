@@ -50,7 +50,7 @@ COLUMNS = ("layer", "M", "form", "bits held", "us", "bf16 us", "times bf16", "co
 
 
 def codes_of(rows: int, columns: int, bits: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes of about `bits` bits whose rows and columns differ in scale, and their scales."""
+    """Return codes of about `bits` bits, rows and columns of different scales, and the scales."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
