@@ -1,10 +1,11 @@
-"""Baselines on our own machinery: the same blocks, moments, codec, scales and files as WaterSIC.
+"""Baselines that differ from WaterSIC only in how one layer is rounded.
+
+Blocks, moments, codec, scales and files are the library's; `METHODS` lists the ways to round.  All
+have one step per row, the same for all columns.  The methods with "-ec" are entropy coded by our
+codec, with the step searched for the requested bits; the others have 2^bits levels per row and are
+counted as codes of fixed width plus 16 bits per row.
 
 Shapes: A = out_features (rows), N = in_features (columns).
-
-What differs is how one layer is rounded (`METHODS`).  The rounding has one step per row and the
-same for all columns; "-ec" methods are entropy coded by our codec and searched for the bits asked
-for, the others have 2^bits levels per row, and are counted as fixed-width codes and 16 bits a row.
 """
 
 import math
@@ -24,11 +25,14 @@ from watersic_hf.quantization import LayerQuantizer
 
 @dataclass(frozen=True)
 class Method:
+    """How a layer is rounded."""
+
     feedback: bool
-    """GPTQ's error feedback (Frantar et al. 2022, arXiv 2210.17323), else round to nearest."""
+    """GPTQ's error feedback (Frantar et al. 2022, arXiv 2210.17323); False rounds to nearest."""
     entropy_coded: bool
+    """Code with our codec at any rate; False stores codes of fixed width."""
     activation_order: bool = False
-    """Columns in the order of their inputs' power, the strongest first."""
+    """Quantize the columns in the order of their inputs' power, strongest first."""
 
 
 METHODS = {
@@ -45,7 +49,7 @@ DAMPING = 1e-2
 
 
 class BaselineQuantizer(LayerQuantizer):
-    """Rounds layers by one of `METHODS`; everything around it is the library's."""
+    """The library's quantizer of layers, with one of `METHODS` in place of the paper's rounding."""
 
     method: Method
 
@@ -90,7 +94,7 @@ class BaselineQuantizer(LayerQuantizer):
 
 
 class Rounding:
-    """One layer's rounding at any step; rows are scaled to a largest magnitude of 1."""
+    """One layer, rounded at any step; its rows are scaled to a largest magnitude of 1."""
 
     def __init__(self, weight_AN: Tensor, moments: Moments, method: Method, name: str) -> None:
         weight_AN = weight_AN.double()
@@ -111,7 +115,7 @@ class Rounding:
         self.target_AN = ordered_AN @ self.chol if method.feedback else ordered_AN
 
     def start(self, bits: float) -> float:
-        """A step to begin the search with: that of Gaussian weights."""
+        """Return the step that Gaussian weights need, to start the search with."""
         return (
             float(self.weight_AN.square().mean().sqrt())
             * math.sqrt(2 * math.pi * math.e)
@@ -119,14 +123,15 @@ class Rounding:
         )
 
     def bits_at(self, step: float) -> float:
+        """Return the stored bits per weight at a step."""
         codes_AN = self.codes(step)
         return layer_charge(codes_AN, len(codes_AN))
 
     def codes(self, step: float, levels: int | None = None) -> Tensor:
-        """Codes at a step, in the columns' own order; cut to a number of levels if it is given."""
+        """Return the codes at a step, clipped to `levels` if given, in the order of the columns."""
 
         def block_step(target_BA, chol_BB, step, codes_BA, shrinkage_B):
-            # GPTQ shrinks nothing
+            # GPTQ has no shrinkage
             shrinkage_B.fill_(1)
             for i in reversed(range(len(target_BA))):
                 z_A = (target_BA[i] / step).round_()
@@ -147,8 +152,9 @@ class Rounding:
         return found_AN
 
     def fixed(self, levels: int) -> tuple[float, Tensor]:
-        """The clipping with the least error of the weights, and its codes."""
-        steps = [share * 2 / (levels - 1) for share in torch.linspace(0.4, 1.0, 13).tolist()]
+        """Return the step whose clipping gives the weights the least error, and its codes."""
+        ranges = torch.linspace(0.4, 1.0, 13).tolist()
+        steps = [clipped * 2 / (levels - 1) for clipped in ranges]
 
         def error(step: float) -> float:
             codes_AN = (self.weight_AN / step).round().clamp(-(levels // 2), (levels - 1) // 2)

@@ -2,10 +2,10 @@
 
     python benchmarks/codec_throughput.py --rows 4096 --cols 4096 --bits 3
 
-The layer has normal codes with log-normal scales of rows (0.3 octave) and columns (0.5 octave). The
-rivals compress the same codes as int8, row after row; codes that do not fit are clipped for them.
-Sizes are in bits per code, speeds in million codes per second (best of `--repeat`), memory is the
-largest that was allocated beyond the input, in multiples of the codes as int32.
+The codes are normal with log-normal scales of rows (0.3 octave) and columns (0.5 octave).  The
+general-purpose compressors get the same codes as int8, row by row, clipped where they do not fit.
+Sizes are in bits per code and speeds in million codes per second (best of `--repeat`).  Memory is
+the peak allocation beyond the input, as a multiple of the size of the codes as int32.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from watersic_hf import codec
 
 
 def synthetic_codes(rows: int, cols: int, bits: float, seed: int = 0) -> torch.Tensor:
+    """Return normal codes of about `bits` bits whose rows and columns differ in scale, A x N."""
     rng = np.random.default_rng(seed)
     col_scale_N = 2.0 ** (bits + 0.5 * rng.standard_normal(cols)) / 4.13
     codes_AN = np.empty((rows, cols), np.int32)
@@ -33,6 +34,7 @@ def synthetic_codes(rows: int, cols: int, bits: float, seed: int = 0) -> torch.T
 
 
 def best_seconds(function: Callable[[], object], repeat: int) -> float:
+    """Return the least wall time of several calls."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
@@ -42,6 +44,7 @@ def best_seconds(function: Callable[[], object], repeat: int) -> float:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
+    """Return the peak of the memory that a call allocates through Python."""
     tracemalloc.start()
     function()
     peak = tracemalloc.get_traced_memory()[1]
@@ -76,20 +79,24 @@ def main(argv: list[str] | None = None) -> None:
         ("payload_bits", lambda: codec.payload_bits(codes_AN)),
     ):
         speed = count / best_seconds(function, arguments.repeat) / 1e6
-        # tracemalloc slows Python down, so memory has a run of its own; it includes the result
+        # in a run of its own, because tracemalloc slows Python down; includes the result
         memory = peak_bytes(function) / (4 * count)
         print(f"  {name:12} {speed:8.1f} M codes/s   peak memory {memory:.2f} x int32 codes")
+    compare_compressors(codes_AN)
 
+
+def compare_compressors(codes_AN: torch.Tensor) -> None:
+    """Print size and speed of general-purpose compressors on the first codes."""
     raw = codes_AN.clamp(-128, 127).to(torch.int8).numpy().tobytes()
-    rivals = {
+    compressors = {
         "zlib -1": (lambda data: zlib.compress(data, 1), zlib.decompress),
         "zlib -6": (lambda data: zlib.compress(data, 6), zlib.decompress),
         "bz2 -9": (bz2.compress, bz2.decompress),
         "lzma -0": (lambda data: lzma.compress(data, preset=0), lzma.decompress),
     }
     sample = raw[: 1 << 22]
-    print(f"rivals on the first {len(sample)} codes as int8")
-    for name, (compress, decompress) in rivals.items():
+    print(f"general-purpose compressors on the first {len(sample)} codes as int8")
+    for name, (compress, decompress) in compressors.items():
         packed = compress(sample)
         speeds = [
             len(sample) / best_seconds(run, 1) / 1e6

@@ -1,16 +1,16 @@
-"""Every method on one model: ours, its parts switched off one by one, baselines and rivals.
+"""Compare methods on one model: ours, its parts switched off one by one, and baselines.
 
-    python benchmarks/compare.py run --model FOLDER --calibration calib.txt --text eval.txt \
+    python benchmarks/compare.py run --model FOLDER --calibration calib.txt --text eval.txt \\
         --method full plain gptq-ec rtn-ec --bits 2 3 4 --json results.json
-    python benchmarks/compare.py judge --model FOLDER --text eval.txt --json results.json RIVAL...
+    python benchmarks/compare.py judge --model FOLDER --text eval.txt --json results.json DIR...
     python benchmarks/compare.py show results.json --plot results.svg
 
-`run` quantizes with our machinery and appends a row per method, rate and seed; `judge` appends one
-for every folder that `rivals.py` wrote; `show` prints the table, means over seeds with their
-spread, and draws KL and perplexity against stored bits.  Bits are stored bytes of the quantized
-tensors, for all.  "full at" is the bits at which the full method reaches a row's KL on a text, and
-how much fewer bytes that is; between the rates that were measured, the logarithm of its KL is
-interpolated.
+`run` quantizes with this library or with the baselines of `baselines.py`, and appends a row per
+method, rate and seed; `judge` appends a row for every folder that `run_rival.py` wrote; `show`
+prints the table, with means over seeds and their standard deviations, and plots KL and perplexity
+against stored bits.  For every method, bits are computed from the bytes of the stored tensors.
+"full at" is the rate at which the full method reaches a row's KL on a text, and how many fewer
+bytes that is; between measured rates the logarithm of its KL is interpolated.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
+from rate_plot import plot
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,7 +39,8 @@ from watersic_hf.finetuning import FinetuneSettings, finetune_scales
 from watersic_hf.quantization import CalibrationSettings, LayerQuantizer, quantize_blocks
 from watersic_hf.streams import decoder_blocks
 
-#: Our method: the default, its parts switched off one by one, what the paper has, and finetuning.
+#: Changes to the default settings, by method: one part switched off or on at a time; everything
+#: but the lattice and the feedback off ("plain"); what the paper has; and the default, finetuned.
 OURS = {
     "full": {},
     "uniform allocation": {"allocation": "uniform"},
@@ -52,16 +54,23 @@ OURS = {
     "damping 1e-4": {"damping": 1e-4},
     "damping 1e-2": {"damping": 1e-2},
     "plain": {
-        "allocation": "uniform", "row_importance": False, "drift": 0.0, "residual": False,
+        "allocation": "uniform",
+        "row_importance": False,
+        "drift": 0.0,
+        "residual": False,
     },
     "paper": {
-        "allocation": "uniform", "row_importance": False, "drift": 1.0, "residual": True,
+        "allocation": "uniform",
+        "row_importance": False,
+        "drift": 1.0,
+        "residual": True,
         "mixing": True,
     },
     "finetuned": {},
-}  # fmt: skip
+}
 
-#: For the method "finetuned": on as many windows again as the calibration has, others of its text.
+#: Settings of the method "finetuned", which trains on other windows of the calibration text; there
+#: are as many as for the calibration.
 FINETUNING = FinetuneSettings(epochs=2, learning_rate=1e-3, batch_size=2)
 
 
@@ -75,20 +84,22 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     run.add_argument("--seeds", type=int, nargs="+", default=[0])
     run.add_argument("--calibration", default="pydoc", help="as WaterSICConfig(dataset=...)")
     run.add_argument("--samples", type=int, default=64)
-    run.add_argument("--blocks", type=int, help="quantize the layers of the first blocks only")
+    run.add_argument("--blocks", type=int, help="quantize only so many first blocks")
     judge = commands.add_parser("judge")
     judge.set_defaults(run=_judge)
-    judge.add_argument("folders", nargs="+", help="folders that rivals.py wrote")
+    judge.add_argument("folders", nargs="+", help="folders that run_rival.py wrote")
     for command in (run, judge):
         command.add_argument("--model", required=True)
-        command.add_argument("--text", nargs="+", default=["pydoc"], help="files, or pydoc")
+        command.add_argument(
+            "--text", nargs="+", default=["pydoc"], help="for evaluation: files, pydoc"
+        )
         command.add_argument("--sequence-length", type=int, default=512)
-        command.add_argument("--windows", type=int, default=24, help="of each evaluation text")
-        command.add_argument("--json", required=True, help="rows are appended to this file")
+        command.add_argument("--windows", type=int, default=24, help="per evaluation text")
+        command.add_argument("--json", required=True, help="file that rows are appended to")
     show = commands.add_parser("show")
     show.set_defaults(run=_show)
     show.add_argument("json", nargs="+")
-    show.add_argument("--plot", help="also draw KL and perplexity into this SVG file")
+    show.add_argument("--plot", help="also plot KL and perplexity to this SVG file")
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 
@@ -109,7 +120,15 @@ def _run(arguments: argparse.Namespace) -> list[dict]:
 
 
 class Bench:
-    """Quantizes one model on one calibration set, by one method after another."""
+    """One model and calibration set, quantized by one method after another.
+
+    Args:
+        folder: folder of the dense model.
+        blocks: number of first blocks to quantize; None quantizes all.
+        seed: seed of the method.
+        windows: calibration windows, 1-D tensors of token ids.
+        others: windows for finetuning.
+    """
 
     def __init__(
         self,
@@ -135,16 +154,20 @@ class Bench:
 
     @functools.cached_property
     def sensitivities(self) -> tuple[dict[str, Sensitivity], float]:
-        """The same for all methods and rates: measured once; and the seconds that it takes."""
+        """Sensitivities, measured once for all methods and rates, and the seconds that it took."""
         start = time.process_time()
         sensitivities = layer_sensitivities(
-            self.load(), self.windows, self.layers, seed=self.seed, damping=None,
+            self.load(),
+            self.windows,
+            self.layers,
+            seed=self.seed,
+            damping=None,
             tokens=CalibrationSettings.sensitivity_tokens,
-        )  # fmt: skip
+        )
         return sensitivities, time.process_time() - start
 
     def quantized(self, method: str, bits: float) -> tuple[nn.Module, dict]:
-        """A model quantized in memory by one of our methods or baselines, and its row."""
+        """Return a model quantized by a method of `OURS` or `baselines.py`, and its row."""
         model = self.load()
         targets = {name: (model.get_submodule(name).weight.numel(), bits) for name in self.layers}
         if method in OURS:
@@ -158,12 +181,16 @@ class Bench:
             quantizer.method = METHODS[method]
             settings = WaterSICConfig(**OURS["plain"]).calibration
         sensitivities, seconds = self.sensitivities if settings.sensitivity else (None, 0.0)
-        # processor time, as on a shared machine
+        # processor time: the machine may be shared
         start = time.process_time()
         quantize_blocks(
-            model, self.windows, layers=self.layers, quantizer=quantizer,
-            settings=settings, sensitivities=sensitivities,
-        )  # fmt: skip
+            model,
+            self.windows,
+            layers=self.layers,
+            quantizer=quantizer,
+            settings=settings,
+            sensitivities=sensitivities,
+        )
         if method == "finetuned":
             finetune_scales(model, self.load(), self.others, settings=FINETUNING)
         return model, {
@@ -194,23 +221,26 @@ def _judge(arguments: argparse.Namespace) -> list[dict]:
 
 
 class Judge:
-    """Evaluates models against one original, whose logits are computed once."""
+    """Evaluation against one original, whose logits are computed once."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model = arguments.model
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        self.original = Remembered(AutoModelForCausalLM.from_pretrained(arguments.model).eval())
+        self.original = CachedLogits(AutoModelForCausalLM.from_pretrained(arguments.model).eval())
         self.texts = {
             Path(file).stem: evaluation_windows(
-                evaluation_text(None if file == "pydoc" else file), self.tokenizer,
-                sequence_length=arguments.sequence_length, limit=arguments.windows,
+                evaluation_text(None if file == "pydoc" else file),
+                self.tokenizer,
+                sequence_length=arguments.sequence_length,
+                limit=arguments.windows,
             )
             for file in arguments.text
-        }  # fmt: skip
+        }
         self.file = Path(arguments.json)
         self.rows: list[dict] = json.loads(self.file.read_text()) if self.file.is_file() else []
 
     def add(self, quantized: tuple[nn.Module, dict]) -> None:
+        """Evaluate a model on every text, and append its row to the file."""
         model, row = quantized
         row = {"model": Path(self.model).name} | row
         for name, windows in self.texts.items():
@@ -226,8 +256,8 @@ class Judge:
         print(json.dumps(row), flush=True)
 
 
-class Remembered:
-    """A model whose logits of every window are kept after the first time, in its own dtype."""
+class CachedLogits:
+    """A model that computes the logits of every window once and keeps them, in its own dtype."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -257,7 +287,7 @@ def _show(arguments: argparse.Namespace) -> list[dict]:
         full = [row for row in rows if row["model"] == model and row["method"] == "full"]
         for text in texts:
             for column in (f"KL {text}", f"ppl {text}", f"top-1 {text}"):
-                # some rows may have been judged on fewer texts
+                # some rows may have been evaluated on fewer texts
                 line[column] = _cell([row[column] for row in members if column in row])
             line[f"full at, {text}"] = _full_at(members, full, f"KL {text}")
         line["seeds"] = str(len(members))
@@ -272,7 +302,7 @@ def _show(arguments: argparse.Namespace) -> list[dict]:
 
 
 def _full_at(members: Sequence[dict], full: Sequence[dict], key: str) -> str:
-    """The bits at which rows of the full method have the mean KL of others, as a cell."""
+    """Return a cell: the rate at which the full method has the mean KL of other rows."""
     members = [row for row in members if key in row and row["method"] != "full"]
     rates: dict[float, list[dict]] = defaultdict(list)
     for row in full:
@@ -288,12 +318,12 @@ def _full_at(members: Sequence[dict], full: Sequence[dict], key: str) -> str:
 
 
 def matching_bits(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
-    """Bits at which a curve of (bits, KL) points reaches a KL; None outside of the curve."""
+    """Return the bits at which a curve of (bits, KL) points reaches a KL; None outside of it."""
     points = sorted(curve)
     for (low, worse), (high, better) in itertools.pairwise(points):
         if better <= kl <= worse:
-            share = math.log(worse / kl) / math.log(worse / better)
-            return low + share * (high - low)
+            fraction = math.log(worse / kl) / math.log(worse / better)
+            return low + fraction * (high - low)
     return None
 
 
@@ -311,85 +341,6 @@ def _cell(values: Sequence[float]) -> str:
         return ""
     spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
     return f"{mean(values):.4g}{spread}"
-
-
-#: Of the panels of a plot, in pixels: width, height, and room for labels around the axes.
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 340, 48, 34, 40
-#: A method has a colour and a shape of line by its place in the alphabet; ours is black and thick.
-COLORS = ("#1b6ca8", "#d1495b", "#2e933c", "#e08e0b", "#7a4fb5", "#0a9396", "#b07d62", "#c71585")
-DASHES = ("", "6 3", "2 3")
-
-
-def plot(rows: Sequence[dict], text: str) -> str:
-    """An SVG of what methods give for their bits: KL and perplexity, a line of panels per model."""
-    methods = sorted({row["method"] for row in rows} - {"full"})
-    looks = {
-        method: (COLORS[n % len(COLORS)], DASHES[n // len(COLORS) % len(DASHES)], 1.5)
-        for n, method in enumerate(methods)
-    } | {"full": ("#000000", "", 3)}
-    models = sorted({row["model"] for row in rows})
-    parts = []
-    for line, model in enumerate(models):
-        mine = [row for row in rows if row["model"] == model]
-        for column, key in enumerate((f"KL {text}", f"ppl {text}")):
-            floor = mine[0].get(f"original {key}")
-            panel = _panel(mine, key, f"{model}: {key}", looks, floor)
-            x, y = column * WIDTH, line * HEIGHT
-            parts.append(f'<g transform="translate({x},{y})">{panel}</g>')
-    for number, (method, (color, dash, width)) in enumerate(reversed(looks.items())):
-        y = TOP + 18 * number
-        parts.append(
-            f'<path d="M{2 * WIDTH + 8},{y - 4}h28" stroke="{color}" stroke-width="{width}" '
-            f'stroke-dasharray="{dash}"/>' + _text(2 * WIDTH + 42, y, method)
-        )
-    size = f'viewBox="0 0 {2 * WIDTH + 150} {HEIGHT * len(models)}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>\n'
-    )
-
-
-def _panel(
-    rows: Sequence[dict], key: str, title: str, looks: dict[str, tuple], floor: float | None
-) -> str:
-    """One pair of axes: `key`, logarithmic and cut above 128 times its least, against bits."""
-    values = [row[key] for row in rows]
-    least = min(values) if floor is None else min(floor, *values)
-    most = min(max(values), 128 * least)
-    octaves = math.log2(most / least) or 1
-    first, last = 1, math.ceil(max(row["bits"] for row in rows))
-
-    def place(bits: float, value: float) -> tuple[float, float]:
-        share = math.log2(value / least) / octaves
-        x = LEFT + (bits - first) / (last - first) * (WIDTH - LEFT - 16)
-        return x, HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
-
-    parts = [_text(LEFT, 20, f"{title} (log) against stored bits")]
-    for bits in range(first, last + 1):
-        x, y = place(bits, least)
-        parts.append(f'<path d="M{x:.1f},{TOP}V{y:.1f}" stroke="#dddddd"/>')
-        parts.append(_text(x, y + 18, str(bits), anchor="middle"))
-    for octave in range(int(octaves) + 1):
-        x, y = place(first, least * 2**octave)
-        parts.append(f'<path d="M{x:.1f},{y:.1f}H{WIDTH - 16}" stroke="#dddddd"/>')
-        parts.append(_text(x - 6, y + 4, f"{least * 2**octave:.3g}", anchor="end"))
-    for method, (color, dash, width) in looks.items():
-        points = sorted(
-            place(row["bits"], row[key])
-            for row in rows
-            if row["method"] == method and row[key] <= most
-        )
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" '
-            f'stroke-dasharray="{dash}"/>'
-        )
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
-    return "".join(parts)
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222222">{text}</text>'
 
 
 if __name__ == "__main__":

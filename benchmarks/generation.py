@@ -1,10 +1,10 @@
-"""Tokens a second, time to the first token and peak memory of a quantized model, by residency.
+"""Measure tokens per second, time to the first token and peak memory for every residency.
 
     python benchmarks/generation.py MODEL [--residencies dense packed entropy] [--json FILE]
 
-MODEL is a folder that `watersic quantize` wrote.  On a CUDA device every residency generates with
-and without CUDA graphs (a static cache, and torch.compile's ``reduce-overhead``).
-``--dry-run`` generates a few tokens on any machine, and prints no times.
+MODEL is a folder written by `watersic quantize`.  On a CUDA device every residency generates with
+and without CUDA graphs (a static cache and torch.compile's ``reduce-overhead`` mode).
+``--dry-run`` generates a few tokens on any machine and prints no times.
 """
 
 import argparse
@@ -24,6 +24,7 @@ COLUMNS = ("residency", "graphs", "tokens/s", "first token ms", "peak GB")
 
 
 def load(folder: str, residency: str, device: str) -> torch.nn.Module:
+    """Load a quantized model with a residency."""
     config = WaterSICConfig(runtime=WaterSICRuntime(residency=residency))
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, device_map=device
@@ -32,7 +33,7 @@ def load(folder: str, residency: str, device: str) -> torch.nn.Module:
 
 
 def generate(model: torch.nn.Module, prompt_T: torch.Tensor, count: int, graphs: bool) -> float:
-    """Seconds for `count` tokens."""
+    """Generate `count` tokens, and return the seconds that it took."""
     options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
     if graphs:
         options["cache_implementation"] = "static"
@@ -46,7 +47,7 @@ def generate(model: torch.nn.Module, prompt_T: torch.Tensor, count: int, graphs:
 
 
 def measure(model: torch.nn.Module, prompt_T: torch.Tensor, count: int, graphs: bool) -> dict:
-    """Times and memory, after a run to warm up."""
+    """Return times and peak memory, measured after a warm-up run."""
     plain = model.forward
     if graphs:
         model.forward = torch.compile(plain, mode="reduce-overhead", fullgraph=True)
@@ -66,11 +67,11 @@ def measure(model: torch.nn.Module, prompt_T: torch.Tensor, count: int, graphs: 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("model", help="folder of the quantized model")
     parser.add_argument("--residencies", nargs="+", default=["dense", "packed", "entropy"])
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--prompt", type=int, default=128, help="length of the prompt in tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="number of tokens to generate")
+    parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"

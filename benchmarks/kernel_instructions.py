@@ -1,9 +1,10 @@
-"""Compile the kernels for GPUs that need not be there, and count what the compiler made of them.
+"""Compile the kernels for GPUs that need not be present, and count registers and instructions.
 
     python benchmarks/kernel_instructions.py [--json FILE]
 
-For every kernel and target: registers and bytes spilled; for a tile on NVIDIA also the instructions
-of the loop over tiles per weight of a lane, which is what 32 weights take in issue slots of a warp.
+For every kernel and target: registers and spilled bytes.  For a tile on NVIDIA GPUs also the
+instructions of the loop over tiles, per weight of a lane; that is how many issue slots of a warp 32
+weights take.
 """
 
 import argparse
@@ -28,26 +29,55 @@ from watersic_kernels import packed, prefix, product, rans, zsic
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
 TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
 
-#: Types of the arguments of every kernel; constants and warps of every variant that is compiled.
+#: Types of the kernels' pointer arguments by name; other arguments are 32-bit integers.
 POINTERS = {
-    "folded_CM": "*fp32", "words_G": "*i32", "tiles_BT": "*i32", "outliers_O": "*i16",
-    "outlier_start_R": "*i32", "start_R": "*i32", "sums_SMR": "*fp32", "sums_MR": "*fp32",
-    "x_MN": "*bf16", "order_C": "*i16", "order_R": "*i16", "scale_N": "*fp16", "scale_A": "*fp16",
-    "codes_RC": "*bf16", "y_MA": "*bf16",
-    "words_W": "*i16", "offsets_C": "*i64", "row_class_A": "*i32", "col_class_N": "*i32",
-    "first_BS": "*i32", "shortest_BS": "*i32", "bits_BSr": "*u8",
-    "outlier_first_B": "*i32", "outlier_count_R": "*u8", "tables_TW": "*i32", "codes_CR": "*bf16",
-    "table": "*i32", "shift_K": "*i32", "codes_AN": "*i32", "good_C": "*i32",
-    "codes_BA": "*i32", "arrived": "*i32",
-}  # fmt: skip
+    "folded_CM": "*fp32",
+    "words_G": "*i32",
+    "tiles_BT": "*i32",
+    "outliers_O": "*i16",
+    "outlier_start_R": "*i32",
+    "start_R": "*i32",
+    "sums_SMR": "*fp32",
+    "sums_MR": "*fp32",
+    "x_MN": "*bf16",
+    "order_C": "*i16",
+    "order_R": "*i16",
+    "scale_N": "*fp16",
+    "scale_A": "*fp16",
+    "codes_RC": "*bf16",
+    "y_MA": "*bf16",
+    "words_W": "*i16",
+    "offsets_C": "*i64",
+    "row_class_A": "*i32",
+    "col_class_N": "*i32",
+    "first_BS": "*i32",
+    "shortest_BS": "*i32",
+    "bits_BSr": "*u8",
+    "outlier_first_B": "*i32",
+    "outlier_count_R": "*u8",
+    "tables_TW": "*i32",
+    "codes_CR": "*bf16",
+    "table": "*i32",
+    "shift_K": "*i32",
+    "codes_AN": "*i32",
+    "good_C": "*i32",
+    "codes_BA": "*i32",
+    "arrived": "*i32",
+}
 
 
 @triton.jit
 def tiles_of_one_width(
-    folded_CM, words_G, sums_SMR, tiles, exponents,
-    WIDTH: tl.constexpr, BAND: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """The loop of `packed._gemv_kernel` with one width, whose instructions can be told apart."""
+    folded_CM,
+    words_G,
+    sums_SMR,
+    tiles,
+    exponents,
+    WIDTH: tl.constexpr,
+    BAND: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """The loop of `packed._gemv_kernel` for one width, so that its instructions can be counted."""
     r = tl.arange(0, BAND)
     m = tl.arange(0, TOKENS)
     sums = tl.zeros((TOKENS, BAND), tl.float32)
@@ -60,10 +90,19 @@ def tiles_of_one_width(
 
 @triton.jit
 def tiles_without_low_bits(
-    folded_CM, words_G, bits_BSr, tiles_BT, tables_TW, sums_SMR, tiles, limit,
-    BAND: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """The loop of `prefix._gemv_kernel` of tiles whose codes are pairs of a table, and no more."""
+    folded_CM,
+    words_G,
+    bits_BSr,
+    tiles_BT,
+    tables_TW,
+    sums_SMR,
+    tiles,
+    limit,
+    BAND: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """The loop of `prefix._gemv_kernel` for tiles whose codes have no low bits."""
     r = tl.arange(0, BAND)[None, :]
     m = tl.arange(0, TOKENS)[:, None]
     sums = tl.zeros((TOKENS, BAND), tl.float32)
@@ -80,7 +119,7 @@ def tiles_without_low_bits(
 
 
 def variants() -> dict[str, tuple]:
-    """By name: the kernel, its constants, types that differ, and its warps."""
+    """Return by name: the kernel, its constants, the types that differ, and the number of warps."""
     found: dict[str, tuple] = {}
     for band in (64, 128):
         for tokens in (1, 8):
@@ -119,7 +158,7 @@ def variants() -> dict[str, tuple]:
 
 
 def measure(name: str, target: str) -> dict[str, float]:
-    """Compile one variant for one target."""
+    """Compile one variant for one target, and return what was counted."""
     kernel, constants, types, warps = variants()[name]
     signature = {
         argument: "constexpr"
@@ -127,7 +166,7 @@ def measure(name: str, target: str) -> dict[str, float]:
         else types.get(argument, POINTERS.get(argument, "i32"))
         for argument in kernel.arg_names
     }
-    # as the launcher finds them: pointers of tensors are aligned
+    # as at launch, where pointers of tensors are aligned
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, kind in enumerate(signature.values())
@@ -157,6 +196,7 @@ def measure(name: str, target: str) -> dict[str, float]:
 
 
 def _tool(name: str, *arguments: object) -> str:
+    """Run a tool of the triton package and return its output."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     return subprocess.run(
         [tools / name, *map(str, arguments)], check=True, capture_output=True, text=True
@@ -164,7 +204,7 @@ def _tool(name: str, *arguments: object) -> str:
 
 
 def _loop(code: str) -> int:
-    """Instructions in the longest loop of a kernel's disassembly."""
+    """Return the number of instructions in the longest loop of a disassembled kernel."""
     labels: dict[str, int] = {}
     count = longest = 0
     for line in code.splitlines():
@@ -180,9 +220,11 @@ def _loop(code: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="kernels by name", default=list(variants()))
+    parser.add_argument(
+        "--only", nargs="+", help="kernels by name (default: all)", default=list(variants())
+    )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--json", help="also write the numbers here")
+    parser.add_argument("--json", help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
     print(f"triton {triton.__version__}: registers / bytes spilled / instructions per weight")
     print("| kernel | " + " | ".join(arguments.targets) + " |")

@@ -1,12 +1,12 @@
-"""Time of one product with compressed weights against torch's bfloat16 product, on a CUDA device.
+"""Time products with compressed weights against torch's bfloat16 product, on a CUDA device.
 
     python benchmarks/kernels_speed.py [--layers llama-8b ...] [--tokens 1 8 ...] [--json FILE]
 
-A row is timed only after its output was compared with that of the dense weight; if they differ, the
-row says so and has no times.  `copy` is the share of the device's own copy bandwidth, measured in
-the same run, at which the weight was read.  bitsandbytes (NF4), torchao, GemLite and GPTQModel's
-Marlin (4 bits) are timed beside where they can be imported.  ``--dry-run`` runs a small layer on
-any machine, without times (on a CPU with TRITON_INTERPRET=1).
+Every product is compared with that of the dense weight before it is timed; if they differ, its row
+says so and has no times.  `copy` is the bandwidth at which the weight was read, as a fraction of
+the device's copy bandwidth, which is measured in the same run.  bitsandbytes (NF4), torchao,
+GemLite and GPTQModel's Marlin (4 bits) are also timed where they can be imported.  ``--dry-run``
+runs a small layer on any machine, without times (on a CPU with TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -23,24 +23,34 @@ from watersic_hf.nn.prefix_tables import prefix_tables
 from watersic_hf.nn.tiles import TiledCodes
 from watersic_hf.testing import assert_close
 
-#: Rows and columns of the linear layers of models, those that share an input as one.
+#: Rows and columns of the linear layers of models; layers that share an input count as one.
 LAYERS = {
     "llama-1b": {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
-    "llama-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096),
-                 "down": (4096, 14336)},
+    "llama-8b": {
+        "qkv": (6144, 4096),
+        "o": (4096, 4096),
+        "gate_up": (28672, 4096),
+        "down": (4096, 14336),
+    },
     "qwen3-8b": {"qkv": (6144, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)},
-    "70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192),
-            "down": (8192, 28672)},
+    "70b": {
+        "qkv": (10240, 8192),
+        "o": (8192, 8192),
+        "gate_up": (57344, 8192),
+        "down": (8192, 28672),
+    },
     "small": {"small": (192, 320)},
-}  # fmt: skip
-#: Weights that share a scale in rivals.
+}
+
+#: Weights that share a scale in the other packages.
 GROUP = 128
+
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
 COLUMNS = ("layer", "M", "form", "bits held", "us", "bf16 us", "times bf16", "copy")
 
 
 def codes_of(rows: int, columns: int, bits: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of about so many bits, rows and columns of different scales, and their scales."""
+    """Return codes of about `bits` bits, rows and columns of different scales, and the scales."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -57,7 +67,7 @@ def codes_of(rows: int, columns: int, bits: float, device: str) -> tuple[Tensor,
 
 
 def ours(residency: str, coded: TiledCodes, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The kernel's product, past the operator, which takes the reference on a CPU."""
+    """Return the product with our kernel; the operator would run the reference on a CPU."""
     from watersic_kernels import packed, prefix
 
     arguments = ([*coded.tensors().values()], *scales)
@@ -104,42 +114,50 @@ def marlin(weight_AN: Tensor) -> nn.Module:
 
     A, N = weight_AN.shape
     layer = MarlinLinear(
-        bits=4, group_size=GROUP, desc_act=False, sym=True, in_features=N, out_features=A,
+        bits=4,
+        group_size=GROUP,
+        desc_act=False,
+        sym=True,
+        in_features=N,
+        out_features=A,
         dtype=weight_AN.dtype,
-    ).to(weight_AN.device)  # fmt: skip
-    # any codes take the time of these
+    ).to(weight_AN.device)
+    # the time does not depend on the codes
     layer.qweight.data.random_(-(2**31), 2**31)
     layer.scales.data.fill_(0.01)
     layer.post_init()
     return layer
 
 
-RIVALS = {
-    "bitsandbytes NF4": bitsandbytes, "torchao int4": torchao, "GemLite 4 bits": gemlite,
+#: Products of other packages: functions from a dense weight to a product.
+OTHERS = {
+    "bitsandbytes NF4": bitsandbytes,
+    "torchao int4": torchao,
+    "GemLite 4 bits": gemlite,
     "Marlin 4 bits": marlin,
-}  # fmt: skip
+}
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median time, with caches flushed between runs."""
+    """Return the median time, with caches flushed between runs."""
     from triton.testing import do_bench
 
     return do_bench(run, warmup=20, rep=100, return_mode="median")
 
 
 def copy_bandwidth() -> float:
-    """Bytes per millisecond that a large copy reads and writes."""
+    """Return the bytes per millisecond that a large copy reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
 
 
 def forms(
-    shape: tuple[int, int], bits: float, device: str, rivals: bool
+    shape: tuple[int, int], bits: float, device: str, others: bool
 ) -> tuple[Tensor, dict[str, tuple[Callable[[Tensor], Tensor], int, float]]]:
-    """The dense weight; by form, its product, the bytes of its weight, and what error it may have.
+    """Return the dense weight and, by form, the product, the bytes held, and the tolerated error.
 
-    A rival rounds the weight itself, so that its error says nothing.
+    The other packages round the weight themselves, so their errors are not checked.
     """
     codes_AN, *scales = codes_of(*shape, bits, device)
     found = {}
@@ -147,9 +165,9 @@ def forms(
         coded = ops.encode(codes_AN, residency)
         found[residency] = (ours(residency, coded, scales), coded.nbytes, 1e-2)
     weight_AN = ops.scale_codes(codes_AN, *scales, torch.bfloat16)
-    for name, make in RIVALS.items() if rivals else ():
+    for name, make in OTHERS.items() if others else ():
         try:
-            # 4 bits, and a scale for so many weights
+            # 4.5 bits per weight, with everything that a group adds
             found[name] = (make(weight_AN), weight_AN.numel() * 9 // 16, float("inf"))
         except Exception as error:
             print(f"{name}: not timed, {type(error).__name__}: {error}".splitlines()[0])
@@ -164,7 +182,16 @@ def measure(
     tokens: int,
     copied: float | None,
 ) -> dict:
-    """A row for one form; without times if its output is wrong, or if none are due."""
+    """Return the row of one form.
+
+    Args:
+        run: the product.
+        nbytes: bytes that the weight takes.
+        tolerance: relative error of the product that is accepted.
+        weight_AN: the dense weight.
+        tokens: rows of the input.
+        copied: the device's copy bandwidth in bytes per millisecond; None takes no times.
+    """
     # Triton's interpreter has no bfloat16 products
     dtype = torch.bfloat16 if weight_AN.is_cuda else torch.float32
     x_MN = torch.randn(tokens, weight_AN.shape[1], device=weight_AN.device).to(dtype)
@@ -175,12 +202,13 @@ def measure(
         return row | {"us": f"WRONG: {error}"}
     if copied is None:
         return row | {"us": "right, not timed"}
-    mine, theirs = milliseconds(lambda: run(x_MN)), milliseconds(lambda: F.linear(x_MN, weight_AN))
+    ours_ms = milliseconds(lambda: run(x_MN))
+    dense_ms = milliseconds(lambda: F.linear(x_MN, weight_AN))
     return row | {
-        "us": round(1e3 * mine, 1),
-        "bf16 us": round(1e3 * theirs, 1),
-        "times bf16": round(theirs / mine, 2),
-        "copy": round(nbytes / mine / copied, 2),
+        "us": round(1e3 * ours_ms, 1),
+        "bf16 us": round(1e3 * dense_ms, 1),
+        "times bf16": round(dense_ms / ours_ms, 2),
+        "copy": round(nbytes / ours_ms / copied, 2),
     }
 
 
@@ -190,12 +218,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=models)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--bits", type=float, default=3.0)
-    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.dry_run:
-        parser.error("there is no CUDA device; --dry-run checks the kernels without times")
+        parser.error("no CUDA device was found; --dry-run checks the kernels without times")
     if arguments.dry_run:
         arguments.layers = ["small"]
     copied = None if arguments.dry_run else copy_bandwidth()

@@ -1,12 +1,11 @@
-"""All that needs a GPU, in less than 20 minutes, as one table.
+"""Run everything that needs a GPU, in less than 20 minutes, and print one table.
 
     python benchmarks/on_gpu.py MODEL [--out DIR] [--dry-run]
 
-First ``pytest -m gpu``: where it fails, nothing is timed.  Then `kernels_speed.py` on the layers
-that matter most, `zsic_speed.py`, and `generation.py` on MODEL, a folder that `watersic quantize`
-wrote.  Each has a
-limit of its own, and what was not done in time is said.  ``--dry-run`` is the same on any machine,
-without the tests and without times.
+First ``pytest -m gpu``; if it fails, nothing is timed.  Then `kernels_speed.py` on the layers that
+matter most, `zsic_speed.py`, and `generation.py` on MODEL, a folder written by `watersic quantize`.
+Each part has a time limit, and a part that exceeds it is reported.  ``--dry-run`` does the same on
+any machine, without the tests and without times.
 """
 
 import argparse
@@ -18,24 +17,24 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-#: Seconds that each part may take.
+#: Time limits of the parts in seconds.
 LIMITS = {"tests": 240, "kernels": 460, "zsic": 100, "generation": 360}
 
 
 def run(name: str, command: Sequence[str]) -> str:
-    """Run one part; how it ended."""
+    """Run one part, and return how it ended."""
     print(f"== {name}: {' '.join(command)}", flush=True)
     try:
         status = subprocess.run(command, cwd=FOLDER.parent, timeout=LIMITS[name]).returncode
     except subprocess.TimeoutExpired:
-        return f"not done after {LIMITS[name]} s"
+        return f"not finished after {LIMITS[name]} s"
     return "done" if status == 0 else f"failed with status {status}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--out", default="on_gpu", help="folder for the rows of both benchmarks")
+    parser.add_argument("model", help="folder of the quantized model")
+    parser.add_argument("--out", default="on_gpu", help="folder for the rows of the parts")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)
     out = Path(arguments.out).resolve()

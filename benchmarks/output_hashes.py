@@ -6,14 +6,16 @@ Run it before and after a change that must not alter the output, and compare the
     python benchmarks/output_hashes.py > after.txt && diff before.txt after.txt
 
 Every model is quantized with calibration data and without, while it is loaded and streamed from
-the disk, with dense and with quantized vocabulary matrices.  Of `watersic_report.jsonl` the run and
-the seconds of the layers are left out: they differ between any two runs.
+the disk, with dense and with quantized vocabulary matrices.  The hash of the report covers neither
+the line about the run nor the seconds of the layers, which differ between any two runs.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -106,41 +108,41 @@ def hashes(folder: Path) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def quantize(model_class: type, original: Path, out: Path, settings: dict, way: str) -> None:
+    """Quantize a saved model into the folder `out`, ``loaded`` or ``streamed``."""
+    config = WaterSICConfig(**settings)
+    if way == "loaded":
+        model_class.from_pretrained(original, quantization_config=config).save_pretrained(out)
+    else:
+        quantize_to_folder(str(original), out, config, max_shard_size="60KB")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Quantize every model in every way and print the hashes."""
+    models, cases = build_models(), build_settings()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", help="only these models (default: all)")
-    chosen = parser.parse_args().models
+    parser.add_argument("--models", nargs="+", choices=models, default=list(models))
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        for name, model in build_models().items():
-            if chosen and name not in chosen:
-                continue
+        out = Path(scratch) / "out" / "quantized"
+        for name in arguments.models:
             original = Path(scratch) / name
-            model.save_pretrained(original)
-            model_class = type(model)
-            for case, settings in build_settings().items():
-                for way in ("loaded", "streamed"):
-                    out = Path(scratch) / "out" / "quantized"
-                    config = WaterSICConfig(**settings)
-                    try:
-                        if way == "loaded":
-                            loaded = model_class.from_pretrained(
-                                original, quantization_config=config
-                            )
-                            loaded.save_pretrained(out)
-                        else:
-                            quantize_to_folder(str(original), out, config, max_shard_size="60KB")
-                    except Exception as error:
-                        # a case that is refused has to be refused afterwards, too
-                        print(f"{name} {case} {way}: {type(error).__name__}: {error}")
-                        continue
-                    for file, digest in hashes(out).items():
-                        print(f"{name} {case} {way} {file} {digest}", flush=True)
-                    for file in out.rglob("*"):
-                        if file.is_file():
-                            file.unlink()
+            models[name].save_pretrained(original)
+            for case, way in itertools.product(arguments.cases, ("loaded", "streamed")):
+                try:
+                    quantize(type(models[name]), original, out, cases[case], way)
+                except Exception as error:
+                    # a case that is refused has to be refused afterwards, too
+                    print(f"{name} {case} {way}: {type(error).__name__}: {error}")
+                    continue
+                for file, digest in hashes(out).items():
+                    print(f"{name} {case} {way} {file} {digest}", flush=True)
+                for file in out.rglob("*"):
+                    if file.is_file():
+                        file.unlink()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Bits against perplexity and KL: one model, one calibration set, one evaluation text, many rates.
+"""Measure perplexity and KL of one model, quantized at several rates.
 
     python benchmarks/perplexity.py --model FOLDER --calibration calib.txt --text eval.txt
 
-The stored bits are counted from the bytes of the saved files.  Evaluation text must not be
-calibration text; the defaults are disjoint parts of Python's documentation.
+Stored bits are computed from the bytes of the saved files.  The evaluation text must differ from
+the calibration text; the defaults are disjoint parts of Python's documentation.
 """
 
 import argparse
@@ -28,8 +28,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--bits", type=float, nargs="+", default=[1.5, 2.0, 2.5, 3.0, 4.0])
-    parser.add_argument("--calibration", default="pydoc", help="as WaterSICConfig(dataset=...)")
-    parser.add_argument("--text", help="evaluation text file (held-out topics of pydoc)")
+    parser.add_argument(
+        "--calibration",
+        default="pydoc",
+        help="as WaterSICConfig(dataset=...); none quantizes without data",
+    )
+    parser.add_argument("--text", help="evaluation text file (default: held-out topics of pydoc)")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64)
@@ -58,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 def _measure(
     arguments: argparse.Namespace, bits: float, original: torch.nn.Module, windows: list
 ) -> dict:
+    """Quantize at one rate, and return the row."""
     config = WaterSICConfig(
         bits=bits,
         dataset=None if arguments.calibration == "none" else arguments.calibration,
@@ -71,8 +76,15 @@ def _measure(
         model.save_pretrained(folder)
         totals = inspect_checkpoint(folder)["totals"]
     result = evaluate(model.eval(), windows, original)
-    values = (bits, totals["bits"], totals["pooled_entropy"], result.perplexity, result.kl_bits,
-              result.top1_agreement, seconds)  # fmt: skip
+    values = (
+        bits,
+        totals["bits"],
+        totals["pooled_entropy"],
+        result.perplexity,
+        result.kl_bits,
+        result.top1_agreement,
+        seconds,
+    )
     return dict(zip(COLUMNS, values, strict=True))
 
 

@@ -3,14 +3,14 @@
 Usage: python benchmarks/rate_distortion.py [--rows 1024] [--cols 512] [--rates 1 2 3 4]
 
 The weight is Gaussian with independent entries, so that the bound is known: reverse waterfilling
-over the eigenvalues of the input covariance. All errors are mean squares of the layer's output,
-relative to the output. `R` is what the step was chosen for, `bound` the least rate for the error
-that came out, `pooled` and `classes` are empirical entropies of the codes (of a small layer they
-are below the true ones), `stored` is the size of the payload without scales. All are bits per
-weight. The simpler quantizers get the class entropy of WaterSIC:
+over the eigenvalues of the input covariance.  Errors are mean squares of the layer's output,
+relative to the output.  `R` is the rate that the step was chosen for, `bound` the least rate at
+which the measured error is possible.  `pooled` and `classes` are empirical entropies of the codes,
+which in a small layer are below the true ones.  `stored` is the size of the payload without scales.
+All rates are in bits per weight.  The simpler quantizers spend the class entropy of WaterSIC:
 
 * uniform spacing: the same recursion and rescaler, all columns with one spacing (as in GPTQ);
-* round to nearest: no feedback, one spacing per row, proportional to its RMS.
+* round to nearest: no feedback, one spacing per row, proportional to the row's RMS.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLUMNS = {
 
 
 class Layer:
-    """One Gaussian layer, and what it takes to quantize it in three ways."""
+    """One Gaussian layer, and what three ways to quantize it need."""
 
     def __init__(self, rows: int, cols: int, input_spread: float) -> None:
         self.weight_AN, cov_NN = random_layer(

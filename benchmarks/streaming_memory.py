@@ -1,10 +1,10 @@
-"""Peak memory of quantizing a model block by block from the disk, by its number of blocks.
+"""Measure the peak memory of quantizing a model block by block from the disk.
 
     python benchmarks/streaming_memory.py [--blocks 8 16 32] [--hidden-size 1408] [--folder DIR]
 
-Random Llama models in float32, the largest of 2 GB, are written block by block, and each is
-quantized at 3 bits by a process of its own, on 4 windows of 128 random tokens.  "beyond" is the
-most memory that it held, less what an interpreter holds that has loaded torch (Linux only).
+Random Llama models in float32 (the largest has 2 GB) are written block by block.  Each is quantized
+at 3 bits by a process of its own, on 4 windows of 128 random tokens.  "beyond MB" is the peak
+memory of the process beyond that of an interpreter that has loaded torch.  Linux only.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from transformers import LlamaConfig
 
 VOCABULARY = 8192
 
-#: What a process of its own runs, given a model and where to write it; prints bytes of memory.
+#: Script of the process that quantizes, given the folders of the model and of the output; prints
+#: the bytes of memory before and at the peak, and the number of layers.
 QUANTIZE = """
 import sys
 import torch
@@ -40,13 +41,20 @@ print(base, held("VmHWM"), len(layers))
 
 
 def write_model(folder: Path, blocks: int, hidden: int) -> int:
-    """A random Llama, a shard for each block; the bytes of its weights."""
+    """Write a random Llama with one shard per block, and return the bytes of its weights."""
     inner = 14 * hidden // 11
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner,
-        num_hidden_layers=blocks, num_attention_heads=hidden // 64, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, dtype="float32",
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        dtype="float32",
+    )
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
@@ -62,9 +70,11 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
         return 0.02 * torch.randn(shape, generator=generator)
 
     size = write(
-        {"model.embed_tokens.weight": normal(VOCABULARY, hidden),
-         "model.norm.weight": torch.ones(hidden)}
-    )  # fmt: skip
+        {
+            "model.embed_tokens.weight": normal(VOCABULARY, hidden),
+            "model.norm.weight": torch.ones(hidden),
+        }
+    )
     for number in range(blocks):
         layers = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
         layers |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
@@ -79,24 +89,27 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
 
 
 def measure(folder: Path, blocks: int, hidden: int) -> dict:
-    """The row of one model."""
+    """Write and quantize one model, and return its row."""
     model = folder / f"model-{blocks}"
     size = write_model(model, blocks, hidden)
     command = [sys.executable, "-c", QUANTIZE, str(model), str(folder / f"quantized-{blocks}")]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     base, peak, layers = map(int, done.stdout.split())
     return {
-        "blocks": blocks, "layers": layers, "model MB": round(size / 1e6),
-        "interpreter MB": round(base / 1e6), "peak MB": round(peak / 1e6),
+        "blocks": blocks,
+        "layers": layers,
+        "model MB": round(size / 1e6),
+        "interpreter MB": round(base / 1e6),
+        "peak MB": round(peak / 1e6),
         "beyond MB": round((peak - base) / 1e6),
-    }  # fmt: skip
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--hidden-size", type=int, default=1408, help="a multiple of 704")
-    parser.add_argument("--folder", help="where models are written (a temporary folder)")
+    parser.add_argument("--folder", help="where models are written (default: a temporary folder)")
     arguments = parser.parse_args(argv)
     rows = []
     for blocks in arguments.blocks:

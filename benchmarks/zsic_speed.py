@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/zsic_speed.py [--size 2048] [--device cpu] [--repeats 1] [--json FILE]
 
-On a GPU the blocked recursion runs twice: with torch operations, and with the kernel that quantizes
-a block of columns in one launch.
+On a GPU the blocked recursion is timed twice: with torch operations, and with the kernel that
+quantizes a block of columns in one launch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Recursion = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def plain(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
-    """The recursion as usually written: one full-width rank-1 update per column."""
+    """Run the recursion as usually written: one full-width rank-1 update per column."""
     target_AN = target_AN.contiguous().clone()
     codes_AN = torch.zeros_like(target_AN, dtype=torch.int32)
     for i in reversed(range(target_AN.shape[1])):
@@ -42,7 +42,7 @@ def plain(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
 
 
 def unblocked(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
-    """One `zsic_block` over all columns: half-width rank-1 updates of contiguous columns."""
+    """Run `zsic_block` once over all columns: rank-1 updates of the columns still to come."""
     target_NA = target_AN.T.clone(memory_format=torch.contiguous_format)
     codes_NA = torch.empty_like(target_NA, dtype=torch.int32)
     zsic_block(target_NA, chol_NN, step, codes_NA, target_NA.new_empty(len(target_NA)))
@@ -50,12 +50,12 @@ def unblocked(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
 
 
 def blocked(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
-    """The recursion of the library, in torch operations."""
+    """Run the recursion of the library with torch operations."""
     return zsic(target_AN, chol_NN, step)[0]
 
 
 def launched(target_AN: Tensor, chol_NN: Tensor, step: float) -> Tensor:
-    """The recursion of the library, with what it quantizes a block of columns with on a GPU."""
+    """Run the recursion of the library with its kernel for a block of columns."""
     return zsic(target_AN, chol_NN, step, block_step=block_step(target_AN.device))[0]
 
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rate", type=float, default=3.0, help="Shannon rate, bits per weight")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args(argv)
     print(
         f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, float64\n"

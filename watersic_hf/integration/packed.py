@@ -153,8 +153,8 @@ def dequantize(model: nn.Module, selection: Selection, dtype: torch.dtype | str 
     for name, head in list(model.named_modules()):
         if isinstance(head, WaterSICTiedHead):
             dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-            table = next(n for n, module in packed.items() if module is head.table)
-            dense.weight = model.get_submodule(table).weight
+            embedding = next(n for n, module in packed.items() if module is head.embedding)
+            dense.weight = model.get_submodule(embedding).weight
             replace_module(model, name, dense)
     detach_extras(model)
 
