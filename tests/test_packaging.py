@@ -1,5 +1,6 @@
-"""The two import packages, the trap around the name `kernels`, and what the READMEs claim."""
+"""The two import packages, the name clash around `kernels`, and what the documentation names."""
 
+import pkgutil
 import re
 import subprocess
 import sys
@@ -16,14 +17,14 @@ def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
-def test_no_folder_that_could_shadow_the_package_kernels_is_importable():
+def test_no_importable_folder_shadows_the_package_kernels():
     inits = [*ROOT.glob("kernels/__init__.py"), *ROOT.glob("tests/**/__init__.py")]
     inits += ROOT.glob("benchmarks/**/__init__.py")
 
     assert inits == []
 
 
-def test_transformers_finds_hugging_faces_kernels_from_the_root_of_the_repository(tmp_path):
+def test_transformers_finds_the_hub_package_kernels_from_the_repository_root(tmp_path):
     code = (
         "from transformers.utils import is_kernels_available; from transformers import "
         "LlamaForCausalLM; print(bool(is_kernels_available()))"
@@ -35,14 +36,14 @@ def test_transformers_finds_hugging_faces_kernels_from_the_root_of_the_repositor
     assert inside.stdout == outside.stdout
 
 
-def test_the_kernels_refuse_a_second_name():
+def test_watersic_kernels_refuses_another_import_name():
     done = run_python("import kernels.watersic_kernels")
 
     assert done.returncode != 0
     assert "two copies would register the same operators twice" in done.stderr
 
 
-def test_importing_the_package_touches_neither_triton_nor_the_calibration_sets():
+def test_import_loads_no_optional_dependency():
     code = (
         "import sys, watersic_hf; "
         "print([m for m in ('triton', 'datasets', 'optimum', 'watersic_kernels', 'gguf', "
@@ -55,7 +56,7 @@ def test_importing_the_package_touches_neither_triton_nor_the_calibration_sets()
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_public_names_are_these():
+def test_public_names():
     assert sorted(watersic_hf.__all__) == [
         "CalibrationError",
         "CheckpointError",
@@ -72,23 +73,61 @@ def test_the_public_names_are_these():
     assert all(hasattr(watersic_hf, name) for name in watersic_hf.__all__)
 
 
-def test_the_version_is_that_of_the_distribution():
+def test_version_matches_pyproject_and_changelog():
     declared = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
 
     assert watersic_hf.__version__ == declared
     assert f"## [{declared}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "readme", sorted(ROOT.rglob("*.md")), ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_every_path_that_a_readme_names_exists(readme):
-    if ".venv" in readme.parts or readme.name == "CHANGELOG.md":
-        return
-    named = re.findall(
-        r"`((?:watersic_hf|kernels|tests|benchmarks)/[\w./]*)`", readme.read_text(encoding="utf-8")
-    )
+# what is said of the past may name what is gone
+HISTORY = {"CHANGELOG.md", "benchmarks/HISTORY.md"}
 
-    missing = [path for path in named if not (ROOT / path).exists()]
+DOCUMENTS = [
+    path.relative_to(ROOT)
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
+    and path.relative_to(ROOT).as_posix() not in HISTORY
+]
+
+markdown = pytest.mark.parametrize("document", DOCUMENTS, ids=Path.as_posix)
+
+
+@markdown
+def test_paths_named_in_markdown_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:watersic_hf|kernels|tests|benchmarks)/[\w./]*)`", text)
+
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@markdown
+def test_links_in_markdown_resolve(document):
+    def anchors(path: Path) -> set[str]:
+        titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+        return {
+            re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles
+        }
+
+    text = (ROOT / document).read_text(encoding="utf-8")
+    broken = []
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / name if name else ROOT / document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+
+    assert broken == []
+
+
+@markdown
+def test_python_names_in_markdown_resolve(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    missing = []
+    for name in re.findall(r"`(watersic_hf(?:\.\w+)+)(?:\(.*\))?`", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
 
     assert missing == []

@@ -1,6 +1,6 @@
-"""Every architecture of README's table: one tiny random model, through everything a user does.
+"""Every architecture of ARCHITECTURES.md: one tiny random model through everything a user does.
 
-``PYTHONPATH=.:kernels python tests/integration/test_architectures.py`` prints the table.
+``PYTHONPATH=.:kernels python tests/integration/test_architectures.py`` prints its table.
 """
 
 import re
@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter
 from watersic_hf import CalibrationError, WaterSICConfig
 from watersic_hf.nn import packed_layers
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -87,16 +87,16 @@ class Row:
 
     @property
     def line(self) -> str:
-        """Its line in the README."""
+        """Its line in ARCHITECTURES.md."""
         calibrated = "yes" if self.calibrated else "no"
         return f"| {self.name} | `{self.model.partition(' ')[2]}` | {calibrated} | {self.note} |"
 
 
-NORM = "a norm behind every layer that writes to the residual stream: drift only"
-PARALLEL = "attention and MLP side by side"
-HEAD = "the dense layer of the head is not calibrated, and stays as it is"
-EXPERTS = "every expert on its own tokens; its inputs: drift only"
-T5_NOTE = "`wo` stays dense: transformers keeps it in float32, and reads its dtype"
+NORM = "a norm follows every layer that writes to the residual stream: drift correction only"
+PARALLEL = "attention and MLP in parallel"
+HEAD = "the dense layer of the head is not calibrated and stays dense"
+EXPERTS = "each expert calibrated on its own tokens; drift correction only"
+T5_NOTE = "`wo` stays dense: transformers keeps it in float32 and reads its dtype"
 
 ROWS = [
     Row("Llama", "llama LlamaForCausalLM", 14, GROUPED),
@@ -137,7 +137,7 @@ ROWS = [
     Row("GLM-4", "glm4 Glm4ForCausalLM", 12, GROUPED, note=NORM),
     Row("Granite", "granite GraniteForCausalLM", 14,
         {"num_key_value_heads": 2, "residual_multiplier": 0.2},
-        note="scaled sums: drift only"),
+        note="scaled residual additions: drift correction only"),
     Row("Cohere", "cohere CohereForCausalLM", 14, {"num_key_value_heads": 2}, note=PARALLEL),
     Row("Cohere 2", "cohere2 Cohere2ForCausalLM", 14, GROUPED | {"sliding_window": 8},
         note=PARALLEL),
@@ -159,11 +159,11 @@ ROWS = [
     Row("Phi-3.5-MoE", "phimoe PhimoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
     Row("Granite MoE", "granitemoe GraniteMoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
     Row("Gemma 3", "gemma3 Gemma3ForConditionalGeneration", 14, GEMMA3,
-        note=f"the language model; {NORM}"),
+        note=f"language model only; {NORM}"),
     Row("Qwen2.5-VL", "qwen2_5_vl Qwen2_5_VLForConditionalGeneration", 14, QWEN2_VL,
-        note="the language model"),
+        note="language model only"),
     Row("Qwen3-VL", "qwen3_vl Qwen3VLForConditionalGeneration", 14, QWEN3_VL,
-        note="the language model"),
+        note="language model only"),
     Row("BERT", "bert BertForMaskedLM", 12, outside=1, note=HEAD),
     Row("RoBERTa", "roberta RobertaForMaskedLM", 12, outside=1, note=HEAD),
     Row("DistilBERT", "distilbert DistilBertForMaskedLM", 12,
@@ -171,13 +171,13 @@ ROWS = [
     Row("ModernBERT", "modernbert ModernBertForMaskedLM", 8, {"local_attention": 8}, outside=1,
         note=HEAD),
     Row("ALBERT", "albert AlbertForMaskedLM", 6, {"embedding_size": 32}, outside=2,
-        calibrated=False, note="one block is used again and again"),
+        calibrated=False, note="one block is applied repeatedly: data-free only"),
     Row("T5", "t5 T5ForConditionalGeneration", 28, T5, note=T5_NOTE),
     Row("mT5", "mt5 MT5ForConditionalGeneration", 32, T5, note=T5_NOTE),
     Row("BART", "bart BartForConditionalGeneration", 32, BART),
     Row("Marian", "marian MarianMTModel", 32, BART),
     Row("Whisper", "whisper WhisperForConditionalGeneration", 32, WHISPER, calibrated=False,
-        note="reads audio, not text"),
+        note="reads audio, not text: data-free only"),
     Row("Whisper's decoder alone", "whisper WhisperForCausalLM", 12, WHISPER, outside=8,
         note="cross attention stays dense: text does not reach it"),
 ]  # fmt: skip
@@ -300,8 +300,17 @@ def table():
     return "\n".join([head, *(row.line for row in ROWS)])
 
 
-def test_architectures_table_is_current():
-    assert f"\n{table()}\n" in README.read_text(encoding="utf-8")
+def test_architectures_md_lists_the_tested_models():
+    text = (ROOT / "watersic_hf/integration/ARCHITECTURES.md").read_text(encoding="utf-8")
+
+    assert f"\n{table()}\n" in text
+
+
+@pytest.mark.parametrize("document", ["README.md", "watersic_hf/integration/README.md"])
+def test_documents_give_the_number_of_tested_architectures(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+
+    assert set(re.findall(r"(\d+) (?:tested )?architectures", text)) == {str(len(ROWS))}
 
 
 if __name__ == "__main__":
