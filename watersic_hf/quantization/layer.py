@@ -76,7 +76,7 @@ def quantize_and_pack(
         settings: settings of the method.
         seed: seed of the run.  Together with the name of the layer it seeds the generator that
             draws the rows of the search, so that the result does not depend on the other layers.
-        pack: packs codes and scales: `pack_layer`, or `pack_table` for an embedding.
+        pack: packs codes and scales: `pack_layer`, or `pack_vocabulary_matrix` for an embedding.
 
     Raises:
         CalibrationError: the weight or the moments cannot be used; the message names the layer.
