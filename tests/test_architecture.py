@@ -52,7 +52,7 @@ ALLOWED = {
             "watersic_hf.calibration",
             "watersic_hf.quantization",
         },
-        {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub", "peft"},
+        {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub", "peft", "filelock"},
     ),
     "watersic_hf.evaluation": (BELOW_EVALUATION, {"torch", "numpy", "tqdm", "lm_eval"}),
     "watersic_hf.finetuning": (

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from watersic_hf.checkpoint import model_size
-from watersic_hf.cli.options import given_options, model_name
+from watersic_hf.cli.options import (
+    add_source_options,
+    given_options,
+    model_name,
+    source_options,
+)
 from watersic_hf.cli.output import print_json, print_table
 
 _NEW_TOKENS = 40
@@ -50,6 +55,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="sequences per batch of a task (default: 1)")
     parser.add_argument("--dtype", default="auto", help="dtype of the models (default: their own)")
     parser.add_argument("--device-map", help="device map of the models, as in from_pretrained")
+    add_source_options(parser)
     parser.add_argument("--prompt", help="also print a greedy continuation of this text")
 
 
@@ -80,25 +86,29 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         evaluation_windows,
         generation_speed,
     )
+    from watersic_hf.integration import ModelSource
 
-    def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=arguments.dtype, device_map=arguments.device_map
-        ).eval()
+    def load(source: Any) -> Any:
+        options = {"dtype": arguments.dtype, "device_map": arguments.device_map}
+        return AutoModelForCausalLM.from_pretrained(source.name, **source.options, **options).eval()
 
     task_options = given_options(arguments, "few_shot", "limit", "batch_size")
     if task_options and not arguments.tasks:
         raise ValueError("--few-shot, --limit and --batch-size require --tasks")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    source = ModelSource(name=arguments.model, **source_options(arguments))
+    tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options)
     windows = evaluation_windows(
         evaluation_text(arguments.text),
         tokenizer,
         sequence_length=arguments.sequence_length,
         limit=arguments.windows,
     )
-    models = {"tasks": load(arguments.model)}
+    models = {"tasks": load(source)}
     if arguments.against:
-        models["original_tasks"] = load(arguments.against)
+        original = ModelSource(
+            name=arguments.against, trust_remote_code=arguments.trust_remote_code
+        )
+        models["original_tasks"] = load(original)
     model, original = models["tasks"], models.get("original_tasks")
     task_results = {}
     if arguments.tasks:
@@ -110,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     result = asdict(evaluate(model, windows, original)) | task_results
     # the files of a model on the Hub are not at hand
     is_local = Path(arguments.model).is_dir()
-    result["model_bits"] = model_size(arguments.model).bits if is_local else None
+    result["model_bits"] = model_size(source.folder()).bits if is_local else None
     result["tokens_per_second"] = generation_speed(model, windows[0][:32])
     if arguments.prompt:
         prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)

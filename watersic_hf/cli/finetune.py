@@ -4,7 +4,12 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from watersic_hf.cli.options import given_options, model_name
+from watersic_hf.cli.options import (
+    add_source_options,
+    given_options,
+    model_name,
+    source_options,
+)
 from watersic_hf.cli.output import print_json, print_table
 from watersic_hf.finetuning import FinetuneSettings
 
@@ -69,6 +74,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="folder for the state of training, from which an interrupted run is resumed",
     )
     parser.add_argument("--dtype", default="auto", help="dtype of both models (default: their own)")
+    add_source_options(parser)
     parser.add_argument("--device-map", help="device map of both models, as in from_pretrained")
 
 
@@ -90,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         resume_folder=arguments.resume,
         dtype=arguments.dtype,
         device_map=arguments.device_map,
+        **source_options(arguments),
     )
     write_folder_page(arguments.out)
     before, after = report.kl_bits_before, report.kl_bits_after

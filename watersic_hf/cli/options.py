@@ -44,3 +44,25 @@ def add_setting(parser: argparse.ArgumentParser, name: str, **changes: Any) -> N
 def given_options(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Return the options that were given; for the others the library's defaults apply."""
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the model, its configuration and its tokenizer are loaded."""
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument(
+        "--subfolder", default="", help="folder within the repository that holds the model"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code of the repository, for models that bring their own",
+    )
+
+
+def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of `add_source_options` say."""
+    return {
+        "revision": arguments.revision,
+        "subfolder": arguments.subfolder,
+        "trust_remote_code": arguments.trust_remote_code,
+    }

@@ -8,7 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from watersic_hf.checkpoint import average_bits, model_size
-from watersic_hf.cli.options import add_setting, model_name
+from watersic_hf.cli.options import (
+    add_setting,
+    add_source_options,
+    model_name,
+    source_options,
+)
 from watersic_hf.cli.output import print_json, print_table
 from watersic_hf.integration import WaterSICConfig
 from watersic_hf.integration.settings import SET_OPTION, Setting, settings_of
@@ -58,6 +63,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="dtype of the layers that are not quantized (default: the checkpoint's)",
     )
     parser.add_argument("--device-map", help="device to compute on (default: a GPU if available)")
+    add_source_options(parser)
     parser.add_argument(
         "--max-shard-size", default="5GB", help="maximum size of a weight file (default: 5GB)"
     )
@@ -102,6 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             device_map=arguments.device_map,
             max_shard_size=arguments.max_shard_size,
+            **source_options(arguments),
         )
         if rank_and_size()[0] > 0:
             return
@@ -180,6 +187,7 @@ def _estimate(arguments: argparse.Namespace, config: WaterSICConfig) -> None:
         dtype=arguments.dtype,
         processes=arguments.processes,
         device=compute_device(arguments.device_map),
+        **source_options(arguments),
     )
     if arguments.json:
         print_json(asdict(found))

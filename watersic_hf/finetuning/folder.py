@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from watersic_hf.calibration import Draw, calibration_windows, describe
 from watersic_hf.finetuning.settings import FinetuneReport, FinetuneSettings
 from watersic_hf.finetuning.training import finetune_scales
-from watersic_hf.integration import WaterSICConfig, require_no_model, save_quantized
+from watersic_hf.integration import (
+    ModelSource,
+    WaterSICConfig,
+    require_no_model,
+    save_quantized,
+)
 
 
 def finetune_to_folder(
@@ -26,6 +31,9 @@ def finetune_to_folder(
     resume_folder: str | os.PathLike | None = None,
     dtype: Any = "auto",
     device_map: Any = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
 ) -> FinetuneReport:
     """Finetune the scales of a quantized model and save it with its tokenizer and a model card.
 
@@ -44,6 +52,9 @@ def finetune_to_folder(
         resume_folder: as in `finetune_scales`.
         dtype: dtype of both models, as in `from_pretrained`.
         device_map: placement of both models, as in `from_pretrained`.
+        revision: branch, tag or commit of the quantized model on the hub (default: main branch).
+        subfolder: folder within the repository that holds the quantized model.
+        trust_remote_code: whether Python code that comes with either model may be run.
 
     Returns:
         The report of `finetune_scales`.
@@ -55,12 +66,17 @@ def finetune_to_folder(
     settings = settings or FinetuneSettings()
     require_no_model(folder)
     options = {"dtype": dtype, "device_map": device_map}
-    model = AutoModelForCausalLM.from_pretrained(quantized, **options)
-    original = AutoModelForCausalLM.from_pretrained(teacher, **options).eval()
+    student_source = ModelSource(
+        name=quantized, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code
+    )
+    teacher_source = ModelSource(name=teacher, trust_remote_code=trust_remote_code)
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(quantized, **student_source.options, **options)
+    original = load(teacher, **teacher_source.options, **options).eval()
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", sequence_length)
     windows = calibration_windows(
         dataset,
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer or quantized),
+        tokenizer=_tokenizer(tokenizer, student_source),
         model=original,
         samples=samples,
         sequence_length=min(sequence_length, longest),
@@ -74,11 +90,18 @@ def finetune_to_folder(
     save_quantized(
         model,
         folder,
-        tokenizer=quantized,
-        base=teacher,
+        tokenizer=student_source,
+        base=teacher_source,
         finetuning=finetuning if report.kept_epoch else None,
     )
     return report
+
+
+def _tokenizer(name: str | None, source: ModelSource) -> Any:
+    """Return the tokenizer of a name, or that of the model."""
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(source.name, **source.options)
 
 
 def _calibration_draw(model: nn.Module, dataset: Any, longest: int) -> Draw | None:

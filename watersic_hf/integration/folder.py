@@ -6,19 +6,21 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from filelock import FileLock, Timeout
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from watersic_hf.checkpoint import LayerReport, read_json, read_report, write_json, write_tensors
-from watersic_hf.checkpoint.report import version_of
+from watersic_hf.checkpoint.report import REPORT_FILE, version_of
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import attach_quantizer
 from watersic_hf.integration.run import Run, model_windows, quantize_on_disk
 from watersic_hf.integration.saving import model_card
+from watersic_hf.integration.source import ModelSource
 from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
 from watersic_hf.streams.offloaded import OffloadedBlocks
@@ -29,6 +31,12 @@ logger = logging.getLogger(__name__)
 #: Folder within the output folder that holds what is finished, until the model is complete.
 UNFINISHED = "unfinished"
 _BATCH_SIZE = "batch_size.json"
+#: Files of a model in any format, and those that are written beside its weights.
+_TAKEN = (
+    *(f"*.{kind}" for kind in ("safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx")),
+    *("config.json", "adapter_config.json", "generation_config.json", "tokenizer*", "README.md"),
+    *(REPORT_FILE, "report.html"),
+)
 
 
 def quantize_to_folder(
@@ -38,7 +46,10 @@ def quantize_to_folder(
     *,
     dtype: Any = "auto",
     device_map: Any = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
 ) -> list[LayerReport]:
     """Quantize a model and save it with its tokenizer or processor and a model card.
 
@@ -56,44 +67,96 @@ def quantize_to_folder(
         dtype: dtype of the layers that stay dense; default: that of the model.
         device_map: device to compute on; default: a GPU if there is one.
         max_shard_size: as in `save_pretrained`.
+        revision: branch, tag or commit of a model on the hub; default: the main branch.
+        subfolder: folder within the repository that holds the model.
+        trust_remote_code: whether Python code of the repository may be run.
 
     Returns:
         The reports of the quantized layers.
 
     Raises:
-        FileExistsError: `folder` already holds a model.
-        ValueError: the model is already quantized.
+        FileExistsError: `folder` already holds a model, or another run works in it.
+        ValueError: the model is already quantized, or an adapter; or an argument cannot be used.
         CheckpointError: the unfinished work in `folder` belongs to another run.
     """
-    work = Path(folder) / UNFINISHED
+    source = ModelSource(
+        name=model, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code
+    )
+    folder = Path(os.path.abspath(folder))
+    work = folder / UNFINISHED
     if not work.is_dir():
         require_no_model(folder)
-    elif not (work / "run.json").is_file() and (Path(folder) / "config.json").is_file():
-        # killed between the end of the work and its removal
-        shutil.rmtree(work)
-        return read_report(folder)
-    model_config = AutoConfig.from_pretrained(model)
-    _require_no_method(model, model_config)
-    names = getattr(model_config, "architectures", None) or [""]
-    model_class = getattr(transformers, names[0], AutoModelForCausalLM)
+    # needed at the end only, and checked before the work
+    check_shard_size(max_shard_size)
+    device = compute_device(device_map)
+    model_config = source.load_config()
+    with _only_run_in(work):
+        if not (work / "run.json").is_file() and (folder / "config.json").is_file():
+            # an earlier run was killed between the end of its work and the removal of its folder
+            reports = read_report(folder)
+        else:
+            quantized = _quantize_with_halved_batches(
+                source, config, model_config=model_config, dtype=dtype, device=device, work=work
+            )
+            reports = quantized.hf_quantizer.reports
+            if rank_and_size()[0] == 0:
+                _save_finished(quantized, folder, work, source, max_shard_size)
+        barrier()
+    if rank_and_size()[0] == 0:
+        shutil.rmtree(work, ignore_errors=True)
+    return reports
+
+
+@contextlib.contextmanager
+def _only_run_in(work: Path) -> Iterator[None]:
+    """Hold the lock of the folder of unfinished work; the first process holds it for all.
+
+    Raises:
+        FileExistsError: another run holds it.
+    """
+    if rank_and_size()[0] > 0:
+        yield
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FileExistsError(
+            f"{work.parent}: another run is active in this folder. Wait until it ends, or choose "
+            f"another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _quantize_with_halved_batches(
+    source: ModelSource,
+    config: WaterSICConfig,
+    *,
+    model_config: Any,
+    dtype: Any,
+    device: torch.device,
+    work: Path,
+) -> Any:
+    """Return the quantized model; when memory runs out, try again with batches of half the size."""
     batch_size = config.batch_size
     if (work / _BATCH_SIZE).is_file():
         batch_size = min(batch_size, read_json(work / _BATCH_SIZE))
-    device = compute_device(device_map)
     while True:
+        settings = copy.deepcopy(config)
+        settings.batch_size = batch_size
         try:
-            settings = copy.deepcopy(config)
-            settings.batch_size = batch_size
-            quantized = _quantize(
-                model_class,
-                model,
+            return _quantize(
+                source,
                 settings,
                 model_config=model_config,
                 dtype=dtype,
                 device=device,
                 work=work,
             )
-            break
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error) or batch_size == 1 or rank_and_size()[1] > 1:
                 raise
@@ -102,15 +165,10 @@ def quantize_to_folder(
         batch_size //= 2
         logger.warning("Out of memory; continuing with batches of %d: %s", batch_size, message)
         write_json(work / _BATCH_SIZE, batch_size)
-    if rank_and_size()[0] == 0:
-        _save_finished(quantized, Path(folder), work, model, max_shard_size)
-    barrier()
-    return quantized.hf_quantizer.reports
 
 
 def _quantize(
-    model_class: Any,
-    name: str,
+    source: ModelSource,
     config: WaterSICConfig,
     *,
     model_config: Any,
@@ -122,13 +180,13 @@ def _quantize(
     requested = config.to_dict()
     converted = work / f"converted-{rank_and_size()[0]}"
     model, selection, blocks = open_on_disk(
-        model_class, name, config, model_config=model_config, dtype=dtype, folder=converted
+        source, config, model_config=model_config, dtype=dtype, folder=converted
     )
-    source = OffloadedBlocks(model, blocks, device, layers=selection)
-    with source.flow():
-        windows = model_windows(model, config)
+    blocks_source = OffloadedBlocks(model, blocks, device, layers=selection)
+    with blocks_source.flow():
+        windows = model_windows(model, config, tokenizer_options=source.options)
     identity = {
-        "model": fingerprint(name),
+        "model": fingerprint(source),
         "dtype": str(model.dtype),
         "settings": requested,
         "windows": hashlib.sha256(b"".join(w.numpy().tobytes() for w in windows)).hexdigest(),
@@ -136,26 +194,30 @@ def _quantize(
     }
     journal = Journal(work, identity, [len(window) for window in windows])
     run = Run.begin(selection, config, journal=journal)
-    block_tensors = quantize_on_disk(model, selection, run, source, windows)
+    block_tensors = quantize_on_disk(model, selection, run, blocks_source, windows)
     attach_quantizer(model, selection, run, block_tensors)
     return model
 
 
 def _save_finished(
-    model: Any, folder: Path, work: Path, original: str, max_shard_size: str
+    model: Any, folder: Path, work: Path, source: ModelSource, max_shard_size: int | str
 ) -> None:
-    """Save a model whose blocks are on the disk, and remove the folder of unfinished work."""
+    """Save a model whose blocks are on the disk, and mark the work as done."""
     # a slow import, with triton among it
     from transformers import modeling_utils
 
-    # the card takes its title from the name of the folder
-    whole = work / folder.name
+    whole = work / "finished"
     writer = modeling_utils.safe_save_file
     # transformers has no hook for writing a file, and would hold a shard in memory
     modeling_utils.safe_save_file = write_tensors
     try:
         save_quantized(
-            model, whole, tokenizer=original, base=original, max_shard_size=max_shard_size
+            model,
+            whole,
+            tokenizer=source,
+            base=source,
+            title=folder.name,
+            max_shard_size=max_shard_size,
         )
     finally:
         modeling_utils.safe_save_file = writer
@@ -163,7 +225,6 @@ def _save_finished(
     for file in sorted(whole.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     (work / "run.json").unlink()
-    shutil.rmtree(work)
 
 
 def compute_device(device_map: Any) -> torch.device:
@@ -184,26 +245,35 @@ def _out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
-def _require_no_method(name: str, model_config: Any) -> None:
-    """Refuse a model that is quantized already."""
-    found = getattr(model_config, "quantization_config", None)
-    if found is not None:
-        found = found if isinstance(found, dict) else found.to_dict()
+def check_shard_size(max_shard_size: int | str) -> None:
+    """Refuse a size of weight files that `save_pretrained` could not read.
+
+    Raises:
+        ValueError: it is neither a number of bytes nor a text such as "5GB".
+    """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
         raise ValueError(
-            f"{name} is quantized already, with {found.get('quant_method')}, and dense weights are "
-            f"needed. Name the original model, or dequantize this one and save the result first."
-        )
+            f"the maximum size of a weight file is {max_shard_size!r}, but must be a number of "
+            f'bytes, or a number with the unit KB, MB, GB or TB, as in "5GB"'
+        ) from error
 
 
 def require_no_model(folder: str | os.PathLike) -> None:
-    """Refuse to save over a model.
+    """Refuse a folder in which saving would overwrite something, or mix two models.
 
     Raises:
-        FileExistsError: `folder` already holds a model.
+        FileExistsError: `folder` is a file, or already holds a model or a file of the same name.
     """
-    if any(Path(folder).glob("*.safetensors")):
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Name a folder to save to.")
+    found = [file.name for pattern in _TAKEN for file in sorted(folder.glob(pattern))]
+    if found:
         raise FileExistsError(
-            f"{folder} holds a model already. Choose another folder, or empty this one."
+            f"{folder} holds a model already, or files that would be overwritten: "
+            f"{', '.join(found[:3])}. Choose another folder, or empty this one."
         )
 
 
@@ -211,30 +281,32 @@ def save_quantized(
     model: Any,
     folder: str | os.PathLike,
     *,
-    tokenizer: str,
-    base: str,
+    tokenizer: str | ModelSource,
+    base: str | ModelSource,
+    title: str | None = None,
     finetuning: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Save a quantized model with a tokenizer or processor and a model card.
 
     Args:
         model: the quantized model.
         folder: folder to save to; created if it does not exist.
-        tokenizer: folder or hub name of the model whose processor is saved, or its tokenizer if
-            there is no processor.
-        base: folder or hub name of the model that was quantized, for the card.
+        tokenizer: model whose processor is saved, or tokenizer if it has no processor: a folder,
+            a hub name, or its source.
+        base: model that was quantized, in the same forms, for the card.
+        title: title of the card; default: the name of the folder.
         finetuning: data that the scales were finetuned on, for the card; None if they were not.
         max_shard_size: as in `save_pretrained`.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    _save_processor(tokenizer, folder)
+    _source(tokenizer).save_processor(folder)
     card = model_card(
         model.config.quantization_config,
         model.hf_quantizer.reports,
-        repo=folder.name,
-        base=Path(base).name,
+        repo=title or folder.name,
+        base=_source(base).title,
         model_class=type(model).__name__,
         folder=folder,
         finetuning=finetuning,
@@ -242,16 +314,5 @@ def save_quantized(
     card.save(folder / "README.md")
 
 
-def _save_processor(name: str, folder: Path) -> None:
-    """Save the processor of a model, or its tokenizer if it has no processor."""
-    # a slow import, with triton among it
-    from transformers import AutoProcessor
-
-    try:
-        AutoProcessor.from_pretrained(name).save_pretrained(folder)
-        return
-    except (OSError, ValueError, ImportError) as error:
-        logger.info("No processor is saved, only a tokenizer: %s", error)
-    # a model without a tokenizer is still a model
-    with contextlib.suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+def _source(model: str | ModelSource) -> ModelSource:
+    return model if isinstance(model, ModelSource) else ModelSource(name=model)

@@ -12,9 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from watersic_hf.checkpoint import layer_charge, pack_layer
 from watersic_hf.checkpoint.report import describe_run, resident_bytes
@@ -22,7 +20,7 @@ from watersic_hf.core import ROWS_PER_BAND, MomentAccumulator, quantize_weight
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.run import window_length
 from watersic_hf.integration.selection import Selection
-from watersic_hf.integration.streaming import empty_model
+from watersic_hf.integration.source import ModelSource
 from watersic_hf.nn import FusedExperts, block_step
 from watersic_hf.quantization import CalibrationSettings
 from watersic_hf.streams import block_stacks
@@ -84,6 +82,9 @@ def plan(
     dtype: Any = "auto",
     processes: int = 1,
     device: torch.device | str = "cpu",
+    revision: str | None = None,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Return what `quantize_to_folder` would take; of the model only config.json is read.
 
@@ -93,13 +94,18 @@ def plan(
         dtype: as in `quantize_to_folder`.
         processes: number of processes that would share the work.
         device: device on which the rates are measured.
+        revision: as in `quantize_to_folder`.
+        subfolder: as in `quantize_to_folder`.
+        trust_remote_code: as in `quantize_to_folder`.
 
     Raises:
         ValueError: the model has no layer to quantize.
     """
-    model_config = AutoConfig.from_pretrained(model)
-    names = getattr(model_config, "architectures", None) or [""]
-    empty = empty_model(getattr(transformers, names[0], AutoModelForCausalLM), model_config)
+    source = ModelSource(
+        name=model, revision=revision, subfolder=subfolder, trust_remote_code=trust_remote_code
+    )
+    model_config = source.load_config()
+    empty = source.empty_model(model_config)
     if dtype == "auto":
         dtype = getattr(model_config, "dtype", None) or empty.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

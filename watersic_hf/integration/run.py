@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -220,8 +220,17 @@ def quantize_on_disk(
     return block_tensors
 
 
-def model_windows(model: nn.Module, config: WaterSICConfig) -> list[torch.Tensor]:
-    """Return the calibration windows of a model; empty if it is quantized without data."""
+def model_windows(
+    model: nn.Module, config: WaterSICConfig, *, tokenizer_options: Mapping[str, Any] | None = None
+) -> list[torch.Tensor]:
+    """Return the calibration windows of a model; empty if it is quantized without data.
+
+    Args:
+        model: the model.
+        config: its calibration set and tokenizer.
+        tokenizer_options: arguments of `from_pretrained` for the tokenizer that is beside the
+            model; default: what is known of how the model was loaded.
+    """
     if config.dataset is None:
         return []
     length = window_length(model, config)
@@ -229,7 +238,7 @@ def model_windows(model: nn.Module, config: WaterSICConfig) -> list[torch.Tensor
         logger.info("Calibration windows are cut to the model's %d positions.", length)
     return calibration_windows(
         config.dataset,
-        tokenizer=_tokenizer(config.tokenizer, model.name_or_path),
+        tokenizer=_tokenizer(config.tokenizer, model, tokenizer_options),
         model=model,
         samples=config.samples,
         sequence_length=length,
@@ -332,17 +341,22 @@ def _loading_order(layer: str) -> list:
     return dot_natural_key(f"{layer.partition(f'.{PACKED}.')[0]}.weight")
 
 
-def _tokenizer(tokenizer: Any, model_name: str) -> Any:
+def _tokenizer(tokenizer: Any, model: Any, options: Mapping[str, Any] | None) -> Any:
     """Return the user's tokenizer, or the one that is beside the model, or None."""
-    # imports much
+    # a slow import
     from transformers import AutoTokenizer
 
-    if tokenizer is not None and not isinstance(tokenizer, str):
+    if isinstance(tokenizer, str):
+        return AutoTokenizer.from_pretrained(tokenizer)
+    if tokenizer is not None:
         return tokenizer
+    if options is None:
+        options = {
+            "revision": getattr(model.config, "_commit_hash", None),
+            "trust_remote_code": model.is_remote_code(),
+        }
     try:
-        return AutoTokenizer.from_pretrained(tokenizer or model_name)
+        return AutoTokenizer.from_pretrained(model.name_or_path, **options)
     except (OSError, ValueError, ImportError) as error:
-        if tokenizer is not None:
-            raise
         logger.info("No tokenizer beside the model: %s", error)
         return None

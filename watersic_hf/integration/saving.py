@@ -25,6 +25,7 @@ from watersic_hf.checkpoint import (
 )
 from watersic_hf.integration.adapters import explain_merging
 from watersic_hf.integration.names import stored_names
+from watersic_hf.integration.source import ModelSource
 from watersic_hf.nn import set_residency
 
 TAGS = ["watersic", "quantized"]
@@ -172,7 +173,7 @@ def _upload_modified_files(
             config,
             model.hf_quantizer.reports,
             repo=repo_id,
-            base=model.name_or_path or None,
+            base=ModelSource(name=model.name_or_path).title if model.name_or_path else None,
             model_class=type(model).__name__,
             folder=working_dir,
         )

@@ -6,16 +6,17 @@ from there when their block is held; others are converted once, into a folder.
 """
 
 import hashlib
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers.utils import cached_file
 
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.selection import Selection
+from watersic_hf.integration.source import ModelSource
 from watersic_hf.streams import block_stacks
 
 #: Positions at which a file is sampled for its fingerprint, from its first byte to its last.
@@ -23,28 +24,13 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
 
-def empty_model(model_class: Any, model_config: Any) -> nn.Module:
-    """Return the model of a configuration on meta: its modules and shapes, and no memory."""
-    # a class of an architecture, or one that finds it
-    build = getattr(model_class, "_from_config", None) or model_class.from_config
-    with torch.device("meta"):
-        return build(model_config)
-
-
 def open_on_disk(
-    model_class: Any,
-    name: str,
-    config: WaterSICConfig,
-    *,
-    model_config: Any,
-    dtype: Any,
-    folder: Path,
+    source: ModelSource, config: WaterSICConfig, *, model_config: Any, dtype: Any, folder: Path
 ) -> tuple[nn.Module, Selection, dict[str, nn.Module]]:
     """Load a model with its blocks on the disk.
 
     Args:
-        model_class: class with a `from_pretrained`.
-        name: folder or hub name.
+        source: where the model is.
         config: how the model will be quantized.
         model_config: configuration of the model.
         dtype: as in `from_pretrained`.
@@ -56,30 +42,44 @@ def open_on_disk(
     Raises:
         ValueError: no list of modules holds linear layers.
     """
-    empty = empty_model(model_class, model_config)
+    empty = source.empty_model(model_config)
     selection = Selection.of(empty, config)
     towers = tuple(f"{tower}." for tower in selection.towers)
     layers = [layer for layer in selection.linear if not layer.startswith(towers)]
     names = [block for stack in block_stacks(empty, layers) for block, _ in stack]
     stacks = {block.rpartition(".")[0] for block in names}
-    model = model_class.from_pretrained(
-        name, dtype=dtype, device_map=_blocks_on_disk(empty, stacks), offload_folder=str(folder)
-    )
+    with _without_offload_remark():
+        model = source.load_model(
+            model_config,
+            dtype=dtype,
+            device_map=_blocks_on_disk(empty, stacks),
+            offload_folder=str(folder),
+        )
     if model.all_tied_weights_keys != empty.all_tied_weights_keys:
         # the files hold two matrices where the configuration ties them
         selection = Selection.of(model, config)
     return model, selection, {block: model.get_submodule(block) for block in names}
 
 
-def fingerprint(name: str) -> str:
-    """Return a fingerprint of a model's files: of their names, sizes, headers and samples.
+@contextmanager
+def _without_offload_remark() -> Iterator[None]:
+    """Silence accelerate's warning that parameters are on meta, which is the purpose here."""
+    log = logging.getLogger("accelerate.big_modeling")
 
-    Args:
-        name: folder or hub name.
-    """
-    folder = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
+    def is_other(record: logging.LogRecord) -> bool:
+        return "because they were offloaded to" not in record.getMessage()
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
+
+
+def fingerprint(source: ModelSource) -> str:
+    """Return a fingerprint of a model's files: of their names, sizes, headers and samples."""
     digest = hashlib.sha256()
-    files = [f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
+    files = [f for f in source.folder().iterdir() if f.suffix in (".safetensors", ".bin", ".json")]
     for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
