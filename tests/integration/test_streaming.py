@@ -350,7 +350,7 @@ def test_batches_are_halved_when_memory_runs_out(
     monkeypatch.setattr(LlamaDecoderLayer, "forward", short_of_memory)
     quantize_to_folder(str(original), tmp_path / "q", config(batch_size=4), max_shard_size=SHARDS)
 
-    assert "Out of memory; going on with batches of 2" in watersic_log.text
+    assert "Out of memory; continuing with batches of 2" in watersic_log.text
     assert contents(tmp_path / "q") == contents(whole)
 
 
