@@ -214,12 +214,12 @@ def _check_state(model: nn.Module) -> None:
     """Refuse to save a model that could not be loaded again."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if isinstance(module, WaterSICTiedHead) and not module.weight.is_floating_point():
-            if module.embedding not in modules.values():
-                raise ValueError(
-                    f"{name}: the head is tied to a quantized embedding that the model no longer "
-                    f"has. Call `model.tie_weights()` to tie it to the new one."
-                )
+        tied = isinstance(module, WaterSICTiedHead) and not module.weight.is_floating_point()
+        if tied and module.embedding not in modules.values():
+            raise ValueError(
+                f"{name}: the head is tied to a quantized embedding that the model no longer has. "
+                f"Call `model.tie_weights()` to tie it to the new one."
+            )
         if not isinstance(module, PackedMatrix) or module.weight.is_meta:
             continue
         try:
