@@ -165,7 +165,7 @@ def trainable(
                 if name in dense:
                     # from the decoded codes: decoding again would take as long as loading the model
                     scales = layer.row_scale.data, layer.col_scale.data
-                    layer.dense_weight = replaced.pop(name).weight(*scales)
+                    layer.hold_dense(replaced.pop(name).weight(*scales))
             elif name in dense:
                 layer.set_residency("dense")
 

@@ -153,8 +153,9 @@ def dequantize(model: nn.Module, selection: Selection, dtype: torch.dtype | str 
     for name, head in list(model.named_modules()):
         if isinstance(head, WaterSICTiedHead):
             dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-            embedding = next(n for n, module in packed.items() if module is head.embedding)
-            dense.weight = model.get_submodule(embedding).weight
+            embedding = next((n for n, module in packed.items() if module is head.embedding), None)
+            # without it, the model was given another embedding, which the head is tied to
+            dense.weight = (head if embedding is None else model.get_submodule(embedding)).weight
             replace_module(model, name, dense)
     detach_extras(model)
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from watersic_hf.checkpoint import (
+    CheckpointError,
     LayerReport,
     average_bits,
     average_error,
@@ -26,7 +27,7 @@ from watersic_hf.checkpoint import (
 from watersic_hf.integration.adapters import explain_merging
 from watersic_hf.integration.names import stored_names
 from watersic_hf.integration.source import ModelSource
-from watersic_hf.nn import set_residency
+from watersic_hf.nn import PackedMatrix, WaterSICTiedHead, set_residency
 
 TAGS = ["watersic", "quantized"]
 
@@ -128,8 +129,8 @@ def attach_extras(model: nn.Module) -> None:
     """Tag a model, give it `set_residency`, and have it save its report and its card.
 
     transformers has no hook for further files, and generates a card of its own for every upload.
-    Both ways to upload, `push_to_hub` and `save_pretrained(push_to_hub=True)`, end in the second of
-    the two methods that are wrapped here.  The wrappers have the names of the methods they wrap, so
+    Both ways to upload, `push_to_hub` and `save_pretrained(push_to_hub=True)`, end in
+    `_upload_modified_files`.  The wrappers have the names of the methods they wrap, so
     that a pickled model finds them.
     """
     explain_merging()
@@ -137,19 +138,27 @@ def attach_extras(model: nn.Module) -> None:
     # a partial, since a pickled bound method would be looked up in the model's class
     model.set_residency = functools.partial(set_residency, model)
     model.save_pretrained = types.MethodType(save_pretrained, model)
+    model.resize_token_embeddings = types.MethodType(resize_token_embeddings, model)
     model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
 
 def detach_extras(model: nn.Module) -> None:
     """Undo `attach_extras` on a model that is no longer quantized."""
     del model.save_pretrained, model._upload_modified_files, model.set_residency
+    del model.resize_token_embeddings
     model.model_tags = [tag for tag in model.model_tags if tag not in TAGS]
 
 
 def save_pretrained(
     model: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
-    """Save a model with `PreTrainedModel.save_pretrained`, and its report beside the weights."""
+    """Save a model with `PreTrainedModel.save_pretrained`, and its report beside the weights.
+
+    Raises:
+        CheckpointError: the tensors of a layer were changed in memory, and do not fit together.
+        ValueError: an output head is tied to a quantized embedding that was replaced.
+    """
+    _check_state(model)
     reports = model.hf_quantizer.reports
     if reports:
         names = stored_names(model, [report.name for report in reports])
@@ -160,6 +169,68 @@ def save_pretrained(
             model.hf_quantizer.run,
         )
     type(model).save_pretrained(model, save_directory, *args, **kwargs)
+
+
+def resize_token_embeddings(
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> nn.Module:
+    """Call `PreTrainedModel.resize_token_embeddings`, if it changes no quantized matrix.
+
+    Args:
+        model: the model.
+        new_num_tokens: number of tokens; default: as it is.
+        pad_to_multiple_of: number whose multiple the number of tokens shall be; default: any.
+        args: further arguments of the method.
+        kwargs: further keyword arguments of the method.
+
+    Raises:
+        ValueError: the size of a quantized vocabulary matrix would change.
+    """
+    embedding = model.get_input_embeddings()
+    vocabulary = [module for module in (embedding, model.get_output_embeddings()) if module]
+    names = {module: name for name, module in model.named_modules()}
+    quantized = [names[m] for m in vocabulary if isinstance(m, PackedMatrix | WaterSICTiedHead)]
+    if not quantized:
+        return type(model).resize_token_embeddings(
+            model, new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
+    size = embedding.num_embeddings
+    wanted = new_num_tokens or size
+    if pad_to_multiple_of is not None:
+        wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+    if wanted != size:
+        raise ValueError(
+            f"{', '.join(quantized)}: a quantized vocabulary matrix cannot be resized, from {size} "
+            f"to {wanted} tokens. Resize the original model before quantizing it, or call "
+            f"`model.dequantize()` first."
+        )
+    return embedding
+
+
+def _check_state(model: nn.Module) -> None:
+    """Refuse to save a model that could not be loaded again."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        tied = isinstance(module, WaterSICTiedHead) and not module.weight.is_floating_point()
+        if tied and module.embedding not in modules.values():
+            raise ValueError(
+                f"{name}: the head is tied to a quantized embedding that the model no longer has. "
+                f"Call `model.tie_weights()` to tie it to the new one."
+            )
+        if not isinstance(module, PackedMatrix) or module.weight.is_meta:
+            continue
+        try:
+            module.check(name)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{name}: the codes or scales were changed in memory and do not match their "
+                f"checksum ({error}). Load the model again, or set all tensors of the layer to "
+                f"those of `watersic_hf.checkpoint.rescale_layer`."
+            ) from error
 
 
 def _upload_modified_files(

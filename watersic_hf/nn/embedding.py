@@ -3,7 +3,6 @@
 Shapes: A = rows of the matrix (tokens of the vocabulary), N = columns.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from torch.nn import functional as F
 
 from watersic_hf.checkpoint import PackedLayer, pack_layer, rescale_layer
 from watersic_hf.nn import ops
-from watersic_hf.nn.linear import PackedMatrix
+from watersic_hf.nn.linear import PackedMatrix, resize_payload
 from watersic_hf.nn.packing import PackedCodes
-
-_COL_SCALE_DTYPE = torch.float16
 
 
 class WaterSICEmbedding(PackedMatrix, nn.Embedding):
@@ -67,14 +64,6 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
         embedding.adopt_dtype()
         return embedding
 
-    @property
-    def packed(self) -> PackedLayer:
-        """The stored tensors of the matrix."""
-        col_scale = self.col_scale.data.to(_COL_SCALE_DTYPE)
-        return PackedLayer(
-            weight=self.weight.data, row_scale=self.row_scale.data, col_scale=col_scale
-        )
-
     def adopt_dtype(self) -> None:
         """Cast `col_scale` to the dtype of the rows; a loader leaves it in that of the file."""
         self.col_scale.data = self.col_scale.data.to(self.compute_dtype)
@@ -88,11 +77,12 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
         """Return the scaled rows with these indices; for floats, their product with the matrix."""
         if input.is_floating_point():
             return super().forward(input)
-        if self.dense_weight is not None:
+        current = self._is_current()
+        if current and self.dense_weight is not None:
             rows = F.embedding(input, self.dense_weight)
         else:
             scales = (self.row_scale, self.col_scale, self.compute_dtype)
-            if self.residency == "packed":
+            if current and self.residency == "packed":
                 layout = [getattr(self, name) for name in PackedCodes.names()]
                 rows = ops.packed_rows(input, layout, *scales)
             else:
@@ -114,15 +104,10 @@ class WaterSICEmbedding(PackedMatrix, nn.Embedding):
         embedding.weight = nn.Parameter(self._decode(dtype or self.compute_dtype))
         return embedding
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self.compute_dtype = self.col_scale.dtype
-        return self
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        name = f"{prefix}col_scale"
-        destination[name] = destination[name].to(_COL_SCALE_DTYPE)
+    def reload(self, prefix: str, error_msgs: list[str]) -> None:
+        """Make the matrix again after loading; see `PackedMatrix.reload`."""
+        self.adopt_dtype()
+        super().reload(prefix, error_msgs)
 
 
 class WaterSICTiedHead(nn.Linear):
@@ -153,7 +138,31 @@ class WaterSICTiedHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ W.T``, by calling the embedding, whose hooks load offloaded weights."""
+        if self.weight.is_floating_point():
+            # the model has been given another embedding, which the head was tied to
+            return super().forward(x)
         return self.embedding(x)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if not self.weight.is_floating_point():
+            # a loader may have replaced only one of the two
+            self.weight = self.embedding.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load the payload into the embedding, too, and have it made again."""
+        payload = state_dict.get(f"{prefix}weight")
+        if self.weight.is_floating_point() or payload is None:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            return
+        self.weight = self.embedding.weight
+        resize_payload(self.weight, payload)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.embedding.weight = self.weight
+        *_, error_msgs = args
+        self.embedding.reload(prefix, error_msgs)
 
     def extra_repr(self) -> str:
         """Return sizes, for `repr`."""

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs
 from watersic_hf.nn import ops
 from watersic_hf.nn.residency import RESIDENCIES, ResidencyInputs, choose_residency
+from watersic_hf.nn.source import Source
 
+#: Dtypes in which the packed tensors are stored, by name.
+_STORED_DTYPES = {name: kind for name, (_, kind) in tensor_specs(0, 0, 0).items()}
 #: Names of the tensors of each residency that has a layout of its own.
 _LAYOUTS = {residency: layout.codes.names() for residency, layout in ops.LAYOUTS.items()}
 #: Names of the tensors of all layouts; some are common to several.
@@ -38,6 +41,9 @@ class PackedMatrix(nn.Module):
     The parameter `weight` is the payload, a vector of bytes.  The packed tensors are parameters
     without gradient rather than buffers, so that offloading moves them.  Gradients flow to the
     input.
+
+    A weight in another form than the payload is made again when the packed tensors change, whether
+    by `load_state_dict` or by new parameters; see `refresh`.
 
     Args:
         in_features: N, columns of the weight.
@@ -74,6 +80,8 @@ class PackedMatrix(nn.Module):
             zeros = torch.zeros(out_features, dtype=self.compute_dtype, device=device)
             self.bias = nn.Parameter(zeros, False)
         self.backend = "auto"
+        # the tensors that the weight below was made from; None if there is none, or is outdated
+        self.source: Source | None = None
         self.register_buffer("dense_weight", None, persistent=False)
         for name in _ALL_TENSORS:
             self.register_buffer(name, None, persistent=False)
@@ -112,17 +120,15 @@ class PackedMatrix(nn.Module):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype), False)
         if codes_AN is not None:
-            layer.dense_weight = ops.scale_codes(
-                codes_AN.to(device), layer.row_scale, layer.col_scale, dtype
-            )
+            scales = layer.row_scale, layer.col_scale
+            layer.hold_dense(ops.scale_codes(codes_AN.to(device), *scales, dtype))
         return layer
 
     @property
     def packed(self) -> PackedLayer:
-        """The stored tensors of this layer."""
-        return PackedLayer(
-            weight=self.weight.data, row_scale=self.row_scale.data, col_scale=self.col_scale.data
-        )
+        """The stored tensors of this layer, in the dtypes of the file."""
+        parameters = self._packed_parameters()
+        return PackedLayer(**{n: p.data.to(_STORED_DTYPES[n]) for n, p in parameters.items()})
 
     @property
     def residency(self) -> str:
@@ -170,12 +176,40 @@ class PackedMatrix(nn.Module):
         if residency == "auto":
             residency, _ = choose_residency([self.residency_inputs])
         if residency != self.residency:
-            dense_weight = self._decode(self.compute_dtype) if residency == "dense" else None
-            tensors = self._encode(residency) if residency in _LAYOUTS else {}
-            self.dense_weight = dense_weight
-            for name in _ALL_TENSORS:
-                setattr(self, name, tensors.get(name))
+            self._make(residency)
+        else:
+            self.refresh()
         self._place_payload()
+
+    def hold_dense(self, weight_AN: Tensor) -> None:
+        """Take over a dense weight that the caller has made from the present packed tensors."""
+        self.dense_weight = weight_AN
+        for name in _ALL_TENSORS:
+            setattr(self, name, None)
+        self._note_source()
+
+    def refresh(self) -> None:
+        """Make the weight again if the packed tensors are not those that it was made from.
+
+        Called by every forward that is not compiled; `load_state_dict` calls it for compiled ones,
+        too.  Only writing into ``parameter.data`` in place goes unnoticed: set the residency to
+        ``stored`` before that, and back after it.
+
+        Raises:
+            CheckpointError: the payload is damaged.
+        """
+        found = self._packed_parameters()
+        if self.source is not None and self.source.is_current(found):
+            return
+        residency = self.residency
+        if residency == "stored" or any(tensor.is_meta for tensor in found.values()):
+            return
+        if self.source is not None and self.source.same_values(found):
+            self._place_payload()
+            self._note_source()
+        else:
+            self._make(residency)
+            self._place_payload()
 
     def check(self, name: str) -> None:
         """Verify every checksum of the layer.
@@ -186,11 +220,16 @@ class PackedMatrix(nn.Module):
         self.packed.verify(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ W.T + bias``, in the dtype of `x`, for `x` of shape (..., N)."""
+        """Return ``x @ W.T + bias``, for `x` of shape (..., N).
+
+        The result has the dtype of `x`, or under autocast that of an ordinary linear layer.
+        """
+        x = x.to(ops.autocast_dtype(x))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.dense_weight is not None:
+        current = self._is_current()
+        if current and self.dense_weight is not None:
             return F.linear(x, self.dense_weight.to(x.dtype), bias)
-        if self.words_G is not None:
+        if current and self.words_G is not None:
             residency = self.residency
             layout = [getattr(self, name) for name in _LAYOUTS[residency]]
             scales = self.row_scale, self.col_scale
@@ -220,6 +259,31 @@ class PackedMatrix(nn.Module):
             f"residency={self.residency}"
         )
 
+    def _packed_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: self._parameters[name] for name in _STORED_DTYPES}
+
+    def _is_current(self) -> bool:
+        """Return whether the weight is up to date, after an attempt to make it so.
+
+        A compiled graph cannot decode: where it finds other parameters it uses the payload.
+        """
+        if not torch.compiler.is_compiling():
+            self.refresh()
+            return True
+        return self.source is not None and self.source.same_parameters(self._packed_parameters())
+
+    def _note_source(self) -> None:
+        self.source = Source(self._packed_parameters()) if self.residency != "stored" else None
+
+    def _make(self, residency: str) -> None:
+        """Make the weight in the form of a residency from the packed tensors."""
+        dense_weight = self._decode(self.compute_dtype) if residency == "dense" else None
+        tensors = self._encode(residency) if residency in _LAYOUTS else {}
+        self.dense_weight = dense_weight
+        for name in _ALL_TENSORS:
+            setattr(self, name, tensors.get(name))
+        self._note_source()
+
     def _decode(self, dtype: torch.dtype) -> Tensor:
         try:
             return ops.dequantize(self.weight.data, self.row_scale.data, self.col_scale.data, dtype)
@@ -240,18 +304,68 @@ class PackedMatrix(nn.Module):
         if self.weight.device not in (device, torch.device("meta")):
             # in place, as a tied output head shares the parameter
             self.weight.data = self.weight.data.to(device)
+            if self.source is not None:
+                self._note_source()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move and cast the layer; `fixed_scales` move but keep their dtype."""
+        self.refresh()
+        # the layer may hold no tensor of the dtype that is cast
+        self.compute_dtype = fn(self.row_scale.new_empty(0, dtype=self.compute_dtype)).dtype
         scales = {name: getattr(self, name).data for name in self.fixed_scales}
         super()._apply(fn, recurse)
         for name, before in scales.items():
             device = getattr(self, name).device
             setattr(self, name, nn.Parameter(before.to(device), False))
-        if self.dense_weight is not None:
-            self.compute_dtype = self.dense_weight.dtype
         self._place_payload()
+        self._note_source()
         return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Save the packed tensors in the dtypes of the file, whatever they were cast to."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, dtype in _STORED_DTYPES.items():
+            destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].to(dtype)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load the packed tensors, a payload of any length, and make the weight again."""
+        resize_payload(self.weight, state_dict.get(f"{prefix}weight"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if any(f"{prefix}{name}" in state_dict for name in _STORED_DTYPES):
+            *_, error_msgs = args
+            self.reload(prefix, error_msgs)
+
+    def reload(self, prefix: str, error_msgs: list[str]) -> None:
+        """Make the weight again after loading.
+
+        Args:
+            prefix: name of the layer and a dot, for messages.
+            error_msgs: receives what was wrong with the loaded tensors.
+        """
+        self.source = None
+        try:
+            self.refresh()
+        except CheckpointError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickling and copying; addresses and versions would change."""
+        self.refresh()
+        return self.__dict__ | {"source": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note_source()
+
+
+def resize_payload(parameter: nn.Parameter, payload: Tensor | None) -> None:
+    """Give the parameter of a payload the length of one that is about to be loaded."""
+    fits = payload is None or payload.shape == parameter.shape
+    if not fits and payload.ndim == 1 and payload.dtype == parameter.dtype:
+        # in place, as a tied output head shares the parameter
+        parameter.data = parameter.data.new_empty(payload.shape)
 
 
 class WaterSICLinear(PackedMatrix, nn.Linear):

@@ -15,8 +15,9 @@ otherwise the reference, with a warning.
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ BACKEND_VARIABLE = "WATERSIC_BACKEND"
 
 #: Upper bound, in bytes, on the dense weights that the reference holds at a time.
 SCRATCH_BYTES = 32 << 20
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast, where it is on, gives the input of a linear layer."""
+    device = x.device.type
+    # autocast leaves float64 as it is, and knows no meta device
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _as_given(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Have an operator compute in the dtypes of its arguments, also where autocast is on."""
+
+    @functools.wraps(operator)
+    def compute(x: Tensor, *args: Any) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, *args)
+
+    return compute
 
 
 @torch.library.custom_op("watersic::dequantize", mutates_args=())
@@ -62,6 +83,7 @@ def _(payload_B, row_scale_A, col_scale_N, dtype):
 
 
 @torch.library.custom_op("watersic::dequant_linear", mutates_args=())
+@_as_given
 def dequant_linear(
     x: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
 ) -> Tensor:
@@ -92,6 +114,7 @@ def _(x, payload_B, row_scale_A, col_scale_N):
 
 
 @torch.library.custom_op("watersic::dequant_linear_backward", mutates_args=())
+@_as_given
 def dequant_linear_backward(
     grad_y: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
 ) -> Tensor:
@@ -121,6 +144,7 @@ dequant_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("watersic::coded_linear", mutates_args=())
+@_as_given
 def coded_linear(
     x: Tensor,
     residency: str,
@@ -168,6 +192,7 @@ def _(x, residency, layout, row_scale_A, col_scale_N, backend):
 
 
 @torch.library.custom_op("watersic::coded_linear_backward", mutates_args=())
+@_as_given
 def coded_linear_backward(
     grad_y: Tensor,
     residency: str,
