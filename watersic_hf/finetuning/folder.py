@@ -11,8 +11,10 @@ from watersic_hf.calibration import Draw, calibration_windows, describe
 from watersic_hf.finetuning.settings import FinetuneReport, FinetuneSettings
 from watersic_hf.finetuning.training import finetune_scales
 from watersic_hf.integration import WaterSICConfig, require_no_model, save_quantized
+from watersic_hf.streams.torch_state import default_torch_state
 
 
+@default_torch_state()
 def finetune_to_folder(
     quantized: str,
     folder: str | os.PathLike,
