@@ -1,5 +1,6 @@
 import logging
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -219,11 +220,49 @@ def test_diagonal_moment_gives_the_same_codes_as_its_matrix():
     assert_close(diagonal.dequantize(), matrix.dequantize(), tolerance=1e-9)
 
 
-def test_all_zero_inputs_raise():
-    with pytest.raises(CalibrationError, match="up_proj: the inputs of all 64 columns are zero"):
-        quantize_weight(
-            layer()[0], Moments(cov=torch.zeros(64, 64), tokens=5), rate=2.0, name="up_proj"
-        )
+@pytest.mark.parametrize("drift", [False, True])
+def test_a_weight_with_zero_inputs_is_quantized_as_with_identity_moments(drift):
+    weight_AN, moments = layer()
+    zero_NN = torch.zeros_like(moments.cov)
+    # with drift, what reaches the layer was rounded to zero in the quantized model only
+    drifted = {"drifted_cov_NN": zero_NN, "cross_cov_NN": zero_NN} if drift else {}
+    zero = Moments(cov=moments.cov if drift else zero_NN, tokens=100, **drifted)
+
+    quantized = quantize_weight(weight_AN, zero, bits=3.0, charge=charge)
+
+    wanted = quantize_weight(weight_AN, Moments.identity(64), bits=3.0, charge=charge)
+    assert quantized.zero_input
+    assert not wanted.zero_input
+    assert torch.equal(quantized.codes_AN, wanted.codes_AN)
+    assert torch.equal(quantized.dequantize(), wanted.dequantize())
+    # all of the original output is lost, or there is none
+    assert quantized.error == (1.0 if drift else 0.0)
+
+
+def test_columns_with_zero_inputs_beside_columns_with_zero_weights():
+    weight_AN, moments = layer()
+    weight_AN[:, :32] = 0
+    seen_N = torch.arange(64) < 32
+    drifted_NN = moments.cov * (seen_N & seen_N[:, None])
+    moments = replace(moments, drifted_cov_NN=drifted_NN, cross_cov_NN=moments.cov * seen_N)
+
+    quantized = quantize_weight(weight_AN, moments, rate=3.0)
+
+    assert quantized.zero_input
+    assert_close(quantized.dequantize(), weight_AN, tolerance=0.2)
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_a_zero_weight_with_zero_inputs_is_exact(drift):
+    zero_NN = torch.zeros(64, 64, dtype=torch.float64)
+    drifted = {"drifted_cov_NN": zero_NN, "cross_cov_NN": zero_NN} if drift else {}
+    moments = Moments(cov=layer()[1].cov if drift else zero_NN, tokens=5, **drifted)
+
+    quantized = quantize_weight(torch.zeros(48, 64), moments, bits=3.0, charge=charge)
+
+    assert quantized.zero_input
+    assert not bool(quantized.dequantize().any())
+    assert math.isfinite(quantized.damping)
 
 
 def test_nan_and_infinity_raise_with_layer_and_count():

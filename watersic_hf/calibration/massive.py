@@ -22,7 +22,8 @@ from watersic_hf.streams.topology import InputGroup, input_groups
 
 logger = logging.getLogger(__name__)
 
-#: A channel is massive if its peak magnitude is more than this multiple of the median channel's.
+#: A channel is massive if its peak magnitude is more than this multiple of the median over the
+#: channels that are not zero throughout.
 MASSIVE = 1000.0
 
 
@@ -79,7 +80,9 @@ def _massive_in_block(
         if before.feeds_attention or rows != {columns} or columns == width:
             continue
         peak_N = _peaks(view, after)
-        massive = (peak_N > MASSIVE * peak_N.median()).nonzero()[:, 0].tolist()
+        # most channels may be pruned, or never active behind a ReLU
+        usual = peak_N[peak_N > 0].median() if bool(peak_N.any()) else 0.0
+        massive = (peak_N > MASSIVE * usual).nonzero()[:, 0].tolist()
         if massive:
             found |= {f"{name}.{layer}": massive for layer in before.layers}
     return found

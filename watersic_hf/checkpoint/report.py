@@ -42,7 +42,8 @@ class LayerReport:
     damping: float
     """Damping of the second moments, relative to the mean of their diagonal."""
     tokens: int
-    """Number of calibration tokens; 0 if the layer was quantized without data."""
+    """Number of calibration tokens; 0 if the layer was quantized without data, or as without it
+    since its input is zero for all of them."""
     seconds: float
     """Time that the layer took, without its calibration."""
     profile: ColumnProfile | None = None

@@ -91,6 +91,17 @@ class Moments:
         """Moment of the input that the quantized layer receives: S_H in drift mode, else S_X."""
         return self.cov if self.drifted_cov_NN is None else self.drifted_cov_NN
 
+    def or_identity(self) -> Moments:
+        """Return these moments, or those of `identity` if the layer's input is zero.
+
+        Such an input says nothing about the weight: every weight gives the same output.
+        """
+        power_N = self.layer_cov if self.cov.ndim == 1 else self.layer_cov.diagonal()
+        # not a number is true, so moments with such entries stay as they are
+        if bool(power_N.any()):
+            return self
+        return Moments.identity(self.columns, device=self.cov.device)
+
     def linear_term(self, weight_AN: Tensor) -> Tensor:
         """Return C = W S_C + S_R, the correlation of the target output with the layer's input.
 

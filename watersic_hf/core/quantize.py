@@ -81,6 +81,8 @@ class QuantizedWeight:
     live_N: Tensor
     """Bool, True for the columns that have codes: their input carries signal and their weights are
     not all zero."""
+    zero_input: bool
+    """Whether the input of these columns is zero, so that identity moments were used."""
     damping: float
     """Damping that was used, after retries."""
     bits: float | None
@@ -108,6 +110,9 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize a weight to integer codes with one scale per row and per column.
 
+    A weight whose input is zero is quantized as with the identity covariance: any codes would give
+    the same output there, and these approximate the weight for all other inputs.
+
     Args:
         weight_AN: weight to quantize, any float dtype.
         moments: second moments of the layer's input, on the device of the weight.
@@ -125,18 +130,20 @@ def quantize_weight(
         name: name of the layer, for messages.
 
     Raises:
-        CalibrationError: the moments are not finite, all zero or not positive definite.
+        CalibrationError: the moments are not finite or not positive definite.
         ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     _check_request(bits, rate, charge, name)
     _check_inputs(weight_AN, moments, name)
-    live_N = _live_columns(weight_AN, moments, name)
+    # a column of weights that are all zero has codes of zero
+    live_N = live_columns(moments.cov) & (weight_AN != 0).any(0)
     if not bool(live_N.any()):
         return _zero_weight(weight_AN, moments, live_N, charge, settings)
     emphasis_A1 = _emphasis(weight_AN, row_importance_A, name)
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
-    live_moments = moments.select(live_N).scale_rows(emphasis_A1)
-    damping = settings.damping or damping_for(live_moments.layer_cov, moments.tokens)
+    measured = moments.select(live_N).scale_rows(emphasis_A1)
+    live_moments = measured.or_identity()
+    damping = settings.damping or damping_for(live_moments.layer_cov, live_moments.tokens)
     chol, damping = damped_cholesky(
         live_moments.layer_cov, damping, tokens=moments.tokens, name=name
     )
@@ -168,6 +175,7 @@ def quantize_weight(
         spacing_N=insert_columns(spacing_N, live_N),
         shrinkage_N=insert_columns(run.shrinkage_N, live_N),
         live_N=live_N,
+        zero_input=live_moments is not measured,
         damping=damping,
         bits=run.bits,
         error=relative_output_error(weight_AN, dequantized_AN, moments),
@@ -247,6 +255,7 @@ def _zero_weight(
     """Return the exact result for a weight that is zero in all columns that carry signal."""
     codes_AN = torch.zeros_like(weight_AN, dtype=torch.int8)
     zeros_N = torch.zeros_like(live_N, dtype=torch.float64)
+    usable = moments.or_identity()
     return QuantizedWeight(
         codes_AN=codes_AN,
         row_scale_A=torch.ones_like(codes_AN[:, 0], dtype=torch.float64),
@@ -255,21 +264,11 @@ def _zero_weight(
         spacing_N=zeros_N,
         shrinkage_N=zeros_N,
         live_N=live_N,
-        damping=settings.damping or damping_for(moments.layer_cov, moments.tokens),
+        zero_input=usable is not moments,
+        damping=settings.damping or damping_for(usable.layer_cov, usable.tokens),
         bits=None if charge is None else charge(codes_AN, len(codes_AN)),
         error=0.0,
     )
-
-
-def _live_columns(weight_AN: Tensor, moments: Moments, name: str) -> Tensor:
-    """Return the columns to quantize: those that carry signal and are not all zero."""
-    live_N = live_columns(moments.cov)
-    if not bool(live_N.any()):
-        raise CalibrationError(
-            f"{name}: the inputs of all {len(live_N)} columns are zero, so no column matters. Use "
-            f"calibration text that reaches this layer, or leave the layer dense."
-        )
-    return live_N & (weight_AN != 0).any(0)
 
 
 def _sample_rows(rows: int, least: int, generator: torch.Generator | None) -> Tensor:

@@ -61,7 +61,7 @@ def quantize_tall(
         sample_rows: number of rows that determine the step and the gains; default: `SAMPLE_ROWS`.
 
     Raises:
-        CalibrationError: the moments are not finite, all zero or not positive definite.
+        CalibrationError: the moments are not finite or not positive definite.
         ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     rows = len(weight_AN)
@@ -149,7 +149,7 @@ class _Bands:
         name: str,
     ) -> None:
         self.rows, self.moments, self.pilot = rows, moments, pilot
-        self.live_moments = moments.select(pilot.live_N)
+        self.live_moments = moments.select(pilot.live_N).or_identity()
         self.chol, self.damping = damped_cholesky(
             self.live_moments.layer_cov, pilot.damping, tokens=moments.tokens, name=name
         )

@@ -32,7 +32,8 @@ def live_columns(cov: Tensor) -> Tensor:
     """Return which columns carry signal: a mean square of at least `DEAD_FRACTION` of the median.
 
     The threshold is relative to the median and not to the mean, because the inputs of gated MLPs
-    are so heavy-tailed that a fraction of the mean would remove most of their columns.
+    are so heavy-tailed that a fraction of the mean would remove most of their columns.  If all
+    inputs are zero no column matters less than another, and all are kept.
 
     Args:
         cov: second moment S of the inputs, (N, N) or its diagonal (N,).
@@ -41,6 +42,8 @@ def live_columns(cov: Tensor) -> Tensor:
         Bool (N,), True for the columns to keep.
     """
     power_N = cov if cov.ndim == 1 else cov.diagonal()
+    if not bool(power_N.any()):
+        return torch.ones_like(power_N, dtype=torch.bool)
     return (power_N >= DEAD_FRACTION * power_N.abs().median()) & (power_N > 0)
 
 
@@ -170,9 +173,10 @@ class Whitening:
             CalibrationError: the moments cannot be factored even with the strongest damping.
         """
         live_N = live_columns(moments.cov)
-        cov = moments.select(live_N).layer_cov
-        damping = damping or damping_for(cov, moments.tokens)
-        chol, _ = damped_cholesky(cov, damping, tokens=moments.tokens, name=name)
+        live_moments = moments.select(live_N).or_identity()
+        cov, tokens = live_moments.layer_cov, live_moments.tokens
+        damping = damping or damping_for(cov, tokens)
+        chol, _ = damped_cholesky(cov, damping, tokens=tokens, name=name)
         return cls(live_N, chol)
 
     def variances(self, weight_AN: Tensor) -> Tensor:

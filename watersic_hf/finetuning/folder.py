@@ -16,8 +16,10 @@ from watersic_hf.integration import (
     require_no_model,
     save_quantized,
 )
+from watersic_hf.streams.torch_state import default_torch_state
 
 
+@default_torch_state()
 def finetune_to_folder(
     quantized: str,
     folder: str | os.PathLike,

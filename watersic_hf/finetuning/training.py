@@ -31,6 +31,7 @@ from watersic_hf.finetuning.layers import (
 from watersic_hf.finetuning.settings import FinetuneReport, FinetuneSettings
 from watersic_hf.nn import PackedMatrix
 from watersic_hf.streams import decoder_blocks
+from watersic_hf.streams.torch_state import default_torch_state, replace_inference_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ _BITS_PER_NAT = 1 / math.log(2)
 _SAMPLE_BYTES = 4096
 
 
+@default_torch_state()
 def finetune_scales(
     model: nn.Module,
     teacher: nn.Module,
@@ -88,6 +90,8 @@ def finetune_scales(
             "the teacher is the model itself, which has nothing to learn from it. Load the "
             "original model as the teacher."
         )
+    for each in (model, teacher):
+        replace_inference_tensors(each)
     layers = layers_to_train(model)
     train, held_out = _split(windows, settings.validation_share)
     state_file = identity = None

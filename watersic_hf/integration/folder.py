@@ -25,6 +25,7 @@ from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
 from watersic_hf.streams.offloaded import OffloadedBlocks
 from watersic_hf.streams.processes import barrier, rank_and_size
+from watersic_hf.streams.torch_state import default_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _TAKEN = (
 )
 
 
+@default_torch_state()
 def quantize_to_folder(
     model: str,
     folder: str | os.PathLike,

@@ -14,6 +14,7 @@ from watersic_hf.integration.selection import Selection
 from watersic_hf.nn import PackedMatrix, install_packed, separate
 from watersic_hf.quantization import VocabularyStatistics, identity_moments
 from watersic_hf.streams.memory import trim_memory
+from watersic_hf.streams.torch_state import default_torch_state, replace_inference_tensors
 
 #: Layers between two returns of freed memory to the system.
 _LAYERS_PER_TRIM = 8
@@ -36,6 +37,7 @@ class QuantizeOnLoad(ConversionOps):
         self._fused: dict[str, dict[str, torch.Tensor]] = {}
         self._error: ValueError | None = None
 
+    @default_torch_state()
     @torch.no_grad()
     def convert(
         self,
@@ -68,6 +70,7 @@ class QuantizeOnLoad(ConversionOps):
             missing_keys.discard(full_layer_name)
         return {}
 
+    @default_torch_state()
     def finish(self, model: nn.Module) -> None:
         """Complete a model whose tensors are all loaded.
 
@@ -76,6 +79,7 @@ class QuantizeOnLoad(ConversionOps):
         """
         if self._error is not None:
             raise self._error
+        replace_inference_tensors(model)
         # biases are loaded in their own time, so that their rows are zeroed here
         for name, rows in self._selection.zero_rows.items():
             bias = getattr(model.get_submodule(name), "bias", None)

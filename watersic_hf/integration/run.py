@@ -41,6 +41,7 @@ from watersic_hf.quantization import (
 )
 from watersic_hf.streams import ResidentBlocks, decoder_blocks
 from watersic_hf.streams.offloaded import OffloadedBlocks
+from watersic_hf.streams.torch_state import default_torch_state, replace_inference_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,14 @@ class Run:
             journal: where finished layers are kept, and taken from.
 
         Raises:
-            ValueError: the selection cannot be quantized.
+            ValueError: the selection cannot be quantized, or a setting needs a dataset.
         """
         selection.check()
+        if config.zero_rows == "auto" and config.dataset is None:
+            raise ValueError(
+                '`zero_rows` is "auto", which finds rows on calibration windows, but there is no '
+                "`dataset`. Name a dataset, or the rows."
+            )
         for name, reason in selection.obstacles.items():
             logger.warning("%s was to be quantized, but stays dense: %s.", name, reason)
         targets = {
@@ -151,6 +157,7 @@ class Run:
         return self.layers.reports + vocabulary, self.layers.run_report()
 
 
+@default_torch_state()
 def quantize_in_memory(model: nn.Module, selection: Selection, run: Run) -> None:
     """Quantize a model that is in memory, in place, with calibration data.
 
@@ -162,6 +169,7 @@ def quantize_in_memory(model: nn.Module, selection: Selection, run: Run) -> None
     Raises:
         CalibrationError: a layer cannot be calibrated; the message names it.
     """
+    replace_inference_tensors(model)
     source = ResidentBlocks("cuda" if torch.cuda.is_available() else None)
     windows = model_windows(model, run.config)
     selection.open(model)
@@ -171,6 +179,7 @@ def quantize_in_memory(model: nn.Module, selection: Selection, run: Run) -> None
     _quantize_with_data(model, selection, run, windows, source)
 
 
+@default_torch_state()
 def quantize_on_disk(
     model: nn.Module,
     selection: Selection,
@@ -220,6 +229,7 @@ def quantize_on_disk(
     return block_tensors
 
 
+@default_torch_state()
 def model_windows(
     model: nn.Module, config: WaterSICConfig, *, tokenizer_options: Mapping[str, Any] | None = None
 ) -> list[torch.Tensor]:

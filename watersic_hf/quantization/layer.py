@@ -1,5 +1,6 @@
 """Quantize one layer: the search for its step, the codes, the packed form, the report."""
 
+import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,6 +27,8 @@ from watersic_hf.nn import block_step
 from watersic_hf.quantization.budget import Budget, row_importance, sensitive_targets
 from watersic_hf.quantization.journal import Journal
 from watersic_hf.streams.processes import gather, rank_and_size, shard
+
+logger = logging.getLogger(__name__)
 
 LayerMoments = Moments | Callable[[str], Moments] | None
 """Moments of the input of layers; or a function that returns those of one layer by its name; or
@@ -96,6 +99,15 @@ def quantize_and_pack(
         block_step=block_step(weight_AN.device),
         name=name,
     )
+    tokens = moments.tokens if moments.own_tokens is None else moments.own_tokens
+    if quantized.zero_input:
+        logger.warning(
+            "%s: its input is zero for all calibration tokens, so it is quantized as without data. "
+            "Something before it was pruned or rounded to zero; in the second case more bits there "
+            "can help.",
+            name,
+        )
+        tokens = 0
     packed = pack(quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name)
     profile = None
     if not task.is_vocabulary:
@@ -109,7 +121,7 @@ def quantize_and_pack(
         bits=packed.bits_per_weight,
         error=float(quantized.error),
         damping=quantized.damping,
-        tokens=moments.tokens if moments.own_tokens is None else moments.own_tokens,
+        tokens=tokens,
         pooled=moments.pool_fraction,
         seconds=time.perf_counter() - start,
         profile=profile,
