@@ -8,33 +8,29 @@ kept in the order of the text.  The global random state is left unchanged.
 Shapes: T = tokens, W = windows, K = windows of an earlier draw.
 """
 
-import importlib
+import itertools
 import logging
+import math
 import random
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from watersic_hf.calibration.rows import Rows, describe, is_stream
+from watersic_hf.calibration.self_sampling import self_sampled
 
 logger = logging.getLogger(__name__)
 
 #: Names of the GPTQ benchmark sets that the loaders of optimum know.
 BENCHMARK_SETS = ("wikitext2", "c4", "c4-new")
 
-#: Kinds of files, by suffix: plain text, or a loader of `datasets`.
-_TEXT_FILES = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-#: Sequences that a model samples at a time.
-_SELF_BATCH = 16
+#: Characters that are read of a stream of texts: at least so many, and so many per token to draw.
+#: A token has some four characters, so that windows are drawn from about 16 times as much text.
+_STREAM_CHARACTERS = 1 << 24
+_STREAM_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +60,18 @@ def calibration_windows(
             * ``"self"``: sequences that `model` samples from its own distribution;
             * ``"pydoc"``: the documentation of Python, which comes with every installation;
             * ``"wikitext2"``, ``"c4"``, ``"c4-new"``: loaded as in the benchmarks of GPTQ;
-            * the path of a .txt, .md, .jsonl, .json or .parquet file (column ``text``);
-            * any other name: a dataset on the Hugging Face Hub (split ``train``, column ``text``);
+            * the path of a .txt, .md, .jsonl, .json or .parquet file;
+            * any other name: a dataset on the Hugging Face Hub (split ``train``);
             * a list of strings;
-            * token ids: a list of lists, of tensors or of ``{"input_ids": ...}``, or a 2-D tensor;
-            * a `datasets.Dataset` with a column ``input_ids`` or ``text``.
+            * token ids: a list of lists or tensors, or a 2-D tensor;
+            * columns ``input_ids`` (with ``attention_mask`` or without) or ``text``: a dict, what a
+              tokenizer returns, a list or generator of these, a `datasets.Dataset` in memory or
+              streaming, or a dict of datasets with a split ``train``.
+
+            Tokens that an ``attention_mask`` leaves out, as padding, are removed.  Rows that are
+            null, empty or a single token are skipped, and counted in a warning.  Of a streaming
+            dataset or a generator only the beginning is read, about 16 times as much text as is
+            needed.
         tokenizer: tokenizer of the model; not needed for ``"self"`` and for token ids.
         model: the model; needed only for ``"self"``.
         samples: number of windows.
@@ -81,7 +84,7 @@ def calibration_windows(
         The windows; fewer than `samples`, with a warning, if the set is too small.
 
     Raises:
-        ValueError: the dataset has an unknown form or is empty, or its tokenizer or model is
+        ValueError: the dataset has an unknown form or no usable row, or its tokenizer or model is
             missing.
         ImportError: the dataset needs a package that is not installed.
     """
@@ -90,22 +93,14 @@ def calibration_windows(
     if sampled and seen is not None and seen.seed == seed:
         seed += 1
     if isinstance(dataset, str) and dataset == "self":
-        return _sampled_by(model, samples, sequence_length, seed)
+        return self_sampled(model, samples, sequence_length, seed)
     if isinstance(dataset, str) and dataset in BENCHMARK_SETS:
         _check_tokenizer(tokenizer, dataset)
         windows = _benchmark_set(dataset, tokenizer, samples, sequence_length, seed)
-    elif (ids := _token_ids(dataset)) is not None:
-        order_W = torch.arange(len(ids))
-        seen_W = order_W < (0 if seen is None else seen.samples)
-        windows = [window[:sequence_length] for window in _choose(ids, samples, order_W, seen_W)]
     else:
-        _check_tokenizer(tokenizer, describe(dataset))
-        text = "\n\n".join(_texts(dataset))
         draw = Draw(samples=samples, sequence_length=sequence_length, seed=seed)
-        windows = _drawn_from_text(text, tokenizer, draw, seen)
-    windows = [window.to(torch.int64) for window in windows if window.numel() > 0]
-    if not windows:
-        raise ValueError(f"the calibration set {describe(dataset)} is empty")
+        windows = _drawn(dataset, tokenizer, draw, seen)
+    windows = [window.to(torch.int64) for window in windows]
     if len(windows) < samples:
         logger.warning(
             "The calibration set %s has only %d windows of %d tokens; %d were requested.",
@@ -117,31 +112,60 @@ def calibration_windows(
     return windows
 
 
-def describe(dataset: Any) -> str | None:
-    """Return a short name of a calibration set, for messages and for the saved configuration."""
-    if dataset is None or isinstance(dataset, str):
-        return dataset
-    if isinstance(dataset, Path):
-        return dataset.name
-    kind = type(dataset).__name__
-    return f"{kind} of {len(dataset)}" if hasattr(dataset, "__len__") else kind
+def _drawn(dataset: Any, tokenizer: Any, draw: Draw, seen: Draw | None) -> list[Tensor]:
+    """Draw windows from the rows of a set, texts or token ids."""
+    source = Rows(dataset)
+    rows = iter(source)
+    first = next(rows, None)
+    if first is None:
+        raise source.nothing_usable()
+    rows = itertools.chain([first], rows)
+    if isinstance(first, str):
+        _check_tokenizer(tokenizer, source.name)
+        windows = _drawn_from_text(_text_for(rows, dataset, [draw, seen]), tokenizer, draw, seen)
+        if len(windows[0]) < min(2, draw.sequence_length):
+            source.skipped["of one token"] += 1
+            raise source.nothing_usable()
+    else:
+        used = 0 if seen is None else seen.samples
+        ids = list(itertools.islice(rows, draw.samples + used))
+        order_W = torch.arange(len(ids))
+        chosen = _choose(ids, draw.samples, order_W, order_W < used)
+        windows = [window[: draw.sequence_length] for window in chosen]
+    source.log_skipped()
+    return windows
 
 
-def pydoc_texts(*, held_out: bool = False) -> list[str]:
-    """Return the topics of the documentation of Python, ordered by name.
-
-    About one eighth of the topics is held out from the calibration set ``"pydoc"``, so that they
-    can be used for evaluation.
+def _text_for(
+    rows: Iterable[str], dataset: Any, draws: Sequence[Draw | None]
+) -> Callable[[Draw], str]:
+    """Read the texts of a set, and return a function that joins those that a draw is made from.
 
     Args:
-        held_out: return the held-out topics instead of the others.
+        rows: the texts.
+        dataset: the set that they are rows of; of a stream only the beginning is read.
+        draws: the draws that are to be made; None stands for no draw.
     """
-    topics = importlib.import_module("pydoc_data.topics").topics
-    return [
-        text
-        for name, text in sorted(topics.items())
-        if (zlib.crc32(name.encode()) % 8 == 0) == held_out
-    ]
+    streamed = is_stream(dataset)
+
+    def limit(draw: Draw) -> float:
+        tokens = draw.samples * draw.sequence_length
+        enough = max(_STREAM_CHARACTERS, _STREAM_CHARACTERS_PER_TOKEN * tokens)
+        return enough if streamed else math.inf
+
+    texts = list(_beginning(rows, max(limit(draw) for draw in draws if draw is not None)))
+    if streamed:
+        logger.info("Read %d texts of the stream %s.", len(texts), describe(dataset))
+    return lambda draw: "\n\n".join(_beginning(texts, limit(draw)))
+
+
+def _beginning(texts: Iterable[str], characters: float) -> Iterator[str]:
+    """Yield texts until they have a number of characters."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def _check_tokenizer(tokenizer: Any, dataset: Any) -> None:
@@ -181,13 +205,15 @@ def _begins_with_bos(tokenizer: Any) -> bool:
     return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
 
 
-def _drawn_from_text(text: str, tokenizer: Any, draw: Draw, seen: Draw | None) -> list[Tensor]:
+def _drawn_from_text(
+    text_for: Callable[[Draw], str], tokenizer: Any, draw: Draw, seen: Draw | None
+) -> list[Tensor]:
     """Draw windows of a text, those that an earlier draw has not seen before the others."""
-    windows = text_windows(text, tokenizer, draw.sequence_length)
+    windows = text_windows(text_for(draw), tokenizer, draw.sequence_length)
     order_W = _order(len(windows), draw.seed)
     seen_W = torch.zeros_like(order_W, dtype=torch.bool)
     if seen is not None:
-        earlier = text_windows(text, tokenizer, seen.sequence_length)
+        earlier = text_windows(text_for(seen), tokenizer, seen.sequence_length)
         taken_K = _order(len(earlier), seen.seed)[: seen.samples]
         seen_W = _overlap(windows, earlier, taken_K, _begins_with_bos(tokenizer))
     return _choose(windows, draw.samples, order_W, seen_W)
@@ -245,65 +271,6 @@ def _overlap(
     return (begins_before_end_WK & (start_K < start_W[:, None] + length)).any(1)
 
 
-def _texts(dataset: Any) -> Iterable[str]:
-    """Return the texts of a set that is not tokenized."""
-    if isinstance(dataset, str | Path):
-        if dataset == "pydoc":
-            return pydoc_texts()
-        path = Path(dataset)
-        if path.is_file():
-            return _file_texts(path)
-        if path.suffix in _TEXT_FILES:
-            raise ValueError(f"the calibration file {path} does not exist")
-        return _column(_datasets().load_dataset(str(dataset), split="train"), str(dataset))
-    if hasattr(dataset, "column_names"):
-        return _column(dataset, describe(dataset))
-    if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
-        return dataset
-    raise ValueError(
-        f"the calibration set is a {describe(dataset)}; it must be a name, the path of a file, a "
-        f"list of strings, token ids, or a datasets.Dataset with a column `text` or `input_ids`"
-    )
-
-
-def _file_texts(path: Path) -> Iterable[str]:
-    """Return the texts of a file."""
-    kind = _TEXT_FILES.get(path.suffix)
-    if kind is None:
-        raise ValueError(
-            f"the calibration file {path.name} must end in one of {sorted(_TEXT_FILES)}"
-        )
-    if kind == "text":
-        return [path.read_text(encoding="utf-8")]
-    rows = _datasets().load_dataset(kind, data_files=str(path), split="train")
-    return _column(rows, path.name)
-
-
-def _column(rows: Any, name: str | None) -> Iterable[str]:
-    """Return the column ``text`` of a `datasets.Dataset`; `name` is for messages."""
-    if "text" not in rows.column_names:
-        raise ValueError(
-            f"the calibration set {name} has the columns {rows.column_names}, but needs `text`"
-        )
-    return rows["text"]
-
-
-def _token_ids(dataset: Any) -> list[Tensor] | None:
-    """Return the windows of a set of token ids, or None if the dataset is not one."""
-    if isinstance(dataset, Tensor) and dataset.dim() == 2:
-        return list(dataset)
-    if "input_ids" in getattr(dataset, "column_names", ()):
-        dataset = dataset["input_ids"]
-    is_list = not isinstance(dataset, str | Path | Tensor) and hasattr(dataset, "__getitem__")
-    if not is_list or len(dataset) == 0 or isinstance(dataset[0], str | int | float):
-        return None
-    if hasattr(dataset[0], "keys"):
-        if any("input_ids" not in row for row in dataset):
-            return None
-        dataset = [row["input_ids"] for row in dataset]
-    return [torch.as_tensor(ids).flatten() for ids in dataset]
-
-
 def _benchmark_set(
     name: str, tokenizer: Any, samples: int, sequence_length: int, seed: int
 ) -> list[Tensor]:
@@ -326,40 +293,4 @@ def _benchmark_set(
         for window in windows:
             # the loaders cut windows from anywhere in the text
             window[:1] = tokenizer.bos_token_id
-    return windows
-
-
-def _datasets() -> Any:
-    """Import the package `datasets`."""
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError("this calibration set needs `pip install datasets`") from error
-
-
-def _sampled_by(model: Any, samples: int, sequence_length: int, seed: int) -> list[Tensor]:
-    """Sample sequences from the model's own distribution, at temperature 1 without truncation."""
-    if model is None or not model.can_generate():
-        raise ValueError('the calibration set "self" needs a model that can generate')
-    config = model.generation_config
-    start = next(i for i in (config.bos_token_id, config.eos_token_id, 0) if i is not None)
-    start = start[0] if isinstance(start, list) else start
-    windows: list[Tensor] = []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        while len(windows) < samples:
-            batch = min(_SELF_BATCH, samples - len(windows))
-            prompt = torch.full((batch, 1), start, device=model.device)
-            tokens = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=sequence_length - 1,
-                max_new_tokens=sequence_length - 1,
-                pad_token_id=start,
-            )
-            windows.extend(tokens.cpu())
     return windows

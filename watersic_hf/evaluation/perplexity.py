@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from watersic_hf.calibration import pydoc_texts, text_windows
+from watersic_hf.calibration import pydoc_texts, read_text, text_windows
 from watersic_hf.evaluation.divergence import kl_nats, log_probabilities, window_logits
 
 #: Bytes of float32 log-probabilities of one model at a time, few enough for the cache of a CPU.
@@ -108,16 +108,16 @@ def evaluation_text(file: str | os.PathLike | None = None) -> str:
     """Return the text to evaluate on.
 
     Args:
-        file: a UTF-8 text file (default: topics of Python's documentation that the calibration set
-            "pydoc" leaves out).
+        file: a text file, in UTF-8 or with a byte order mark (default: topics of Python's
+            documentation that the calibration set "pydoc" leaves out).
 
     Raises:
-        ValueError: the file does not exist.
+        ValueError: the file does not exist or is not text.
     """
     if file is not None:
         if not Path(file).is_file():
             raise ValueError(f"the text file {file} does not exist")
-        return Path(file).read_text(encoding="utf-8")
+        return read_text(Path(file))
     return "\n\n".join(pydoc_texts(held_out=True))
 
 

@@ -1,7 +1,6 @@
 """Finetune the scales of a model in a folder, and save the result to another folder."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,8 @@ from watersic_hf.integration import (
     require_no_model,
     save_quantized,
 )
+from watersic_hf.integration.run import window_length
+from watersic_hf.streams import position_limit
 from watersic_hf.streams.torch_state import default_torch_state
 
 
@@ -75,7 +76,7 @@ def finetune_to_folder(
     load = AutoModelForCausalLM.from_pretrained
     model = load(quantized, **student_source.options, **options)
     original = load(teacher, **teacher_source.options, **options).eval()
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sequence_length)
+    longest = min(position_limit(m) or sequence_length for m in (model, original))
     windows = calibration_windows(
         dataset,
         tokenizer=_tokenizer(tokenizer, student_source),
@@ -83,7 +84,7 @@ def finetune_to_folder(
         samples=samples,
         sequence_length=min(sequence_length, longest),
         seed=settings.seed,
-        seen=_calibration_draw(model, dataset, longest),
+        seen=_calibration_draw(model, dataset),
     )
     report = finetune_scales(
         model, original, windows, settings=settings, resume_folder=resume_folder
@@ -106,13 +107,12 @@ def _tokenizer(name: str | None, source: ModelSource) -> Any:
     return AutoTokenizer.from_pretrained(source.name, **source.options)
 
 
-def _calibration_draw(model: nn.Module, dataset: Any, longest: int) -> Draw | None:
+def _calibration_draw(model: nn.Module, dataset: Any) -> Draw | None:
     """Return the windows of a dataset that a model was calibrated on.
 
     Args:
         model: the quantized model.
         dataset: the dataset to train on.
-        longest: the model's maximum number of tokens.
 
     Returns:
         The draw; None if the model was calibrated on another dataset.
@@ -120,8 +120,11 @@ def _calibration_draw(model: nn.Module, dataset: Any, longest: int) -> Draw | No
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, WaterSICConfig):
         return None
-    # a configuration may hold only the name of a text file, so files are compared by name
-    if Path(str(config.dataset)).name != Path(str(describe(dataset))).name:
+    # a configuration holds only the name of a file.  Another file of that name is taken for the
+    # same: that costs a choice of windows, while calibration text among the held-out windows would
+    # make the result look better than it is
+    if describe(config.dataset) != describe(dataset):
         return None
-    length = min(config.sequence_length, longest)
-    return Draw(samples=config.samples, sequence_length=length, seed=config.seed)
+    return Draw(
+        samples=config.samples, sequence_length=window_length(model, config), seed=config.seed
+    )

@@ -39,7 +39,7 @@ from watersic_hf.quantization import (
     quantize_without_data,
     vocabulary_statistics,
 )
-from watersic_hf.streams import ResidentBlocks, decoder_blocks
+from watersic_hf.streams import ResidentBlocks, decoder_blocks, position_limit
 from watersic_hf.streams.offloaded import OffloadedBlocks
 from watersic_hf.streams.torch_state import default_torch_state, replace_inference_tensors
 
@@ -258,8 +258,7 @@ def model_windows(
 
 def window_length(model: nn.Module, config: WaterSICConfig) -> int:
     """Return the tokens of a calibration window: those asked for, or as many as the model takes."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(config.sequence_length, longest or config.sequence_length)
+    return min(config.sequence_length, position_limit(model) or config.sequence_length)
 
 
 def _with_massive_rows(

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from watersic_hf.calibration import describe
 from watersic_hf.checkpoint import (
     CheckpointError,
     LayerReport,
@@ -93,7 +94,7 @@ def model_card(
         pipeline_tag="text-generation" if causal else None,
     )
     tokens = max((report.tokens for report in reports), default=0)
-    calibration = f"{config.dataset}, {tokens:,} tokens" if tokens else "none (data-free)"
+    calibration = f"{describe(config.dataset)}, {tokens:,} tokens" if tokens else "none (data-free)"
     layers, vocabulary = ([r for r in reports if r.table is kind] for kind in (False, True))
     rows = [f"| bits per weight of `{r.name}`, stored | {r.bits:.4f} |\n" for r in vocabulary]
     body = _BODY.format(
