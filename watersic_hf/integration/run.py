@@ -70,7 +70,7 @@ class Run:
         Raises:
             ValueError: the selection cannot be quantized.
         """
-        selection.check()
+        selection.check(config)
         for name, reason in selection.obstacles.items():
             logger.warning("%s was to be quantized, but stays dense: %s.", name, reason)
         targets = {
