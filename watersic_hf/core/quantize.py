@@ -110,8 +110,7 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Quantize a weight to integer codes with one scale per row and per column.
 
-    A weight whose input is zero is quantized as with the identity covariance: any codes would give
-    the same output there, and these approximate the weight for all other inputs.
+    If the input is zero, any codes give the same output, and identity moments are used.
 
     Args:
         weight_AN: weight to quantize, any float dtype.
@@ -143,16 +142,12 @@ def quantize_weight(
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
     measured = moments.select(live_N).scale_rows(emphasis_A1)
     live_moments = measured.or_identity()
-    damping = settings.damping or damping_for(live_moments.layer_cov, live_moments.tokens)
-    chol, damping = damped_cholesky(
-        live_moments.layer_cov, damping, tokens=moments.tokens, name=name
-    )
-    layer = WhitenedLayer(
-        target_AN=whitened_target(live_AN, live_moments, chol, damping),
-        chol=chol,
-        live_N=live_N,
-        block_step=block_step,
-    )
+    cov = live_moments.layer_cov
+    damping = settings.damping or damping_for(cov, live_moments.tokens)
+    chol, damping = damped_cholesky(cov, damping, tokens=moments.tokens, name=name)
+    target_AN = whitened_target(live_AN, live_moments, chol, damping)
+    layer = WhitenedLayer(target_AN=target_AN, chol=chol, live_N=live_N, block_step=block_step)
+    del target_AN
     if bits is None:
         run = layer.code(float(step_for_rate(live_AN, chol, rate)))
     else:

@@ -11,8 +11,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from watersic_hf.calibration import describe
 from watersic_hf.checkpoint import FORMAT_VERSION
 from watersic_hf.core import LayerSettings
+from watersic_hf.integration.patterns import check_pattern_mapping, check_patterns, pattern_list
 from watersic_hf.integration.settings import (
-    patterns,
     positive_integer,
     setting,
     settings_of,
@@ -63,9 +63,9 @@ def _check_bits(name: str, value: Any) -> None:
 
 
 def _check_layer_bits(name: str, value: Mapping[str, float]) -> None:
+    check_pattern_mapping(name, value)
     for pattern, bits in value.items():
         _check_bits(pattern, bits)
-    patterns(name, value)
 
 
 def _check_vocabulary_bits(name: str, value: bool | float) -> None:
@@ -74,10 +74,16 @@ def _check_vocabulary_bits(name: str, value: bool | float) -> None:
 
 
 def _check_zero_rows(name: str, value: Mapping[str, list[int]] | str | None) -> None:
-    if isinstance(value, str) and value != "auto":
+    if value is None or value == "auto":
+        return
+    if isinstance(value, str):
         raise ValueError(f'{name} is {value!r}, but must be "auto" or a mapping')
-    if isinstance(value, Mapping):
-        patterns(name, value)
+    check_pattern_mapping(name, value)
+    for pattern, rows in value.items():
+        if isinstance(rows, str) or not isinstance(rows, Sequence):
+            raise ValueError(
+                f"{name}: the rows of {pattern!r} are {rows!r}, but must be a list of numbers"
+            )
 
 
 def _check_format_version(name: str, value: int) -> None:
@@ -167,8 +173,9 @@ class WaterSICConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = setting(
         None,
         "patterns of layers that are not quantized",
-        "The patterns are those of `layer_bits`.",
-        check=patterns,
+        "The patterns are those of `layer_bits`; a string is one pattern. A pattern that matches "
+        "no module of the model is an error.",
+        check=check_patterns,
         option="--skip",
         metavar="PATTERN",
     )
@@ -253,7 +260,8 @@ class WaterSICConfig(QuantizationConfigMixin):
     )
 
     def __post_init__(self) -> None:
-        self.layer_bits = dict(self.layer_bits or {})
+        self.layer_bits = {} if self.layer_bits is None else self.layer_bits
+        self.modules_to_not_convert = pattern_list(self.modules_to_not_convert)
         self.left_dense = dict(self.left_dense or {})
         self.tables = list(self.tables)
         if not isinstance(self.runtime, WaterSICRuntime):
@@ -263,6 +271,7 @@ class WaterSICConfig(QuantizationConfigMixin):
         for name, declared in settings_of(self).items():
             if declared.check is not None:
                 declared.check(name, getattr(self, name))
+        self.layer_bits = dict(self.layer_bits)
         # these check their values themselves
         _ = self.settings, self.calibration
 

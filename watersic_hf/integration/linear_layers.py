@@ -4,13 +4,21 @@ Shapes: A = out_features, N = in_features.
 """
 
 import copy
+import functools
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from watersic_hf.checkpoint import layer_charge
 from watersic_hf.nn import WaterSICLinear, WaterSICTiedHead
+
+#: Bits per weight of header, tables and scales above which a layer is not worth its quantization:
+#: a quarter of a dense weight in 16 bits.
+MOST_FIXED_BITS = 4.0
+#: Rows and columns from which the fixed bits are below any number of bits that can be requested.
+_LARGE = 64
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,6 +57,26 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     """Return (A, N) of a linear layer."""
     rows, columns = module.weight.shape
     return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def is_too_small(rows: int, columns: int, bits: float) -> bool:
+    """Return whether a layer costs too many bits whatever its codes are.
+
+    Args:
+        rows: number of rows A.
+        columns: number of columns N.
+        bits: bits per weight that are requested for it.
+    """
+    if min(rows, columns) >= _LARGE:
+        return False
+    return fixed_bits(rows, columns) > min(bits, MOST_FIXED_BITS)
+
+
+@functools.cache
+def fixed_bits(rows: int, columns: int) -> float:
+    """Return the bits per weight of a stored layer whose codes are all zero."""
+    codes_AN = torch.zeros(rows, columns, dtype=torch.int8, device="cpu")
+    return layer_charge(codes_AN, rows)
 
 
 def as_linear(module: nn.Module) -> nn.Linear:

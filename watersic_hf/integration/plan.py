@@ -110,7 +110,7 @@ def plan(
         dtype = getattr(model_config, "dtype", None) or empty.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     selection = Selection.of(empty, config)
-    selection.check()
+    selection.check(config)
     sizes = _Sizes(
         model=empty,
         blocks=[block for stack in block_stacks(empty, selection.shapes) for block in stack],

@@ -143,7 +143,7 @@ class WaterSICHfQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        self.selection = Selection.of(model, config)
+        self.selection = Selection.of(model, config, saved=self.pre_quantized)
         if not self.pre_quantized:
             self._run = Run.begin(self.selection, config)
             self._on_load = QuantizeOnLoad(self.selection, self._run)

@@ -71,7 +71,7 @@ class Run:
         Raises:
             ValueError: the selection cannot be quantized, or a setting needs a dataset.
         """
-        selection.check()
+        selection.check(config)
         if config.zero_rows == "auto" and config.dataset is None:
             raise ValueError(
                 '`zero_rows` is "auto", which finds rows on calibration windows, but there is no '

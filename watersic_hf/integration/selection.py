@@ -6,24 +6,30 @@ A model is inspected once, before anything in it changes; whoever loads, quantiz
 Shapes: A = out_features (rows), N = in_features (columns).
 """
 
-import copy
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
 from transformers.quantizers import HfQuantizer
 
 from watersic_hf.calibration import check_rows, zero_rows
 from watersic_hf.integration.config import WaterSICConfig
+from watersic_hf.integration.examination import kind_of, on_meta, weights_used_elsewhere
 from watersic_hf.integration.experts import (
+    expert_counts,
     find_experts,
     has_biases,
     matrix_shapes,
     routing_layers,
 )
-from watersic_hf.integration.linear_layers import as_linear, like, linear_layers, shape_of
+from watersic_hf.integration.linear_layers import (
+    as_linear,
+    is_too_small,
+    like,
+    linear_layers,
+    shape_of,
+)
+from watersic_hf.integration.patterns import require_effect
 from watersic_hf.integration.vocabulary import VocabularyMatrix, find_vocabulary_matrices
 from watersic_hf.nn import (
     FusedExperts,
@@ -41,8 +47,15 @@ _BIASES = "biases of experts"
 _HEAD = "output head, or tied to one"
 _NAMED = "named in modules_to_not_convert"
 _NOT_REACHED = "no calibration data reaches it"
+_NEW = "not in the checkpoint, newly initialized"
 _NO_TEXT = "beside the language model, where text does not run"
+_SMALL = "so small that its scales and tables take most of the bits"
+_USED = "another module uses its weight"
 _WIDE = "the model keeps it in float32"
+
+
+#: Layers that an error names at most.
+_EXAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,10 @@ class Selection:
     """Why an embedding or a head that was to be quantized stays dense."""
     skipped: Mapping[str, str]
     """Why layers stay dense, by pattern."""
+    excluded: Mapping[str, str]
+    """Why further linear layers and modules of experts stay dense, by name."""
+    modules: tuple[str, ...] = field(repr=False)
+    """Names of all modules."""
     towers: tuple[str, ...]
     """The largest modules that text does not run through."""
     zero_rows: Mapping[str, list[int]]
@@ -78,8 +95,14 @@ class Selection:
     """How names of modules begin in a model with a head, with a dot."""
 
     @classmethod
-    def of(cls, model: nn.Module, config: WaterSICConfig) -> "Selection":
+    def of(cls, model: nn.Module, config: WaterSICConfig, *, saved: bool = False) -> "Selection":
         """Inspect a model before it is changed; its parameters may be on meta.
+
+        Args:
+            model: the model.
+            config: how it is to be quantized.
+            saved: whether `config` is that of a quantized model, whose files show what is quantized
+                of it.
 
         Raises:
             ValueError: different bits are asked for an embedding and the head tied to it.
@@ -98,8 +121,19 @@ class Selection:
         experts = {n: e for n, e in fused.items() if module_matches(n, skipped) is None}
         shapes = {name: shape_of(module) for name, module in linear.items()}
         selected = {n: shape for n, shape in shapes.items() if module_matches(n, skipped) is None}
+        excluded: dict[str, str] = {}
+        if not saved:
+            heads = {
+                m.head: m.name for m in vocabulary if m.head is not None and m.bits is not None
+            }
+            used = weights_used_elsewhere(model, [*selected, *heads], bypassed=fused)
+            obstacles |= {heads[name]: _USED for name in heads.keys() & used}
+            excluded = _too_small(selected, experts, config)
+            excluded |= {name: _USED for name in selected if name in used}
+        experts = {name: e for name, e in experts.items() if name not in excluded}
+        selected = {name: shape for name, shape in selected.items() if name not in excluded}
         selected |= matrix_shapes(experts)
-        reasons = _Reasons(model, shapes, fused, skipped, towers, obstacles)
+        reasons = _Reasons(model, shapes, fused, skipped, excluded, towers, obstacles)
         originals = {n: module for n, module in linear.items() if type(module) is not nn.Linear}
         originals |= {m.name: model.get_submodule(m.name) for m in vocabulary if m.embedding}
         return cls(
@@ -113,9 +147,11 @@ class Selection:
             },
             obstacles=obstacles,
             skipped=skipped,
+            excluded=excluded,
+            modules=tuple(name for name, _ in model.named_modules()),
             towers=towers,
             zero_rows=_zero_rows(config, selected),
-            originals={name: _on_meta(module) for name, module in originals.items()},
+            originals={name: on_meta(module) for name, module in originals.items()},
             reasons=reasons.all(),
             biased=frozenset(n for n in experts if has_biases(model.get_submodule(n))),
             prefix=f"{model.base_model_prefix}.",
@@ -126,18 +162,40 @@ class Selection:
         """The embedding and the head that are to be quantized."""
         return [matrix for matrix in self.vocabulary.values() if matrix.bits is not None]
 
-    def check(self) -> None:
-        """Refuse a selection that cannot be quantized.
+    def check(self, config: WaterSICConfig) -> None:
+        """Refuse a selection that cannot be quantized, and settings that have no effect on it.
+
+        Args:
+            config: that the selection was made with.
 
         Raises:
-            ValueError: there is nothing to quantize, or a layer has no such row to zero.
+            ValueError: there is nothing to quantize, a pattern selects nothing, or a layer has no
+                such row to zero.
         """
+        require_effect(
+            "modules_to_not_convert",
+            config.modules_to_not_convert or (),
+            selectable=self.modules,
+            modules=(),
+            dense={},
+        )
         if not self.shapes:
+            found = [f"{name} ({reason})" for name, reason in self.excluded.items()]
             raise ValueError(
                 f"{self.model_class} has no linear layer to quantize: {len(self.linear)} were "
                 f"found, and `modules_to_not_convert` = {sorted(self.skipped)} leaves all of them "
-                f"dense."
+                f"dense{', but for ' if found else ''}{', '.join(found[:_EXAMPLES])}."
             )
+        for name in ("layer_bits", "zero_rows"):
+            patterns = getattr(config, name)
+            if isinstance(patterns, Mapping):
+                require_effect(
+                    name,
+                    patterns,
+                    selectable=self.shapes,
+                    modules=self.modules,
+                    dense=self.reasons,
+                )
         for name, rows in self.zero_rows.items():
             check_rows(name, rows, self.shapes[name][0])
 
@@ -207,9 +265,9 @@ class Selection:
         }
         states: dict[str, set[str | None]] = {}
         for name in (*quantized, *dense):
-            states.setdefault(_starred(name), set()).add(dense.get(name))
+            states.setdefault(kind_of(name), set()).add(dense.get(name))
         return {
-            _starred(name) if len(states[_starred(name)]) == 1 else name: reason
+            kind_of(name) if len(states[kind_of(name)]) == 1 else name: reason
             for name, reason in dense.items()
         }
 
@@ -256,8 +314,24 @@ def _skipped(
         | {name.replace(".", r"\."): _NO_TEXT for name in towers}
         | dict.fromkeys(wide, _WIDE)
         | dict.fromkeys(user, _NAMED)
-        | routing_layers(model, fused)
+        | routing_layers(model, expert_counts(model, fused))
     )
+
+
+def _too_small(
+    linear: Mapping[str, tuple[int, int]],
+    experts: Mapping[str, FusedExperts],
+    config: WaterSICConfig,
+) -> dict[str, str]:
+    """Return the reason for linear layers, and modules of experts, that are too small."""
+    found = {
+        name: _SMALL for name, shape in linear.items() if is_too_small(*shape, config.bits_of(name))
+    }
+    for name, layout in experts.items():
+        shapes = matrix_shapes({name: layout})
+        if any(is_too_small(*shape, config.bits_of(matrix)) for matrix, shape in shapes.items()):
+            found[name] = _SMALL
+    return found
 
 
 def _zero_rows(config: WaterSICConfig, names: Collection[str]) -> dict[str, list[int]]:
@@ -277,6 +351,7 @@ class _Reasons:
     linear: Collection[str]
     fused: Collection[str]
     skipped: Mapping[str, str]
+    excluded: Mapping[str, str]
     towers: Collection[str]
     obstacles: Mapping[str, str]
 
@@ -295,22 +370,11 @@ class _Reasons:
             return _NO_TEXT
         if module is self.model.get_output_embeddings():
             return "output head"
+        if name in self.excluded:
+            return self.excluded[name]
         if name in self.linear or name in self.fused:
             pattern = module_matches(name, self.skipped)
             return _NOT_REACHED if pattern is None else self.skipped[pattern]
         if isinstance(module, nn.Embedding):
             return "embedding"
         return f"{type(module).__name__} is no linear layer"
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    """Return a copy of a module whose tensors are on meta, and take no memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
-    }
-    memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
-    return copy.deepcopy(module, memo)
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

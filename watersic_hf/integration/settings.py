@@ -6,9 +6,8 @@ checks of its values, what is saved, and the options of the command line are all
 
 import dataclasses
 import json
-import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -91,14 +90,3 @@ def positive_integer(name: str, value: Any) -> None:
     """Check that a value is a positive integer."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}, but must be a positive integer")
-
-
-def patterns(name: str, values: Iterable[str] | None) -> None:
-    """Check that all values, or all keys of a mapping, are regular expressions."""
-    for pattern in values or ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{name}: {pattern!r} is not a valid regular expression: {error}"
-            ) from error

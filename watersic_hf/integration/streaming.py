@@ -57,7 +57,8 @@ def open_on_disk(
         )
     if model.all_tied_weights_keys != empty.all_tied_weights_keys:
         # the files hold two matrices where the configuration ties them
-        selection = Selection.of(model, config)
+        empty.all_tied_weights_keys = model.all_tied_weights_keys
+        selection = Selection.of(empty, config)
     return model, selection, {block: model.get_submodule(block) for block in names}
 
 

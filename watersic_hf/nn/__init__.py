@@ -13,6 +13,7 @@ from watersic_hf.nn.experts import (
 from watersic_hf.nn.linear import PackedMatrix, WaterSICLinear
 from watersic_hf.nn.ops import BACKEND_VARIABLE, BACKENDS, block_step
 from watersic_hf.nn.replace import (
+    component_expression,
     install_packed,
     module_matches,
     packed_layers,
@@ -32,6 +33,7 @@ __all__ = [
     "WaterSICLinear",
     "WaterSICTiedHead",
     "block_step",
+    "component_expression",
     "fuse",
     "fused_experts",
     "install_packed",

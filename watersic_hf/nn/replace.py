@@ -27,9 +27,14 @@ def module_matches(name: str, patterns: Iterable[str]) -> str | None:
         patterns: regular expressions, in order of precedence.
     """
     for pattern in patterns:
-        if re.match(rf"(?:.*\.)?(?:{pattern})(?:\.|$)", name):
+        if re.match(component_expression(pattern), name):
             return pattern
     return None
+
+
+def component_expression(pattern: str) -> str:
+    """Return the regular expression that `module_matches` compares names with."""
+    return rf"(?:.*\.)?(?:{pattern})(?:\.|$)"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -22,7 +22,8 @@ Stack = list[tuple[str, nn.Module]]
 def block_stacks(model: nn.Module, layers: Iterable[str]) -> list[Stack]:
     """Return the stacks of repeated blocks that contain layers, such as an encoder and a decoder.
 
-    They are the outermost `nn.ModuleList` modules that contain any of them.
+    They are the outermost `nn.ModuleList` modules with any of them inside of their modules.  A list
+    of layers, such as projections beside the blocks, is no stack.
 
     Args:
         model: the model.
@@ -35,9 +36,10 @@ def block_stacks(model: nn.Module, layers: Iterable[str]) -> list[Stack]:
     stacks: dict[str, Stack] = {}
     for name, module in model.named_modules():
         outermost = not any(name.startswith(f"{outer}.") for outer in stacks)
-        used = any(layer.startswith(f"{name}.") for layer in layers)
-        if isinstance(module, nn.ModuleList) and outermost and used:
-            stacks[name] = [(f"{name}.{i}", block) for i, block in enumerate(module)]
+        if isinstance(module, nn.ModuleList) and outermost:
+            stack = [(f"{name}.{i}", block) for i, block in enumerate(module)]
+            if layers_of_blocks(stack, layers):
+                stacks[name] = stack
     if not stacks:
         raise ValueError(
             f"{type(model).__name__}: no list of blocks holds any of the {len(layers)} linear "
