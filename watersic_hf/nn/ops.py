@@ -7,9 +7,7 @@ Every operator is registered with torch under ``watersic::``, with a reference t
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
 
-`coded_linear`, `decode` and `block_step` have Triton kernels on CUDA.  Their backend is ``triton``,
-``reference`` (no kernels, for comparison) or ``auto``, which uses Triton if it can be imported and
-otherwise the reference, with a warning.
+`coded_linear`, `decode` and `block_step` have Triton kernels on CUDA; see `BACKENDS`.
 """
 
 import functools
@@ -30,7 +28,8 @@ from watersic_hf.nn.tiles import TiledCodes
 
 logger = logging.getLogger(__name__)
 
-#: Implementations of the operators on compressed weights; see the module docstring.
+#: Implementations on CUDA: ``auto`` is Triton where it can be imported, and otherwise the
+#: reference, with a warning; ``reference`` has no kernels and is for comparison.
 BACKENDS = ("auto", "triton", "reference")
 #: Environment variable that sets the backend where no argument does.
 BACKEND_VARIABLE = "WATERSIC_BACKEND"
