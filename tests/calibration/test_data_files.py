@@ -99,3 +99,12 @@ def test_file_of_token_ids_with_a_mask(tmp_path):
 )
 def test_file_is_named_by_its_own_name_alone(dataset, name):
     assert describe(dataset) == name
+
+
+@pytest.mark.parametrize("dataset", ["/home/someone/t.txt", "allenai/c4", ["a"]])
+def test_torch_compile_traces_the_name(dataset):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: (x, describe(dataset)), fullgraph=True, backend="eager")
+
+    # encoder-decoders copy their configuration in every forward pass
+    assert compiled(torch.ones(1))[1] == describe(dataset)

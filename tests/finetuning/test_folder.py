@@ -1,7 +1,11 @@
-import pytest
-from transformers import AutoConfig, AutoTokenizer
+from pathlib import Path
 
-from watersic_hf.calibration import calibration_windows
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from watersic_hf import WaterSICConfig
+from watersic_hf.calibration import Draw, calibration_windows
 from watersic_hf.finetuning import finetune_to_folder, folder
 
 
@@ -35,3 +39,25 @@ def test_windows_differ_from_those_of_the_calibration(
 
     assert len(others) == len(known) == 4
     assert others.isdisjoint(known)
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "dataset", "same"),
+    [
+        ("pydoc", "pydoc", True),
+        ("t.txt", "/somewhere/t.txt", True),
+        # as earlier versions saved it
+        ("/somewhere/else/t.txt", Path("t.txt"), True),
+        ("someone/texts", "someone/texts", True),
+        ("someone/texts", "another/texts", False),
+        ("t.txt", "/somewhere/u.txt", False),
+    ],
+)
+def test_calibration_is_known_by_the_name_of_its_set(calibrated, dataset, same):
+    config = WaterSICConfig(dataset=calibrated, samples=3, sequence_length=512, seed=7)
+    model = torch.nn.Module()
+    model.config = LlamaConfig(max_position_embeddings=64, quantization_config=config)
+
+    found = folder._calibration_draw(model, dataset)
+
+    assert found == (Draw(samples=3, sequence_length=64, seed=7) if same else None)

@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import AutoHfQuantizer
 
 from watersic_hf import WaterSICConfig, WaterSICHfQuantizer
+from watersic_hf.integration import save_quantized
+from watersic_hf.report import write_folder_page
 
 
 def quantizer(*, pre_quantized, dataset=None):
@@ -130,6 +132,20 @@ def test_without_a_tokenizer_text_cannot_calibrate(quantize, make_llama, tmp_pat
 
     with pytest.raises(ValueError, match="no tokenizer was given or found beside the model"):
         quantize(tmp_path, tokenizer=None)
+
+
+def test_saved_model_does_not_show_the_folder_of_its_calibration_text(quantized_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(quantized_folder)
+    model.config.quantization_config.dataset = "/home/folder of ours/t.txt"
+
+    name = str(quantized_folder)
+    save_quantized(model, tmp_path / "out", tokenizer=name, base=name)
+    write_folder_page(tmp_path / "out")
+
+    files = list((tmp_path / "out").iterdir())
+    assert {"config.json", "README.md", "report.html"} <= {file.name for file in files}
+    assert not any(b"folder of ours" in file.read_bytes() for file in files)
+    assert "| t.txt, " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_windows_are_cut_to_max_position_embeddings(quantize):
