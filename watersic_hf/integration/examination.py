@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from watersic_hf.streams.batches import model_inputs
@@ -23,6 +24,8 @@ _TOKENS = 4
 #: What may be read of a weight: it is the same for its payload.
 _HARMLESS = (Tensor.device.__get__, Tensor.is_meta.__get__, Tensor.is_cuda.__get__)
 _DTYPE = Tensor.dtype.__get__
+#: Conditions on values of tensors that a run may have; more of them may be a loop without end.
+_MOST_CONDITIONS = 10_000
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -60,7 +63,7 @@ def weights_used_elsewhere(
             _watch(copied.get_submodule(name), lambda name=name: found.add(kind_of(name)))
         for name in bypassed:
             copied.get_submodule(name).forward = lambda hidden, *args, **kwargs: hidden
-        with torch.device("meta"):
+        with torch.device("meta"), _TrueConditions():
             tokens_BT = torch.zeros(1, _TOKENS, dtype=torch.long)
             copied(**model_inputs(copied, tokens_BT))
     except Exception as error:
@@ -87,6 +90,23 @@ class _WatchedWeight(Tensor):
                     leaf.report()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
+
+
+class _TrueConditions(TorchFunctionMode):
+    """Let conditions on values be true: those of transformers ask whether no token is masked."""
+
+    asked = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return True for the truth of a tensor, whose values are unknown on meta."""
+        if func == Tensor.__bool__:
+            self.asked += 1
+            if self.asked > _MOST_CONDITIONS:
+                raise RuntimeError(f"more than {_MOST_CONDITIONS} conditions on values")
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def _watch(module: nn.Module, report: Callable[[], object]) -> None:

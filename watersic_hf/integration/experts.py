@@ -47,7 +47,7 @@ def expert_counts(model: nn.Module, fused: Mapping[str, FusedExperts]) -> dict[s
                 counts[name] = len(children)
         elif stacked and name not in counts and not isinstance(module, _Convolution):
             counts[name] = len(stacked[0])
-    return counts
+    return {name: count for name, count in counts.items() if count > 1 or name in fused}
 
 
 def routing_layers(model: nn.Module, experts: Mapping[str, int]) -> dict[str, str]:

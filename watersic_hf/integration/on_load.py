@@ -80,6 +80,7 @@ class QuantizeOnLoad(ConversionOps):
         if self._error is not None:
             raise self._error
         replace_inference_tensors(model)
+        self._run.new = self._selection.new_layers(model)
         # biases are loaded in their own time, so that their rows are zeroed here
         for name, rows in self._selection.zero_rows.items():
             bias = getattr(model.get_submodule(name), "bias", None)

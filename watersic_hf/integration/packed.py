@@ -15,6 +15,7 @@ from watersic_hf.checkpoint import (
     stored_layers,
     validate_layer,
 )
+from watersic_hf.integration.examination import kind_of
 from watersic_hf.integration.linear_layers import like
 from watersic_hf.integration.names import model_headers
 from watersic_hf.integration.saving import detach_extras
@@ -40,8 +41,11 @@ StoredLayers = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 def prepare_packed(
     model: nn.Module, selection: Selection, files: Sequence[str], *, dtype: torch.dtype | None
-) -> None:
+) -> list[str]:
     """Install an empty quantized module of the right size wherever the files hold one.
+
+    A model of another class than the one that was saved may have linear layers that the files lack.
+    They stay dense.
 
     Args:
         model: the model on meta; changed in place.
@@ -49,9 +53,12 @@ def prepare_packed(
         files: its checkpoint files; none if a state dict is loaded, whose tensors have any size.
         dtype: of the decoded weights.
 
+    Returns:
+        The names of the layers that the files lack.
+
     Raises:
-        CheckpointError: a layer is incomplete, or has another shape than the model's; or the files
-            hold no quantized layer at all.
+        CheckpointError: a layer is incomplete or missing, or has another shape than the model's; or
+            the files hold no quantized layer at all.
     """
     headers = model_headers(model, files)
     stored = _stored(headers)
@@ -69,6 +76,8 @@ def prepare_packed(
         if name not in installed
         and (name in stored or module_matches(name, selection.skipped) is None)
     ]
+    new = _new_layers(model, [n for n in linear if n not in stored], headers)
+    linear = [name for name in linear if name not in new]
     _install_linear(model, selection, linear, stored, sized=bool(headers), dtype=dtype)
     _install_experts(model, selection.experts, stored, sized=bool(headers), dtype=dtype)
     if next(packed_layers(model), None) is None:
@@ -77,6 +86,21 @@ def prepare_packed(
             f"but the files hold no quantized layer of it. Load the folder that the quantized "
             f"model was saved to, or remove `quantization_config` from config.json."
         )
+    return new
+
+
+def _new_layers(
+    model: nn.Module, missing: Sequence[str], headers: Mapping[str, TensorHeader]
+) -> list[str]:
+    """Return those of the missing layers that the class of the model that was saved did not have.
+
+    A layer that other blocks have in the files is lost, not new.
+    """
+    saved = getattr(model.config, "architectures", None)
+    if not headers or not saved or type(model).__name__ in saved:
+        return []
+    kinds = {kind_of(name.rpartition(".")[0]) for name in headers}
+    return [n for n in missing if kind_of(n) not in kinds]
 
 
 def install_finished(

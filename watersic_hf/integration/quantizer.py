@@ -152,7 +152,8 @@ class WaterSICHfQuantizer(HfQuantizer):
         if files:
             folder = Path(files[0]).parent
             self.reports, self.run = read_report(folder), read_run(folder)
-        prepare_packed(model, self.selection, files, dtype=self.dtype)
+        new = prepare_packed(model, self.selection, files, dtype=self.dtype)
+        self.selection.record_new(config, new)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         runtime = self.quantization_config.runtime

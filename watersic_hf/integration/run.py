@@ -56,6 +56,8 @@ class Run:
     """Its own: what is found out about the model is written into it."""
     layers: LayerQuantizer
     vocabulary_reports: dict[str, LayerReport] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    """Names of layers that were selected, but are not in the checkpoint."""
 
     @classmethod
     def begin(
@@ -149,7 +151,7 @@ class Run:
         quantized = quantized_modules(model)
         config = self.config
         config.modules_to_not_convert = selection.dense_patterns(quantized)
-        config.left_dense = selection.left_dense(quantized)
+        config.left_dense = selection.left_dense(quantized, self.new)
         config.tables = sorted(self.vocabulary_reports)
         dense = config.left_dense.items()
         logger.info("Dense: %s.", "; ".join(f"{name} ({reason})" for name, reason in dense))
@@ -171,6 +173,8 @@ def quantize_in_memory(model: nn.Module, selection: Selection, run: Run) -> None
     """
     replace_inference_tensors(model)
     source = ResidentBlocks("cuda" if torch.cuda.is_available() else None)
+    run.new = selection.new_layers(model)
+    selection = selection.without(run.new)
     windows = model_windows(model, run.config)
     selection.open(model)
     if run.config.zero_rows == "auto":

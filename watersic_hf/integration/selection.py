@@ -10,26 +10,27 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers.quantizers import HfQuantizer
 
 from watersic_hf.calibration import check_rows, zero_rows
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.examination import kind_of, on_meta, weights_used_elsewhere
-from watersic_hf.integration.experts import (
-    expert_counts,
-    find_experts,
-    has_biases,
-    matrix_shapes,
-    routing_layers,
-)
+from watersic_hf.integration.experts import find_experts, has_biases, matrix_shapes
 from watersic_hf.integration.linear_layers import (
     as_linear,
-    is_too_small,
     like,
     linear_layers,
     shape_of,
 )
 from watersic_hf.integration.patterns import require_effect
+from watersic_hf.integration.reasons import (
+    BIASES,
+    NAMED,
+    NEW,
+    USED,
+    Reasons,
+    skipped_patterns,
+    too_small,
+)
 from watersic_hf.integration.vocabulary import VocabularyMatrix, find_vocabulary_matrices
 from watersic_hf.nn import (
     FusedExperts,
@@ -42,17 +43,6 @@ from watersic_hf.nn import (
     separate_dense,
     separate_experts,
 )
-
-_BIASES = "biases of experts"
-_HEAD = "output head, or tied to one"
-_NAMED = "named in modules_to_not_convert"
-_NOT_REACHED = "no calibration data reaches it"
-_NEW = "not in the checkpoint, newly initialized"
-_NO_TEXT = "beside the language model, where text does not run"
-_SMALL = "so small that its scales and tables take most of the bits"
-_USED = "another module uses its weight"
-_WIDE = "the model keeps it in float32"
-
 
 #: Layers that an error names at most.
 _EXAMPLES = 4
@@ -116,8 +106,8 @@ class Selection:
         user = config.modules_to_not_convert or ()
         for matrix in vocabulary:
             if matrix.bits is not None and module_matches(matrix.name, user) is not None:
-                obstacles[matrix.name] = _NAMED
-        skipped = _skipped(model, config, fused, towers)
+                obstacles[matrix.name] = NAMED
+        skipped = skipped_patterns(model, config, fused, towers)
         experts = {n: e for n, e in fused.items() if module_matches(n, skipped) is None}
         shapes = {name: shape_of(module) for name, module in linear.items()}
         selected = {n: shape for n, shape in shapes.items() if module_matches(n, skipped) is None}
@@ -127,13 +117,13 @@ class Selection:
                 m.head: m.name for m in vocabulary if m.head is not None and m.bits is not None
             }
             used = weights_used_elsewhere(model, [*selected, *heads], bypassed=fused)
-            obstacles |= {heads[name]: _USED for name in heads.keys() & used}
-            excluded = _too_small(selected, experts, config)
-            excluded |= {name: _USED for name in selected if name in used}
+            obstacles |= {heads[name]: USED for name in heads.keys() & used}
+            excluded = too_small(selected, experts, config)
+            excluded |= {name: USED for name in selected if name in used}
         experts = {name: e for name, e in experts.items() if name not in excluded}
         selected = {name: shape for name, shape in selected.items() if name not in excluded}
         selected |= matrix_shapes(experts)
-        reasons = _Reasons(model, shapes, fused, skipped, excluded, towers, obstacles)
+        reasons = Reasons(model, shapes, fused, skipped, excluded, towers, obstacles)
         originals = {n: module for n, module in linear.items() if type(module) is not nn.Linear}
         originals |= {m.name: model.get_submodule(m.name) for m in vocabulary if m.embedding}
         return cls(
@@ -237,6 +227,38 @@ class Selection:
             if not any(isinstance(matrix, PackedMatrix) for matrix in module.modules()):
                 fuse(module)
 
+    def without(self, new: Collection[str]) -> "Selection":
+        """Return the selection without linear layers and modules of experts that stay dense."""
+        inside = tuple(f"{name}." for name in new if name in self.experts)
+        return replace(
+            self,
+            shapes={
+                name: shape
+                for name, shape in self.shapes.items()
+                if name not in new and not name.startswith(inside)
+            },
+            experts={name: layout for name, layout in self.experts.items() if name not in new},
+        )
+
+    def new_layers(self, model: nn.Module) -> list[str]:
+        """Return what is selected of a loaded model, and is not yet quantized, but was not loaded.
+
+        transformers has initialized it, with a warning, since the checkpoint lacks it.
+        """
+        names = [*(name for name in self.linear if name in self.shapes), *self.experts]
+        loaded = {name: _is_loaded(model.get_submodule(name)) for name in names}
+        # without any mark there is nothing to tell them apart by
+        return [name for name in names if not loaded[name]] if any(loaded.values()) else []
+
+    def record_new(self, config: WaterSICConfig, new: Collection[str]) -> None:
+        """Write into the config of a quantized model which layers its files lack."""
+        known = config.modules_to_not_convert or ()
+        config.modules_to_not_convert = sorted({*known, *self._patterns(new)})
+        config.left_dense |= dict.fromkeys(new, NEW)
+
+    def _patterns(self, names: Collection[str]) -> list[str]:
+        return sorted(name.removeprefix(self.prefix).replace(".", r"\.") for name in names)
+
     def dense_patterns(self, quantized: Collection[str]) -> list[str]:
         """Return patterns of the linear layers and experts that stay dense.
 
@@ -245,21 +267,21 @@ class Selection:
         Args:
             quantized: names of the modules that are quantized, as of `quantized_modules`.
         """
-        dense = [name for name in (*self.linear, *self.fused) if name not in quantized]
-        return sorted(name.removeprefix(self.prefix).replace(".", r"\.") for name in dense)
+        return self._patterns([n for n in (*self.linear, *self.fused) if n not in quantized])
 
-    def left_dense(self, quantized: Collection[str]) -> dict[str, str]:
+    def left_dense(self, quantized: Collection[str], new: Collection[str] = ()) -> dict[str, str]:
         """Return why modules stay dense; those with vectors only, as norms, are not listed.
 
         Args:
             quantized: names of the modules that are quantized, as of `quantized_modules`.
+            new: those that were selected, but are not in the checkpoint.
 
         Returns:
             Reasons by name of module.  Modules whose names differ in numbers only are one entry,
             with ``*`` for the numbers, if they share a reason and none of them is quantized.
         """
         dense = {
-            name: _BIASES if name in quantized else reason
+            name: BIASES if name in quantized else NEW if name in new else reason
             for name, reason in self.reasons.items()
             if name not in quantized or name in self.biased
         }
@@ -276,6 +298,13 @@ def quantized_modules(model: nn.Module) -> set[str]:
     """Return the names of the modules of a model that are quantized."""
     kinds = PackedMatrix | WaterSICTiedHead | SeparateExperts
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _is_loaded(module: nn.Module) -> bool:
+    """Return whether transformers has loaded the matrices of a module, or they are quantized."""
+    matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+    # set by transformers on what it has loaded
+    return all(getattr(p, "_is_hf_initialized", False) for p in matrices)
 
 
 def towers_without_text(model: nn.Module) -> list[str]:
@@ -300,40 +329,6 @@ def towers_without_text(model: nn.Module) -> list[str]:
     return found
 
 
-def _skipped(
-    model: nn.Module,
-    config: WaterSICConfig,
-    fused: Mapping[str, FusedExperts],
-    towers: Collection[str],
-) -> dict[str, str]:
-    """Return why layers stay dense, by pattern; of two reasons for a pattern the last counts."""
-    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
-    user = config.modules_to_not_convert or ()
-    return (
-        dict.fromkeys(HfQuantizer.get_modules_to_not_convert(model), _HEAD)
-        | {name.replace(".", r"\."): _NO_TEXT for name in towers}
-        | dict.fromkeys(wide, _WIDE)
-        | dict.fromkeys(user, _NAMED)
-        | routing_layers(model, expert_counts(model, fused))
-    )
-
-
-def _too_small(
-    linear: Mapping[str, tuple[int, int]],
-    experts: Mapping[str, FusedExperts],
-    config: WaterSICConfig,
-) -> dict[str, str]:
-    """Return the reason for linear layers, and modules of experts, that are too small."""
-    found = {
-        name: _SMALL for name, shape in linear.items() if is_too_small(*shape, config.bits_of(name))
-    }
-    for name, layout in experts.items():
-        shapes = matrix_shapes({name: layout})
-        if any(is_too_small(*shape, config.bits_of(matrix)) for matrix, shape in shapes.items()):
-            found[name] = _SMALL
-    return found
-
-
 def _zero_rows(config: WaterSICConfig, names: Collection[str]) -> dict[str, list[int]]:
     """Return the rows to zero by layer, where the user has named them by pattern."""
     rows = config.zero_rows
@@ -341,40 +336,3 @@ def _zero_rows(config: WaterSICConfig, names: Collection[str]) -> dict[str, list
         return {}
     patterns = {name: module_matches(name, rows) for name in names}
     return {name: rows[pattern] for name, pattern in patterns.items() if pattern is not None}
-
-
-@dataclass(frozen=True)
-class _Reasons:
-    """Why modules that hold a matrix stay dense if they are not quantized."""
-
-    model: nn.Module
-    linear: Collection[str]
-    fused: Collection[str]
-    skipped: Mapping[str, str]
-    excluded: Mapping[str, str]
-    towers: Collection[str]
-    obstacles: Mapping[str, str]
-
-    def all(self) -> dict[str, str]:
-        """Return the reasons by name of module, in the order of the model."""
-        return {
-            name: self._of(name, module)
-            for name, module in self.model.named_modules()
-            if any(p.ndim > 1 for p in module.parameters(recurse=False))
-        }
-
-    def _of(self, name: str, module: nn.Module) -> str:
-        if name in self.obstacles:
-            return self.obstacles[name]
-        if f"{name}.".startswith(tuple(f"{tower}." for tower in self.towers)):
-            return _NO_TEXT
-        if module is self.model.get_output_embeddings():
-            return "output head"
-        if name in self.excluded:
-            return self.excluded[name]
-        if name in self.linear or name in self.fused:
-            pattern = module_matches(name, self.skipped)
-            return _NOT_REACHED if pattern is None else self.skipped[pattern]
-        if isinstance(module, nn.Embedding):
-            return "embedding"
-        return f"{type(module).__name__} is no linear layer"
