@@ -5,6 +5,7 @@ Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = in_feat
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
@@ -61,7 +62,8 @@ def group_moments(
             if original is not None:
                 x, drifted = group_record(original, group, batch), x
             if residual:
-                residual_TA = x.residual.float() - drifted.residual.float()
+                wide = torch.promote_types(x.residual.dtype, torch.float32)
+                residual_TA = x.residual.to(wide) - drifted.residual.to(wide)
             for call, x_TN in enumerate(x.inputs):
                 streams = (x_TN, None if drifted is None else drifted.inputs[call])
                 plain.add(*streams, residual_TA=residual_TA)

@@ -6,6 +6,7 @@ Units:  sums over tokens; `MomentAccumulator.result` divides them by the number 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,7 @@ PANEL = 256
 class MomentAccumulator:
     """Accumulate the products of a layer's inputs, batch by batch.
 
-    Products are computed in float32 (in float64 for float64 inputs) over blocks of
+    Products are computed in float32 (in float64 if any input is float64) over blocks of
     `TOKENS_PER_BLOCK` tokens, on the device of the inputs; the sums are kept in float64 on
     `device`.  For bfloat16 inputs the bfloat16 units of the processor are used, which loses
     nothing: these products are exact in float32, in which the units sum.
@@ -93,11 +94,13 @@ class MomentAccumulator:
         streams = [x_TN] if drifted_TN is None else [x_TN, drifted_TN]
         # a token weight would have to be rounded to bfloat16
         exact = weight_T is None and all(stream.dtype == torch.bfloat16 for stream in streams)
+        given = [t for t in (*streams, weight_T, residual_TA) if t is not None]
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in given), torch.float32)
         for start in range(0, len(x_TN), TOKENS_PER_BLOCK):
             block = slice(start, start + TOKENS_PER_BLOCK)
-            x_BN = _widen(x_TN[block])
-            seen_BN = x_BN if drifted_TN is None else _widen(drifted_TN[block])
-            importance = None if weight_T is None else _widen(weight_T[block])
+            x_BN = x_TN[block].to(wide)
+            seen_BN = x_BN if drifted_TN is None else drifted_TN[block].to(wide)
+            importance = None if weight_T is None else weight_T[block].to(wide)
             weighted_BN = seen_BN if importance is None else seen_BN * importance
             with _bfloat16_products(exact):
                 self._sum_square(
@@ -107,7 +110,7 @@ class MomentAccumulator:
                     self._sum_square(self._drifted_cov_NN, seen_BN, weighted_BN)
                     self._sum(self._cross_cov_NN, x_BN, weighted_BN)
             if residual_TA is not None:
-                self._sum(self._residual_AN, _widen(residual_TA[block]), weighted_BN)
+                self._sum(self._residual_AN, residual_TA[block].to(wide), weighted_BN)
         self.tokens += len(x_TN)
 
     def combine(self, add_up: Callable[[Tensor], object]) -> None:
@@ -200,10 +203,6 @@ def _tokens(role: str, stream: Tensor, width: int) -> Tensor:
             f"Drop the batch, or run the model in a wider dtype (bfloat16 or float32)."
         )
     return stream
-
-
-def _widen(stream: Tensor) -> Tensor:
-    return stream.to(torch.promote_types(stream.dtype, torch.float32))
 
 
 @contextmanager
