@@ -31,6 +31,15 @@ def test_massive_channel_is_found_by_its_rows(make_llama):
     assert found == {f"model.layers.1.mlp.{name}_proj": [7] for name in ("gate", "up")}
 
 
+def test_channels_beside_many_pruned_ones_are_not_massive(make_llama):
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:100] = 0
+        model.model.layers[1].mlp.up_proj.weight[:] = 0
+
+    assert find(model) == {}
+
+
 def test_ordinary_model_has_no_massive_rows(make_llama):
     assert find(make_llama()) == {}
 

@@ -85,6 +85,30 @@ def test_fraction_of_the_drift_interpolates_the_original_input(fraction):
         assert_close(getattr(found, field), getattr(wanted, field), tolerance=1e-12)
 
 
+@pytest.mark.parametrize("wide", ["x", "drifted", "residual", "weight"])
+def test_streams_of_different_dtypes_are_summed_in_the_widest(wide):
+    x_TN = torch.randn(20, 4)
+    tensors = {
+        "x": x_TN,
+        "drifted": x_TN + 0.1,
+        "residual": torch.randn(20, 3),
+        "weight": torch.rand(20),
+    }
+    tensors[wide] = tensors[wide].double()
+    sums = MomentAccumulator(4, drift=True, rows_of_residual=3)
+
+    sums.add(
+        tensors["x"],
+        tensors["drifted"],
+        weight_T=tensors["weight"],
+        residual_TA=tensors["residual"],
+    )
+
+    weighted_TN = tensors["drifted"].double() * tensors["weight"].double()[:, None]
+    wanted_AN = tensors["residual"].double().T @ weighted_TN / 20
+    assert torch.allclose(sums.result().residual_AN, wanted_AN, rtol=1e-12)
+
+
 def test_result_can_be_called_only_once():
     sums = MomentAccumulator(6)
     sums.add(streams()[0])
