@@ -21,22 +21,20 @@ SIZES = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "num_local_experts": 3,
+    "num_local_experts": 2,
     "head_dim": 16,
 }
 TOKENS = torch.arange(3, 27)[None]
 
 
-def quantize(folder, seed=0, *, kind=MixtralConfig, dtype="auto", residency="dense", **options):
-    """A quantized model with experts and a quantized vocabulary matrix, tied by default."""
+def quantize(folder, seed=0, *, tie_word_embeddings=True, **options):
+    """A quantized model with experts and a quantized vocabulary matrix."""
     torch.manual_seed(seed)
-    tied = options.pop("tie_word_embeddings", True)
-    model = AutoModelForCausalLM.from_config(kind(**SIZES, tie_word_embeddings=tied))
-    model.save_pretrained(folder)
-    settings = {"bits": 4.0, "quantize_embeddings": True, "runtime": {"residency": residency}}
-    config = WaterSICConfig(**settings | options)
+    config = MixtralConfig(**SIZES, tie_word_embeddings=tie_word_embeddings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = {"bits": 4.0, "quantize_embeddings": True} | options
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=dtype
+        folder, quantization_config=WaterSICConfig(**settings)
     ).eval()
 
 
@@ -44,6 +42,13 @@ def quantize(folder, seed=0, *, kind=MixtralConfig, dtype="auto", residency="den
 def models(tmp_path_factory):
     """Two quantized models of the same sizes; to be copied."""
     return [quantize(tmp_path_factory.mktemp(f"m{seed}"), seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A model whose embedding and output head are quantized separately; to be copied."""
+    options = {"tie_word_embeddings": False, "quantize_head": True}
+    return quantize(tmp_path_factory.mktemp("untied"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +152,16 @@ def test_changed_scales_are_refused_when_saving(models, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_models_in_other_precisions_run_in_every_residency(dtype, tmp_path):
-    model = quantize(tmp_path / "m", dtype=dtype)
+def test_models_in_other_precisions_run_in_every_residency(models, dtype, tmp_path):
+    copy.deepcopy(models[0]).to(dtype).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     expected = logits(model)
-    assert expected.dtype == dtype
+    assert expected.dtype == model.dtype == dtype
 
-    model.save_pretrained(tmp_path / "q")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
-    for residency in ("dense", "packed", "entropy", "stored"):
-        again.set_residency(residency)
-        tolerance = 1e-5 if dtype == torch.float64 else 1e-2
-        torch.testing.assert_close(logits(again), expected, rtol=tolerance, atol=tolerance)
-    assert {p.dtype for p in again.dequantize().parameters()} == {dtype}
+    tolerance = 1e-5 if dtype == torch.float64 else 1e-2
+    for residency in ("packed", "entropy", "stored", "dense"):
+        model.set_residency(residency)
+        torch.testing.assert_close(logits(model), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("residency", ["packed", "entropy"])
@@ -195,25 +198,23 @@ def test_trainer_trains_an_adapter_in_bfloat16(models, tmp_path):
     assert any(not torch.equal(before[n], p) for n, p in tuned.named_parameters() if n in before)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({}, "model.embed_tokens, lm_head"),
-        ({"tie_word_embeddings": False}, "model.embed_tokens"),
-        (
-            {"tie_word_embeddings": False, "quantize_embeddings": False, "quantize_head": True},
-            "lm_head",
-        ),
-    ],
-)
-def test_a_quantized_vocabulary_matrix_is_not_resized(options, named, tmp_path):
-    model = quantize(tmp_path / "m", **options)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("embedding", [True, False], ids=["embedding", "head"])
+def test_a_quantized_vocabulary_matrix_is_not_resized(models, untied, tied, embedding):
+    if tied and not embedding:
+        pytest.skip("a tied head is the embedding")
+    model = copy.deepcopy(models[0] if tied else untied)
+    if not embedding:
+        model.set_input_embeddings(nn.Embedding(96, 32))
+    names = (["model.embed_tokens"] if embedding else []) + ["lm_head"]
     expected = logits(model)
 
-    with pytest.raises(ValueError, match=rf"^{named}: .*from 96 to 104 tokens.*`model.dequantize"):
+    named = rf"^{', '.join(names)}: .*from 96 to 104 tokens.*`model\.dequantize"
+    with pytest.raises(ValueError, match=named):
         model.resize_token_embeddings(104)
     with pytest.raises(ValueError, match="from 96 to 100 tokens"):
         model.resize_token_embeddings(pad_to_multiple_of=50)
+
     for same in ((), (96,), (90, 32)):
         assert model.resize_token_embeddings(*same) is model.get_input_embeddings()
     assert torch.equal(logits(model), expected)

@@ -40,11 +40,10 @@ SCRATCH_BYTES = 32 << 20
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that autocast, where it is on, gives the input of a linear layer."""
-    device = x.device.type
+    kind = x.device.type
     # autocast leaves float64 as it is, and knows no meta device
-    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    left = kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind)
+    return x.dtype if left else torch.get_autocast_dtype(kind)
 
 
 def _as_given(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
