@@ -330,10 +330,12 @@ def test_commands_and_options(capsys):
     }
 
     common = ["--debug", "--help", "--json"]
+    source = ["--revision", "--subfolder", "--trust-remote-code"]
     assert options == {
         "quantize": sorted(
             [
                 *common,
+                *source,
                 "--bits",
                 "--dataset",
                 "--tokenizer",
@@ -354,6 +356,7 @@ def test_commands_and_options(capsys):
         "finetune": sorted(
             [
                 *common,
+                *source,
                 "--teacher",
                 "--dataset",
                 "--tokenizer",
@@ -371,6 +374,7 @@ def test_commands_and_options(capsys):
         "eval": sorted(
             [
                 *common,
+                *source,
                 "--against",
                 "--text",
                 "--sequence-length",

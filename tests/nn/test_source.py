@@ -245,6 +245,7 @@ def test_autocast_gives_the_product_of_an_ordinary_layer(residency, dtype):
 
 @pytest.mark.parametrize("residency", ["dense", "packed"])
 def test_autocast_in_a_compiled_layer(residency):
+    torch.compiler.reset()
     layer = make(residency=residency)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 32)
