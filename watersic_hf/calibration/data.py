@@ -100,7 +100,9 @@ def calibration_windows(
     else:
         draw = Draw(samples=samples, sequence_length=sequence_length, seed=seed)
         windows = _drawn(dataset, tokenizer, draw, seen)
-    windows = [window.to(torch.int64) for window in windows]
+    windows = [window.to(torch.int64) for window in windows if window.numel() > 0]
+    if not windows:
+        raise ValueError(f"the calibration set {describe(dataset)} is empty")
     if len(windows) < samples:
         logger.warning(
             "The calibration set %s has only %d windows of %d tokens; %d were requested.",

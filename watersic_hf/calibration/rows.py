@@ -36,10 +36,12 @@ def describe(dataset: Any) -> str | None:
     A file is named by its own name alone, so that a published model does not show the folders of
     the machine.
     """
-    if dataset is None or isinstance(dataset, str):
+    if dataset is None:
+        return None
+    if isinstance(dataset, str):
         # torch.compile traces this, but not pathlib
-        parts = dataset.replace("\\", "/").rstrip("/") if is_path(dataset) else None
-        return dataset if parts is None else parts.split("/")[-1]
+        path = dataset.replace("\\", "/").rstrip("/")
+        return path.split("/")[-1] if is_path(dataset) else dataset
     if isinstance(dataset, Path):
         return dataset.name
     kind = type(dataset).__name__

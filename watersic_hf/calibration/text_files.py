@@ -28,10 +28,8 @@ _MARKS = {
 }
 
 
-def is_path(name: str | None) -> bool:
+def is_path(name: str) -> bool:
     """Return whether the name of a set is a path; on the Hub a name is at most ``owner/name``."""
-    if name is None:
-        return False
     is_file = name.lower().endswith(_SUFFIXES)
     return is_file or name.startswith(("/", ".", "~")) or name.replace("\\", "/").count("/") > 1
 
