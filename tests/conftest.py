@@ -44,10 +44,17 @@ def tokenizer():
 def tiny_llama(**changes) -> LlamaForCausalLM:
     """A random Llama whose head is tied to its embedding unless `changes` says otherwise."""
     settings = {
-        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     torch.manual_seed(1)
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
@@ -72,9 +79,12 @@ def quantize(llama_folder, tokenizer):
 
     def run(folder=llama_folder, *, load=None, **changes):
         settings = {
-            "bits": 4.0, "dataset": "pydoc", "tokenizer": tokenizer, "samples": 4,
+            "bits": 4.0,
+            "dataset": "pydoc",
+            "tokenizer": tokenizer,
+            "samples": 4,
             "sequence_length": 64,
-        }  # fmt: skip
+        }
         settings |= changes
         return AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=WaterSICConfig(**settings), **(load or {})
@@ -128,13 +138,18 @@ def write_task(tmp_path):
         data = folder / f"{name}.json"
         data.write_text(json.dumps(documents))
         config = {
-            "task": name, "dataset_path": "json", "test_split": "train",
+            "task": name,
+            "dataset_path": "json",
+            "test_split": "train",
             "dataset_kwargs": {"data_files": str(data), "cache_dir": str(tmp_path / "cache")},
-            "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
-            "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"},
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "fewshot_split": "train",
+            "fewshot_config": {"sampler": "first_n"},
             "metric_list": [{"metric": "acc"}],
-        }  # fmt: skip
+        }
         # JSON is YAML
         (folder / f"{name}.yaml").write_text(json.dumps(config | changes))
         return folder / f"{name}.yaml"

@@ -27,9 +27,18 @@ def write(path, encoding="utf-8"):
 
 @pytest.mark.parametrize(
     "name",
-    ["calib[1].jsonl", "[data]/calib.json", "wh*t?.jsonl", "ein Ordner/ä (1).jsonl", "CALIB.JSONL",
-     "calib[1].txt", "CALIB.TXT", "Notes.Md", ".hidden/#1 100%.jsonl"],
-)  # fmt: skip
+    [
+        "calib[1].jsonl",
+        "[data]/calib.json",
+        "wh*t?.jsonl",
+        "ein Ordner/ä (1).jsonl",
+        "CALIB.JSONL",
+        "calib[1].txt",
+        "CALIB.TXT",
+        "Notes.Md",
+        ".hidden/#1 100%.jsonl",
+    ],
+)
 def test_any_legal_name_of_a_file_works(tokenizer, tmp_path, name):
     pytest.importorskip("datasets")
     path = write(tmp_path / name)

@@ -22,23 +22,46 @@ from watersic_hf.nn import packed_layers
 ROOT = Path(__file__).parents[2]
 
 SIZES = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 2, "bos_token_id": 0,
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
     "eos_token_id": 1,
-}  # fmt: skip
+}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 GPT = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 LATENT = {
-    "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
-}  # fmt: skip
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 MIXTURE = {
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "n_shared_experts": 1,
-    "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
-      "decoder_start_token_id": 0}  # fmt: skip
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 BART = {"d_model": 32, "decoder_start_token_id": 0} | {
     f"{part}_{size}": value
     for part in ("encoder", "decoder")
@@ -46,15 +69,26 @@ BART = {"d_model": 32, "decoder_start_token_id": 0} | {
 }
 TEXT = SIZES | GROUPED
 VISION = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "image_size": 16, "patch_size": 4,
-}  # fmt: skip
-GEMMA3 = {"text_config": TEXT | {"sliding_window": 8}, "vision_config": VISION,
-          "mm_tokens_per_image": 4}  # fmt: skip
-QWEN_VISION = {
-    "hidden_size": 32, "out_hidden_size": 32, "depth": 2, "num_heads": 4, "intermediate_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
     "patch_size": 4,
-}  # fmt: skip
+}
+GEMMA3 = {
+    "text_config": TEXT | {"sliding_window": 8},
+    "vision_config": VISION,
+    "mm_tokens_per_image": 4,
+}
+QWEN_VISION = {
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "intermediate_size": 64,
+    "patch_size": 4,
+}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 QWEN2_VL = {
     "text_config": TEXT | {"rope_parameters": ROTARY},
@@ -104,30 +138,61 @@ ROWS = [
     Row("Qwen2, Qwen2.5", "qwen2 Qwen2ForCausalLM", 14, {"num_key_value_heads": 2}),
     Row("Qwen3", "qwen3 Qwen3ForCausalLM", 14, GROUPED),
     Row("Gemma", "gemma GemmaForCausalLM", 14, GROUPED),
-    Row("Gemma 2", "gemma2 Gemma2ForCausalLM", 14,
-        GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8}, note=NORM),
-    Row("Gemma 3 (text)", "gemma3_text Gemma3ForCausalLM", 14, GROUPED | {"sliding_window": 8},
-        note=NORM),
+    Row(
+        "Gemma 2",
+        "gemma2 Gemma2ForCausalLM",
+        14,
+        GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        note=NORM,
+    ),
+    Row(
+        "Gemma 3 (text)",
+        "gemma3_text Gemma3ForCausalLM",
+        14,
+        GROUPED | {"sliding_window": 8},
+        note=NORM,
+    ),
     Row("Phi-1, Phi-2", "phi PhiForCausalLM", 12, note=PARALLEL),
     Row("Phi-3, Phi-4", "phi3 Phi3ForCausalLM", 8, {"num_key_value_heads": 2}),
     Row("GPT-2", "gpt2 GPT2LMHeadModel", 8, GPT, note="`Conv1D`"),
     Row("GPT", "openai-gpt OpenAIGPTLMHeadModel", 8, GPT, note="`Conv1D`"),
-    Row("GPT-Neo", "gpt_neo GPTNeoForCausalLM", 12,
-        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
-         "window_size": 8}),
+    Row(
+        "GPT-Neo",
+        "gpt_neo GPTNeoForCausalLM",
+        12,
+        {
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+        },
+    ),
     Row("GPT-NeoX, Pythia", "gpt_neox GPTNeoXForCausalLM", 8, note=PARALLEL),
     Row("GPT-J", "gptj GPTJForCausalLM", 12, GPT | {"rotary_dim": 4}, note=PARALLEL),
     Row("CodeGen", "codegen CodeGenForCausalLM", 8, GPT | {"rotary_dim": 4}, note=PARALLEL),
     Row("StarCoder", "gpt_bigcode GPTBigCodeForCausalLM", 8, GPT | {"n_inner": 64}),
     Row("StarCoder2", "starcoder2 Starcoder2ForCausalLM", 12, {"num_key_value_heads": 2}),
     Row("OPT", "opt OPTForCausalLM", 12, {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-    Row("XGLM", "xglm XGLMForCausalLM", 12,
-        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}),
+    Row(
+        "XGLM",
+        "xglm XGLMForCausalLM",
+        12,
+        {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
+    ),
     Row("BLOOM", "bloom BloomForCausalLM", 8, {"n_layer": 2, "n_head": 4}),
-    Row("MPT", "mpt MptForCausalLM", 8,
-        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2}),
-    Row("Falcon", "falcon FalconForCausalLM", 8,
-        {"num_kv_heads": 2, "new_decoder_architecture": True}, note=PARALLEL),
+    Row(
+        "MPT",
+        "mpt MptForCausalLM",
+        8,
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2},
+    ),
+    Row(
+        "Falcon",
+        "falcon FalconForCausalLM",
+        8,
+        {"num_kv_heads": 2, "new_decoder_architecture": True},
+        note=PARALLEL,
+    ),
     Row("Persimmon", "persimmon PersimmonForCausalLM", 8),
     Row("StableLM", "stablelm StableLmForCausalLM", 14, {"num_key_value_heads": 2}),
     Row("OLMo", "olmo OlmoForCausalLM", 14),
@@ -135,12 +200,17 @@ ROWS = [
     Row("SmolLM3", "smollm3 SmolLM3ForCausalLM", 14, {"num_key_value_heads": 2}),
     Row("GLM", "glm GlmForCausalLM", 12, GROUPED),
     Row("GLM-4", "glm4 Glm4ForCausalLM", 12, GROUPED, note=NORM),
-    Row("Granite", "granite GraniteForCausalLM", 14,
+    Row(
+        "Granite",
+        "granite GraniteForCausalLM",
+        14,
         {"num_key_value_heads": 2, "residual_multiplier": 0.2},
-        note="scaled residual additions: drift correction only"),
+        note="scaled residual additions: drift correction only",
+    ),
     Row("Cohere", "cohere CohereForCausalLM", 14, {"num_key_value_heads": 2}, note=PARALLEL),
-    Row("Cohere 2", "cohere2 Cohere2ForCausalLM", 14, GROUPED | {"sliding_window": 8},
-        note=PARALLEL),
+    Row(
+        "Cohere 2", "cohere2 Cohere2ForCausalLM", 14, GROUPED | {"sliding_window": 8}, note=PARALLEL
+    ),
     Row("Helium", "helium HeliumForCausalLM", 14, GROUPED),
     Row("Nemotron", "nemotron NemotronForCausalLM", 12, GROUPED),
     Row("EXAONE 4", "exaone4 Exaone4ForCausalLM", 14, GROUPED, note=NORM),
@@ -148,39 +218,93 @@ ROWS = [
     Row("Qwen2-MoE", "qwen2_moe Qwen2MoeForCausalLM", 30, GROUPED | MIXTURE, note=EXPERTS),
     Row("Qwen3-MoE", "qwen3_moe Qwen3MoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
     Row("OLMoE", "olmoe OlmoeForCausalLM", 24, MIXTURE, note=EXPERTS),
-    Row("gpt-oss", "gpt_oss GptOssForCausalLM", 24, GROUPED | MIXTURE | {"sliding_window": 8},
-        note=EXPERTS),
-    Row("DeepSeek-V2", "deepseek_v2 DeepseekV2ForCausalLM", 24,
-        LATENT | MIXTURE, note=EXPERTS),
-    Row("DeepSeek-V3", "deepseek_v3 DeepseekV3ForCausalLM", 24,
-        LATENT | MIXTURE, note=EXPERTS),
-    Row("GLM-4.5", "glm4_moe Glm4MoeForCausalLM", 22,
-        GROUPED | MIXTURE | {"first_k_dense_replace": 1}, note=EXPERTS),
+    Row(
+        "gpt-oss",
+        "gpt_oss GptOssForCausalLM",
+        24,
+        GROUPED | MIXTURE | {"sliding_window": 8},
+        note=EXPERTS,
+    ),
+    Row("DeepSeek-V2", "deepseek_v2 DeepseekV2ForCausalLM", 24, LATENT | MIXTURE, note=EXPERTS),
+    Row("DeepSeek-V3", "deepseek_v3 DeepseekV3ForCausalLM", 24, LATENT | MIXTURE, note=EXPERTS),
+    Row(
+        "GLM-4.5",
+        "glm4_moe Glm4MoeForCausalLM",
+        22,
+        GROUPED | MIXTURE | {"first_k_dense_replace": 1},
+        note=EXPERTS,
+    ),
     Row("Phi-3.5-MoE", "phimoe PhimoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
     Row("Granite MoE", "granitemoe GraniteMoeForCausalLM", 24, GROUPED | MIXTURE, note=EXPERTS),
-    Row("Gemma 3", "gemma3 Gemma3ForConditionalGeneration", 14, GEMMA3,
-        note=f"language model only; {NORM}"),
-    Row("Qwen2.5-VL", "qwen2_5_vl Qwen2_5_VLForConditionalGeneration", 14, QWEN2_VL,
-        note="language model only"),
-    Row("Qwen3-VL", "qwen3_vl Qwen3VLForConditionalGeneration", 14, QWEN3_VL,
-        note="language model only"),
+    Row(
+        "Gemma 3",
+        "gemma3 Gemma3ForConditionalGeneration",
+        14,
+        GEMMA3,
+        note=f"language model only; {NORM}",
+    ),
+    Row(
+        "Qwen2.5-VL",
+        "qwen2_5_vl Qwen2_5_VLForConditionalGeneration",
+        14,
+        QWEN2_VL,
+        note="language model only",
+    ),
+    Row(
+        "Qwen3-VL",
+        "qwen3_vl Qwen3VLForConditionalGeneration",
+        14,
+        QWEN3_VL,
+        note="language model only",
+    ),
     Row("BERT", "bert BertForMaskedLM", 12, outside=1, note=HEAD),
     Row("RoBERTa", "roberta RobertaForMaskedLM", 12, outside=1, note=HEAD),
-    Row("DistilBERT", "distilbert DistilBertForMaskedLM", 12,
-        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}, outside=1, note=HEAD),
-    Row("ModernBERT", "modernbert ModernBertForMaskedLM", 8, {"local_attention": 8}, outside=1,
-        note=HEAD),
-    Row("ALBERT", "albert AlbertForMaskedLM", 6, {"embedding_size": 32}, outside=2,
-        calibrated=False, note="one block is applied repeatedly: data-free only"),
+    Row(
+        "DistilBERT",
+        "distilbert DistilBertForMaskedLM",
+        12,
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+        outside=1,
+        note=HEAD,
+    ),
+    Row(
+        "ModernBERT",
+        "modernbert ModernBertForMaskedLM",
+        8,
+        {"local_attention": 8},
+        outside=1,
+        note=HEAD,
+    ),
+    Row(
+        "ALBERT",
+        "albert AlbertForMaskedLM",
+        6,
+        {"embedding_size": 32},
+        outside=2,
+        calibrated=False,
+        note="one block is applied repeatedly: data-free only",
+    ),
     Row("T5", "t5 T5ForConditionalGeneration", 28, T5, note=T5_NOTE),
     Row("mT5", "mt5 MT5ForConditionalGeneration", 32, T5, note=T5_NOTE),
     Row("BART", "bart BartForConditionalGeneration", 32, BART),
     Row("Marian", "marian MarianMTModel", 32, BART),
-    Row("Whisper", "whisper WhisperForConditionalGeneration", 32, WHISPER, calibrated=False,
-        note="reads audio, not text: data-free only"),
-    Row("Whisper's decoder alone", "whisper WhisperForCausalLM", 12, WHISPER, outside=8,
-        note="cross attention stays dense: text does not reach it"),
-]  # fmt: skip
+    Row(
+        "Whisper",
+        "whisper WhisperForConditionalGeneration",
+        32,
+        WHISPER,
+        calibrated=False,
+        note="reads audio, not text: data-free only",
+    ),
+    Row(
+        "Whisper's decoder alone",
+        "whisper WhisperForCausalLM",
+        12,
+        WHISPER,
+        outside=8,
+        note="cross attention stays dense: text does not reach it",
+    ),
+]
 
 
 @pytest.fixture

@@ -14,10 +14,17 @@ from watersic_hf.nn import packed_layers, set_residency
 from watersic_hf.quantization import Journal
 
 SIZES = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3,
-    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 WEIGHTS = "model.safetensors"
 
 

@@ -85,9 +85,11 @@ def test_max_memory_splits_a_quantized_model_over_devices(quantized_folder, tmp_
     reference = AutoModelForCausalLM.from_pretrained(quantized_folder)
 
     model = AutoModelForCausalLM.from_pretrained(
-        quantized_folder, device_map="auto", max_memory={"cpu": 110_000},
+        quantized_folder,
+        device_map="auto",
+        max_memory={"cpu": 110_000},
         offload_folder=tmp_path / "offload",
-    )  # fmt: skip
+    )
 
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     with torch.no_grad():
@@ -108,8 +110,9 @@ def test_calibration_data_in_every_form(quantize, tokenizer, tokens, form):
 
     assert len(model.hf_quantizer.reports) == 14
     assert model.config.quantization_config.to_dict()["dataset"].split(" of ")[0] in (
-        "list", "Tensor",
-    )  # fmt: skip
+        "list",
+        "Tensor",
+    )
 
 
 @pytest.mark.parametrize("by", ["name", "object", "beside the model"])

@@ -22,13 +22,18 @@ class DoubledLinear(nn.Linear):
 
 
 def test_linear_layers_are_recognised_by_what_they_compute():
-    model = nn.ModuleDict({
-        "linear": nn.Linear(4, 6), "conv1d": Conv1D(6, 4), "same": SameLinear(4, 6),
-        "doubled": DoubledLinear(4, 6), "embedding": nn.Embedding(6, 4),
-        # reads the weight of its out_proj without calling it
-        "attention": nn.MultiheadAttention(4, 2),
-        "packed": WaterSICLinear(4, 6),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 6),
+            "conv1d": Conv1D(6, 4),
+            "same": SameLinear(4, 6),
+            "doubled": DoubledLinear(4, 6),
+            "embedding": nn.Embedding(6, 4),
+            # reads the weight of its out_proj without calling it
+            "attention": nn.MultiheadAttention(4, 2),
+            "packed": WaterSICLinear(4, 6),
+        }
+    )
 
     assert set(linear_layers(model)) == {"linear", "conv1d", "same"}
 
@@ -109,19 +114,23 @@ def test_layers_and_experts_that_stay_dense_have_reasons(tmp_path, tokens):
     from transformers import BertConfig, BertForMaskedLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     sizes = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 3,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
-    }  # fmt: skip
-    config = WaterSICConfig(
-        6.0, dataset=tokens, modules_to_not_convert=[r"layers\.0\.mlp\.experts"]
-    )
+    }
     reasons = {}
-    for model in (
-        BertForMaskedLM(BertConfig(**sizes)),
-        Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)),
+    for model, dense in (
+        (BertForMaskedLM(BertConfig(**sizes)), None),
+        (Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)), [r"layers\.0\.mlp\.experts"]),
     ):
+        config = WaterSICConfig(6.0, dataset=tokens, modules_to_not_convert=dense)
         load = type(model).from_pretrained
         model.save_pretrained(tmp_path / "dense")
         quantized = load(tmp_path / "dense", quantization_config=config)

@@ -6,11 +6,18 @@ from watersic_hf.integration import plan as module
 from watersic_hf.integration.plan import Rates, measure_rates, plan
 
 LLAMA_70B = {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "dtype": "bfloat16",
-    "architectures": ["LlamaForCausalLM"], "bos_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 RATES = Rates(machine="test", forward=1e-14, moments=1e-14, weight=1e-8, product=1e-12)
 
 
@@ -46,8 +53,10 @@ def test_processes_share_the_time_and_not_the_memory(folder):
 
 def test_plan_counts_active_experts_only(folder, tmp_path):
     sizes = {k: v for k, v in LLAMA_70B.items() if k != "architectures"} | {
-        "num_hidden_layers": 2, "num_local_experts": 16, "num_experts_per_tok": 2,
-    }  # fmt: skip
+        "num_hidden_layers": 2,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+    }
     MixtralConfig(**sizes, architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path / "moe")
 
     found = plan(str(tmp_path / "moe"), WaterSICConfig(bits=3.0, dataset="pydoc"))

@@ -177,8 +177,13 @@ def test_a_device_map_changes_nothing_on_one_device(quantize, tokens, load, data
 
 
 def test_quantizing_into_a_disk_offload_is_refused(quantize, tmp_path):
-    where = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu",
-             "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    where = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
 
     with pytest.raises(ValueError, match="cannot quantize a model while it is offloaded to disk"):
         quantize(dataset=None, load={"device_map": where, "offload_folder": str(tmp_path)})
@@ -226,8 +231,8 @@ def test_dead_feature_and_zero_layer_are_quantized(make_llama, quantize, tmp_pat
     assert zero.count_nonzero() == 0
 
 
-def test_calibration_with_a_single_token_completes(quantize, tokens):
-    model = quantize(dataset=[[5]])
+def test_calibration_with_one_row_of_two_tokens_completes(quantize, tokens):
+    model = quantize(dataset=[[5, 6]])
 
     with torch.no_grad():
         assert model(tokens).logits.isfinite().all()

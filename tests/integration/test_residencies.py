@@ -10,9 +10,14 @@ from watersic_hf.nn import packed_layers
 from watersic_hf.testing import assert_close
 
 SIZES = {
-    "vocab_size": 320, "hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 72,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 
 
 def quantized(kind, folder, **options):

@@ -138,8 +138,14 @@ def test_a_device_map_changes_nothing_on_one_device(quantized_folder, tokens, de
 
 def test_a_model_offloaded_to_disk_runs_and_saves(quantized_folder, tmp_path, tokens):
     reference = AutoModelForCausalLM.from_pretrained(quantized_folder)
-    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
-             "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    where = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
 
     model = AutoModelForCausalLM.from_pretrained(
         quantized_folder, device_map=where, offload_folder=tmp_path / "offload"
@@ -228,9 +234,13 @@ def test_compiled_static_generation_gives_the_same_tokens(quantized_folder, toke
     compile_config = CompileConfig(backend="aot_eager", fullgraph=True)
     compile_config._compile_all_devices = True
     out = model.generate(
-        tokens, max_new_tokens=8, do_sample=False, pad_token_id=1,
-        cache_implementation="static", compile_config=compile_config,
-    )  # fmt: skip
+        tokens,
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=1,
+        cache_implementation="static",
+        compile_config=compile_config,
+    )
 
     assert torch.equal(out, expected)
 
@@ -270,8 +280,14 @@ def test_the_quantized_folder_also_serves_its_tokenizer(quantized_folder, tmp_pa
 
 
 def test_the_report_knows_the_names_that_files_have_for_layers(make_llama):
-    config = MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                           num_attention_heads=1, num_key_value_heads=1)  # fmt: skip
+    config = MixtralConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
     block = "model.layers.0"
     layers = [f"{block}.mlp.experts.packed.1.down", f"{block}.self_attn.q_proj"]
 

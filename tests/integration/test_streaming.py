@@ -45,9 +45,12 @@ SHARDS = "60KB"
 def config(**changes):
     g = torch.Generator().manual_seed(0)
     settings = {
-        "bits": 4.0, "dataset": torch.randint(0, 320, (6, 48), generator=g), "samples": 6,
-        "sequence_length": 48, "batch_size": 2,
-    }  # fmt: skip
+        "bits": 4.0,
+        "dataset": torch.randint(0, 320, (6, 48), generator=g),
+        "samples": 6,
+        "sequence_length": 48,
+        "batch_size": 2,
+    }
     return WaterSICConfig(**settings | changes)
 
 
@@ -138,9 +141,14 @@ def tiny(kind):
     """A tiny model of some architecture."""
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
-    }  # fmt: skip
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+    }
     if kind == "mixtral":
         return MixtralForCausalLM(MixtralConfig(**sizes))
     if kind == "untied":
@@ -149,10 +157,17 @@ def tiny(kind):
         # with a linear layer behind the blocks
         return BertForMaskedLM(BertConfig(**sizes))
     if kind == "t5":
-        return T5ForConditionalGeneration(T5Config(
-            vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2,
-            decoder_start_token_id=0,
-        ))  # fmt: skip
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=320,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=2,
+                decoder_start_token_id=0,
+            )
+        )
     ends = {
         f"{part}_{size}": value
         for part in ("encoder", "decoder")
@@ -242,8 +257,16 @@ def test_run_resumes_after_the_last_finished_layer(original, tmp_path, run, monk
     ids=["calibrated", "tables", "data-free"],
 )
 def test_repeatedly_killed_run_ends_with_the_same_bytes(original, tmp_path, options, kills):
-    arguments = ["quantize", str(original), str(tmp_path / "killed" / "q"), "--samples=4",
-                 "--sequence-length=32", "--batch-size=2", "--bits=4", *options]  # fmt: skip
+    arguments = [
+        "quantize",
+        str(original),
+        str(tmp_path / "killed" / "q"),
+        "--samples=4",
+        "--sequence-length=32",
+        "--batch-size=2",
+        "--bits=4",
+        *options,
+    ]
     context = multiprocessing.get_context("forkserver")
     # a process is there in no time
     context.set_forkserver_preload(["watersic_hf.cli", "watersic_hf.integration.folder"])
@@ -369,8 +392,14 @@ def test_processes_share_a_run_and_one_resumes_when_another_dies(
         f"dataset=windows, samples=6, sequence_length=48, batch_size=2), max_shard_size={SHARDS!r})"
     )
     (tmp_path / "program.py").write_text(program)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-              "--standalone", str(tmp_path / "program.py")]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        str(tmp_path / "program.py"),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

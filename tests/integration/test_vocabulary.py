@@ -97,9 +97,10 @@ def test_vocabulary_matrices_have_their_own_bits(quantize, dense_folder, tmp_pat
     assert totals["model_bits"] == pytest.approx(8 * size.nbytes / original.parameters)
     assert found["dense"] == []
     assert [r.bits for r in model.hf_quantizer.reports if r.table] == [
-        row["bits"] for row in sorted(found["layers"], key=lambda r: r["name"] == "lm_head")
+        row["bits"]
+        for row in sorted(found["layers"], key=lambda r: r["name"] == "lm_head")
         if row["table"]
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("tied", [False], indirect=True)
@@ -126,9 +127,12 @@ def test_unquantizable_embedding_is_logged_with_its_reason(tmp_path, tokens, wat
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
         num_attention_heads=4,
-    )  # fmt: skip
+    )
     BertForMaskedLM(config).save_pretrained(tmp_path)
 
     model = BertForMaskedLM.from_pretrained(
@@ -145,9 +149,14 @@ def test_scaled_embedding_keeps_its_scale(tmp_path, tokens, load):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
-        vocab_size=320, hidden_size=60, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+        vocab_size=320,
+        hidden_size=60,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
     dense = Gemma3ForCausalLM(config).to(torch.bfloat16)
     dense.save_pretrained(tmp_path / "dense")
 
@@ -185,8 +194,13 @@ def test_headless_model_loads_and_saves_quantized_embedding(
 def test_quantized_embedding_can_be_offloaded(quantize, llama_folder, tmp_path, tokens):
     model = quantize(llama_folder, dataset=None, quantize_embeddings=True)
     model.save_pretrained(tmp_path / "packed")
-    where = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu",
-             "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
+    where = {
+        "model.embed_tokens": "disk",
+        "model.layers": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
 
     again = AutoModelForCausalLM.from_pretrained(
         tmp_path / "packed", device_map=where, offload_folder=tmp_path / "offload"
@@ -223,13 +237,20 @@ def test_vision_language_model_quantizes_text_and_keeps_tokenizer(tokenizer, tmp
 
     from watersic_hf.integration import quantize_to_folder
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-             "num_attention_heads": 4}  # fmt: skip
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     config = Gemma3Config(
         text_config=sizes | {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8},
-        vision_config=sizes | {"image_size": 16, "patch_size": 4}, mm_tokens_per_image=4,
-        image_token_index=5, boi_token_index=6, eoi_token_index=7,
-    )  # fmt: skip
+        vision_config=sizes | {"image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
 

@@ -7,9 +7,14 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from watersic_hf import WaterSICConfig
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "vocab_size": 96, "max_position_embeddings": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
 TOKENS = torch.randint(3, 96, (1, 48), generator=torch.Generator().manual_seed(7))
 
 

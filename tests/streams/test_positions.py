@@ -5,14 +5,36 @@ import transformers
 from watersic_hf.streams import position_limit
 
 SIZES = {
-    "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 32, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
-    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32, "ffn_dim": 32, "word_embed_proj_dim": 32, "pad_token_id": 1,
-    "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "n_layers": 1, "n_heads": 2,
-    "n_layer": 1, "n_head": 2, "n_embd": 32, "emb_dim": 32, "d_ff": 32, "num_layers": 1,
-    "num_heads": 2, "d_kv": 16, "max_position_embeddings": 20,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "ffn_dim": 32,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 32,
+    "emb_dim": 32,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "d_kv": 16,
+    "max_position_embeddings": 20,
+}
 
 #: Model and configuration by the first part of their names, what the configuration says, limit.
 MODELS = [
@@ -26,13 +48,21 @@ MODELS = [
     ("OpenAIGPT", "LMHeadModel", {}, 20),
     ("OPT", "ForCausalLM", {}, 20),
     ("Bart", "ForConditionalGeneration", {}, 20),
-    ("LED", "Model", {"max_encoder_position_embeddings": 32, "attention_window": 4,
-                      "max_decoder_position_embeddings": 16}, 16),
+    (
+        "LED",
+        "Model",
+        {
+            "max_encoder_position_embeddings": 32,
+            "attention_window": 4,
+            "max_decoder_position_embeddings": 16,
+        },
+        16,
+    ),
     ("Mpt", "ForCausalLM", {"max_seq_len": 16}, 16),
     ("Whisper", "ForCausalLM", {"max_target_positions": 16}, 16),
     ("Llama", "ForCausalLM", {}, 20),
     ("T5", "ForConditionalGeneration", {}, None),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "head", "sizes", "limit"), MODELS, ids=[m[0] for m in MODELS])
