@@ -57,7 +57,7 @@ class Run:
     layers: LayerQuantizer
     vocabulary_reports: dict[str, LayerReport] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
-    """Names of layers that were selected, but are not in the checkpoint."""
+    """Names of the layers that the checkpoint of the model lacks."""
 
     @classmethod
     def begin(

@@ -241,11 +241,11 @@ class Selection:
         )
 
     def new_layers(self, model: nn.Module) -> list[str]:
-        """Return what is selected of a loaded model, and is not yet quantized, but was not loaded.
+        """Return the dense layers of a loaded model that its checkpoint lacks.
 
-        transformers has initialized it, with a warning, since the checkpoint lacks it.
+        transformers has initialized them, and says so in a warning.
         """
-        names = [*(name for name in self.linear if name in self.shapes), *self.experts]
+        names = (*self.linear, *self.fused)
         loaded = {name: _is_loaded(model.get_submodule(name)) for name in names}
         # without any mark there is nothing to tell them apart by
         return [name for name in names if not loaded[name]] if any(loaded.values()) else []
@@ -274,7 +274,7 @@ class Selection:
 
         Args:
             quantized: names of the modules that are quantized, as of `quantized_modules`.
-            new: those that were selected, but are not in the checkpoint.
+            new: those that the checkpoint lacks, as of `new_layers`.
 
         Returns:
             Reasons by name of module.  Modules whose names differ in numbers only are one entry,
