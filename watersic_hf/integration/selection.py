@@ -254,7 +254,8 @@ class Selection:
         """Write into the config of a quantized model which layers its files lack."""
         known = config.modules_to_not_convert or ()
         config.modules_to_not_convert = sorted({*known, *self._patterns(new)})
-        config.left_dense |= dict.fromkeys(new, NEW)
+        # no layer whose name differs in numbers only is quantized
+        config.left_dense |= dict.fromkeys(map(kind_of, new), NEW)
 
     def _patterns(self, names: Collection[str]) -> list[str]:
         return sorted(name.removeprefix(self.prefix).replace(".", r"\.") for name in names)
