@@ -26,6 +26,7 @@ from watersic_hf.integration.reasons import (
     BIASES,
     NAMED,
     NEW,
+    SMALL,
     USED,
     Reasons,
     skipped_patterns,
@@ -176,13 +177,15 @@ class Selection:
                 f"found, and `modules_to_not_convert` = {sorted(self.skipped)} leaves all of them "
                 f"dense{', but for ' if found else ''}{', '.join(found[:_EXAMPLES])}."
             )
+        # whether a layer is too small depends on its bits, so naming it is no mistake
+        small = [name for name, reason in self.excluded.items() if reason == SMALL]
         for name in ("layer_bits", "zero_rows"):
             patterns = getattr(config, name)
             if isinstance(patterns, Mapping):
                 require_effect(
                     name,
                     patterns,
-                    selectable=self.shapes,
+                    selectable=[*self.shapes, *small],
                     modules=self.modules,
                     dense=self.reasons,
                 )
