@@ -24,8 +24,9 @@ _TOKENS = 4
 #: What may be read of a weight: it is the same for its payload.
 _HARMLESS = (Tensor.device.__get__, Tensor.is_meta.__get__, Tensor.is_cuda.__get__)
 _DTYPE = Tensor.dtype.__get__
-#: Conditions on values of tensors that a run may have; more of them may be a loop without end.
-_MOST_CONDITIONS = 10_000
+_VALUES = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.item)
+#: Values of tensors that a run may ask for; more of them may be a loop without end.
+_MOST_VALUES = 10_000
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -63,7 +64,7 @@ def weights_used_elsewhere(
             _watch(copied.get_submodule(name), lambda name=name: found.add(kind_of(name)))
         for name in bypassed:
             copied.get_submodule(name).forward = lambda hidden, *args, **kwargs: hidden
-        with torch.device("meta"), _TrueConditions():
+        with torch.device("meta"), _ValuesAreOne():
             tokens_BT = torch.zeros(1, _TOKENS, dtype=torch.long)
             copied(**model_inputs(copied, tokens_BT))
     except Exception as error:
@@ -92,21 +93,24 @@ class _WatchedWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-class _TrueConditions(TorchFunctionMode):
-    """Let conditions on values be true: those of transformers ask whether no token is masked."""
+class _ValuesAreOne(TorchFunctionMode):
+    """Let the values of tensors on meta be one, and conditions be true.
+
+    The conditions of transformers ask whether no token is masked.
+    """
 
     asked = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Return True for the truth of a tensor, whose values are unknown on meta."""
-        if func == Tensor.__bool__:
-            self.asked += 1
-            if self.asked > _MOST_CONDITIONS:
-                raise RuntimeError(f"more than {_MOST_CONDITIONS} conditions on values")
-            return True
-        return func(*args, **(kwargs or {}))
+        """Return one where a number is made of a tensor."""
+        if func not in _VALUES:
+            return func(*args, **(kwargs or {}))
+        self.asked += 1
+        if self.asked > _MOST_VALUES:
+            raise RuntimeError(f"more than {_MOST_VALUES} values of tensors are needed")
+        return {Tensor.__bool__: True, Tensor.__float__: 1.0}.get(func, 1)
 
 
 def _watch(module: nn.Module, report: Callable[[], object]) -> None:

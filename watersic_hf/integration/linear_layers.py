@@ -17,7 +17,7 @@ from watersic_hf.nn import WaterSICLinear, WaterSICTiedHead
 #: Bits per weight of header, tables and scales above which a layer is not worth its quantization:
 #: a quarter of a dense weight in 16 bits.
 MOST_FIXED_BITS = 4.0
-#: Rows and columns from which the fixed bits are below any number of bits that can be requested.
+#: Rows and columns from which no layer is that small.
 _LARGE = 64
 
 
@@ -59,17 +59,14 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
-def is_too_small(rows: int, columns: int, bits: float) -> bool:
-    """Return whether a layer costs too many bits whatever its codes are.
+def is_too_small(rows: int, columns: int) -> bool:
+    """Return whether a layer would cost about as much packed as dense.
 
     Args:
         rows: number of rows A.
         columns: number of columns N.
-        bits: bits per weight that are requested for it.
     """
-    if min(rows, columns) >= _LARGE:
-        return False
-    return fixed_bits(rows, columns) > min(bits, MOST_FIXED_BITS)
+    return min(rows, columns) < _LARGE and fixed_bits(rows, columns) > MOST_FIXED_BITS
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer
 
 from watersic_hf.integration.config import WaterSICConfig
-from watersic_hf.integration.experts import expert_counts, matrix_shapes, routing_layers
+from watersic_hf.integration.experts import expert_counts, routing_layers
 from watersic_hf.integration.linear_layers import is_too_small
 from watersic_hf.nn import FusedExperts, module_matches
 
@@ -17,7 +17,7 @@ NAMED = "named in modules_to_not_convert"
 NOT_REACHED = "no calibration data reaches it"
 NEW = "not in the checkpoint, newly initialized"
 NO_TEXT = "beside the language model, where text does not run"
-SMALL = "so small that its scales and tables take most of the bits"
+SMALL = "so small that it would cost about as much packed"
 USED = "another module uses its weight"
 WIDE = "the model keeps it in float32"
 
@@ -41,19 +41,16 @@ def skipped_patterns(
 
 
 def too_small(
-    linear: Mapping[str, tuple[int, int]],
-    experts: Mapping[str, FusedExperts],
-    config: WaterSICConfig,
+    linear: Mapping[str, tuple[int, int]], experts: Mapping[str, FusedExperts]
 ) -> dict[str, str]:
     """Return the reason for linear layers, and modules of experts, that are too small."""
-    found = {
-        name: SMALL for name, shape in linear.items() if is_too_small(*shape, config.bits_of(name))
+    shapes = {name: [shape] for name, shape in linear.items()}
+    shapes |= {n: [layout.shape(m) for m in layout.matrices] for n, layout in experts.items()}
+    return {
+        name: SMALL
+        for name, matrices in shapes.items()
+        if any(is_too_small(*shape) for shape in matrices)
     }
-    for name, layout in experts.items():
-        shapes = matrix_shapes({name: layout})
-        if any(is_too_small(*shape, config.bits_of(matrix)) for matrix, shape in shapes.items()):
-            found[name] = SMALL
-    return found
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Selection:
             }
             used = weights_used_elsewhere(model, [*selected, *heads], bypassed=fused)
             obstacles |= {heads[name]: USED for name in heads.keys() & used}
-            excluded = too_small(selected, experts, config)
+            excluded = too_small(selected, experts)
             excluded |= {name: USED for name in selected if name in used}
         experts = {name: e for name, e in experts.items() if name not in excluded}
         selected = {name: shape for name, shape in selected.items() if name not in excluded}
