@@ -177,7 +177,7 @@ class Selection:
                 f"found, and `modules_to_not_convert` = {sorted(self.skipped)} leaves all of them "
                 f"dense{', but for ' if found else ''}{', '.join(found[:_EXAMPLES])}."
             )
-        # whether a layer is too small depends on its bits, so naming it is no mistake
+        # that a layer is too small is no mistake of whoever names it
         small = [name for name, reason in self.excluded.items() if reason == SMALL]
         for name in ("layer_bits", "zero_rows"):
             patterns = getattr(config, name)
