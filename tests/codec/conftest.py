@@ -2,6 +2,18 @@ import numpy as np
 import pytest
 import torch
 
+from watersic_hf.codec import compiled
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def implementation(request, monkeypatch):
+    """Run a test with the compiled functions of the codec, and with those of numpy."""
+    if request.param == "numpy":
+        monkeypatch.setattr(compiled, "_loader", None)
+    elif compiled.functions() is None:
+        pytest.skip("numba is not installed")
+    return request.param
+
 
 @pytest.fixture
 def layer_codes():

@@ -9,6 +9,8 @@ import torch
 from watersic_hf import codec
 from watersic_hf.codec import payload as layout
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 ESCAPES = 6
 
 
@@ -103,7 +105,7 @@ def test_decoding_rows_checks_only_their_chunks(layer_codes):
     ("name", "value", "message"),
     [
         ("version", 2, "format version 2; this codec reads version 1"),
-        ("rule", 7, "reconstruction rule 7; this codec knows rule 1"),
+        ("rule", 7, r"rule 7; this codec knows the rules 1 \(scalar\) and 2 \(trellis\)"),
         ("rows", 2**32 - 1, "4294967295 x 90 classes in"),
         ("cols", 2**32 - 1, "100 x 4294967295 classes in"),
         ("rows", 101, "row classes: 100 of 101 elements"),

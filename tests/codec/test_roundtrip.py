@@ -6,6 +6,8 @@ from watersic_hf import codec
 from watersic_hf.codec import coder
 from watersic_hf.codec.layout import Geometry
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 SHAPES = [(1, 1), (1, 3000), (3000, 1), (5, 127), (300, 1000), (33, 64), (127, 5), (65, 4099)]
 

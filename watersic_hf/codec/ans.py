@@ -114,6 +114,8 @@ class Decoder:
     def __post_init__(self):
         self._count_L = np.arange(len(self.states_L))
         self._needy_L = np.empty(len(self.states_L), bool)
+        self._slot_L = np.empty_like(self.states_L)
+        self._index_L = np.empty(len(self.states_L), np.intp)
 
     def steps(
         self, table: np.ndarray, offset_TL: np.ndarray, shift_TL: np.ndarray | None
@@ -128,27 +130,41 @@ class Decoder:
         Returns:
             The entries of the table, uint32 [T, L], and the low bits, uint32 [T, L] or None.
         """
-        states_L = self.states_L
         entries_TL = np.empty(offset_TL.shape, np.uint32)
         low_TL = None if shift_TL is None else np.zeros(offset_TL.shape, np.uint32)
         shifted_T = np.zeros(len(entries_TL), bool) if shift_TL is None else shift_TL.any(1)
-        slot_L, index_L = np.empty_like(states_L), np.empty(len(states_L), np.intp)
         for t, entry_L in enumerate(entries_TL):
-            np.bitwise_and(states_L, _SLOT, out=slot_L)
-            np.add(offset_TL[t], slot_L, out=index_L)
-            table.take(index_L, out=entry_L, mode="clip")
-            np.bitwise_and(entry_L, _SLOT, out=slot_L)
-            np.right_shift(states_L, _PRECISION, out=states_L)
-            np.multiply(states_L, slot_L, out=states_L)
-            np.right_shift(entry_L, _PRECISION, out=slot_L)
-            np.bitwise_and(slot_L, _SLOT, out=slot_L)
-            np.add(states_L, slot_L, out=states_L)
-            self._take_words()
+            self.symbols(table, offset_TL[t], entry_L)
             if shifted_T[t]:
-                np.bitwise_and(states_L, (_ONE << shift_TL[t]) - _ONE, out=low_TL[t])
-                np.right_shift(states_L, shift_TL[t], out=states_L)
-                self._take_words()
+                low_TL[t] = self.low_bits(shift_TL[t])
         return entries_TL, low_TL
+
+    def symbols(self, table: np.ndarray, offset_L: np.ndarray, entry_L: np.ndarray) -> None:
+        """Decode the symbols of one step.
+
+        Args:
+            table: result of `CodeModel.decoder_table`.
+            offset_L: first entry of the key's table, intp.
+            entry_L: receives the entries of the table, uint32.
+        """
+        states_L, slot_L = self.states_L, self._slot_L
+        np.bitwise_and(states_L, _SLOT, out=slot_L)
+        np.add(offset_L, slot_L, out=self._index_L)
+        table.take(self._index_L, out=entry_L, mode="clip")
+        np.bitwise_and(entry_L, _SLOT, out=slot_L)
+        np.right_shift(states_L, _PRECISION, out=states_L)
+        np.multiply(states_L, slot_L, out=states_L)
+        np.right_shift(entry_L, _PRECISION, out=slot_L)
+        np.bitwise_and(slot_L, _SLOT, out=slot_L)
+        np.add(states_L, slot_L, out=states_L)
+        self._take_words()
+
+    def low_bits(self, shift_L: np.ndarray) -> np.ndarray:
+        """Decode the low bits of one step, uint32; `shift_L` is their number, uint32."""
+        low_L = self.states_L & ((_ONE << shift_L) - _ONE)
+        np.right_shift(self.states_L, shift_L, out=self.states_L)
+        self._take_words()
+        return low_L
 
     def _take_words(self) -> None:
         """Read a word into every state below 2^16, in lane order within a chunk."""

@@ -1,8 +1,13 @@
-"""The functions of the codec: a matrix of integer codes <-> one self-contained payload.
+"""The functions of the codec: a matrix of integers <-> one self-contained payload.
 
-Shapes: A = rows, N = columns, U = single rows to decode.
+With rule 1 the integers are codes, and the payload holds them as they are.  With rule 2 they are
+the values of a trellis (`watersic_hf.codec.trellis`); the payload holds their codes transposed, and
+the rows of the matrix in the order of the path.
+
+Shapes: A = rows, N = columns, U = single rows to decode; C = chunks.
 """
 
+import dataclasses
 import zlib
 from typing import NamedTuple
 
@@ -10,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from watersic_hf.codec.fit import fit_model
-from watersic_hf.codec.layout import Geometry, choose_geometry
-from watersic_hf.codec.payload import CodecError, EncodedCodes, Header, build, head_bits, rebind
+from watersic_hf.codec.fit import MAX_ROW_CLASS, fit_model, fit_trellis_model
+from watersic_hf.codec.header import CodecError, Header
+from watersic_hf.codec.layout import Geometry, choose_geometry, choose_path_geometry
+from watersic_hf.codec.model import CodeModel
+from watersic_hf.codec.payload import EncodedCodes, build, head_bits, rebind
 from watersic_hf.codec.statistics import CodeStatistics, codes_statistics
 from watersic_hf.codec.stream import StreamError, decode_chunks, encode_chunks
+from watersic_hf.codec.trellis import PathError, codes_of, row_order
 
 #: Cost of a lane beyond its codes, in bits: 16 for the state in which the encoder starts, and about
 #: 8 by which the 32 bits of the start state exceed the information in it.
@@ -42,6 +50,40 @@ def _codes_array(codes_AN: Tensor) -> np.ndarray:
     return codes.astype(np.int32, copy=False)
 
 
+class Path(NamedTuple):
+    """The order in which the trellis of a matrix visits its rows.
+
+    A path visits the rows by class, and rows of one class by number.  All columns have the same.
+    """
+
+    row_class_A: Tensor
+    """Classes of the rows, any integer dtype, from 0 to 96: eighths of an octave of the scale of
+    the values."""
+    rows: int
+    """Rows of a path; the next one starts after them."""
+
+
+def _path_codes(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes and quantizers, rows in the order of the path, and their classes.
+
+    Raises:
+        CodecError: the classes do not fit the matrix, or the values are on no path.
+    """
+    row_class_A = path.row_class_A.detach().cpu().numpy().astype(np.int64)
+    low, high = (row_class_A.min(), row_class_A.max()) if len(row_class_A) else (0, 0)
+    if row_class_A.shape != values.shape[:1] or low < 0 or high > MAX_ROW_CLASS:
+        raise CodecError(
+            f"path: found {len(row_class_A)} row classes from {low} to {high}, but the matrix has "
+            f"{len(values)} rows, each of which needs a class from 0 to {MAX_ROW_CLASS}"
+        )
+    order_A = row_order(row_class_A)
+    try:
+        codes_AN, quantizer_AN = codes_of(values[order_A], path.rows)
+    except PathError as error:
+        raise CodecError(f"values: {error}") from error
+    return codes_AN, quantizer_AN, row_class_A[order_A]
+
+
 def _payload_array(payload: Tensor) -> np.ndarray:
     """Return a payload as a contiguous uint8 array on the CPU."""
     if payload.ndim != 1 or payload.dtype != torch.uint8:
@@ -52,11 +94,12 @@ def _payload_array(payload: Tensor) -> np.ndarray:
     return payload.detach().cpu().contiguous().numpy()
 
 
-def encode(codes_AN: Tensor, *, associated: bytes = b"") -> Tensor:
-    """Encode a matrix of codes without loss.
+def encode(codes_AN: Tensor, *, path: Path | None = None, associated: bytes = b"") -> Tensor:
+    """Encode a matrix of codes, or of the values of a trellis, without loss.
 
     Args:
-        codes_AN: codes, any integer dtype; the values must fit into 32 bits.
+        codes_AN: codes or values, any integer dtype; they must fit into 32 bits.
+        path: the path of the values of a trellis; default: the matrix holds codes.
         associated: bytes that belong to the codes but are stored elsewhere.  The payload holds
             their checksum, which `verify` checks.  Default: none.
 
@@ -64,17 +107,39 @@ def encode(codes_AN: Tensor, *, associated: bytes = b"") -> Tensor:
         The payload, 1-D uint8 on the CPU.  It is deterministic: equal codes give equal bytes.
 
     Raises:
-        CodecError: `codes_AN` is not a matrix of 32-bit integers.
+        CodecError: `codes_AN` is not a matrix of 32-bit integers, or its values are on no path.
     """
-    codes = _codes_array(codes_AN)
-    model = fit_model(codes, codes.size).model
-    geometry = choose_geometry(*codes.shape)
+    codes, quantizer = _codes_array(codes_AN), None
+    if path is None:
+        geometry, model = choose_geometry(*codes.shape), fit_model(codes, codes.size).model
+        stored_model = model
+    else:
+        geometry = choose_path_geometry(*codes.shape, path.rows)
+        codes, quantizer, row_class_A = _path_codes(codes, path)
+        stored_model = _transposed(fit_trellis_model(codes, quantizer, row_class_A).model)
+        natural_A = 2 * path.row_class_A.cpu().numpy().astype(np.int64)
+        model = dataclasses.replace(
+            stored_model, row_class_A=natural_A, col_class_N=stored_model.row_class_A
+        )
+        codes, quantizer = (np.ascontiguousarray(part.T) for part in (codes, quantizer))
     groups = []
     for band, part in geometry.groups():
         rows = slice(band * geometry.band_rows, band * geometry.band_rows + part.rows)
-        part_model = model.rows(rows)
-        groups.append(encode_chunks(codes[rows], part_model, part))
-    return torch.from_numpy(build(model, geometry, groups, associated))
+        of_rows = None if quantizer is None else quantizer[rows]
+        groups.append(encode_chunks(codes[rows], stored_model.rows(rows), part, of_rows))
+    payload = build(model, geometry, groups, associated, trellis=path is not None)
+    return torch.from_numpy(payload)
+
+
+def _transposed(model: CodeModel) -> CodeModel:
+    """Return the model of a matrix whose columns are the rows of another."""
+    return dataclasses.replace(model, row_class_A=model.col_class_N, col_class_N=model.row_class_A)
+
+
+def _stored(model: CodeModel) -> tuple[np.ndarray, CodeModel]:
+    """Return the order of the paths of a trellis, and the model of the matrix as it is stored."""
+    order_A = row_order(model.row_class_A)
+    return order_A, _transposed(model.rows(order_A))
 
 
 def decode(payload: Tensor, *, rows: slice | None = None) -> Tensor:
@@ -86,40 +151,17 @@ def decode(payload: Tensor, *, rows: slice | None = None) -> Tensor:
             Default: all rows.
 
     Returns:
-        The codes, int32, on the CPU.
+        The codes, or the values of a trellis, int32, on the CPU.
 
     Raises:
         CodecError: the payload is damaged, cut off, or of an unknown kind.
         ValueError: the step of `rows` is not 1.
     """
     encoded = EncodedCodes.parse(_payload_array(payload))
-    geometry = encoded.header.geometry
-    start, stop, step = (rows or slice(None)).indices(geometry.rows)
+    start, stop, step = (rows or slice(None)).indices(encoded.header.rows)
     if step != 1:
         raise ValueError(f"decode: rows has step {step}; only step 1 is supported")
-    stop = max(start, stop)
-    if geometry.chunks == 0 or start == stop:
-        return torch.empty((stop - start, geometry.cols), dtype=torch.int32)
-    first, last = start // geometry.band_rows, -(-stop // geometry.band_rows)
-    encoded.check_chunks(first * geometry.segments, last * geometry.segments)
-    bands, top = geometry.part(first, last), first * geometry.band_rows
-    model = encoded.model.rows(slice(top, top + bands.rows))
-    offsets = encoded.offsets[first * geometry.segments : last * geometry.segments + 1]
-    table, codes_AN = model.decoder_table(), np.empty((bands.rows, bands.cols), np.int32)
-    for band, part in bands.groups():
-        group = slice(band * bands.band_rows, band * bands.band_rows + part.rows)
-        chunk = band * bands.segments
-        part_offsets = offsets[chunk : chunk + part.chunks + 1]
-        try:
-            decode_chunks(
-                encoded.words, part_offsets, model.rows(group), table, part, codes_AN[group]
-            )
-        except StreamError as error:
-            chunk += first * geometry.segments + error.chunk
-            raise CodecError(f"payload: chunk {chunk}: {error.reason}") from error
-    codes_AN = torch.from_numpy(codes_AN)
-    # a part is copied, as a view would keep the memory of all bands alive
-    return codes_AN if len(codes_AN) == stop - start else codes_AN[start - top : stop - top].clone()
+    return torch.from_numpy(_decode_rows(encoded, np.arange(start, max(start, stop))))
 
 
 def decode_rows(payload: Tensor, rows_U: Tensor) -> Tensor:
@@ -130,50 +172,84 @@ def decode_rows(payload: Tensor, rows_U: Tensor) -> Tensor:
         rows_U: indices of rows, in ascending order.
 
     Returns:
-        The codes (U, N), int32, on the CPU.
+        The codes, or the values of a trellis, (U, N), int32, on the CPU.
 
     Raises:
         IndexError: an index is out of range.
         CodecError: the payload is damaged, cut off, or of an unknown kind.
     """
     encoded = EncodedCodes.parse(_payload_array(payload))
-    geometry, rows_U = encoded.header.geometry, rows_U.numpy()
-    if len(rows_U) and not 0 <= rows_U[0] <= rows_U[-1] < geometry.rows:
+    rows_U, count = rows_U.numpy(), encoded.header.rows
+    if len(rows_U) and not 0 <= rows_U[0] <= rows_U[-1] < count:
         raise IndexError(
-            f"rows {rows_U[0]} to {rows_U[-1]} were requested, but the payload has {geometry.rows}"
+            f"rows {rows_U[0]} to {rows_U[-1]} were requested, but the payload has {count}"
         )
-    codes_UN = np.empty((len(rows_U), geometry.cols), np.int32)
-    table = encoded.model.decoder_table()
-    bands, band_U = np.unique(rows_U // geometry.band_rows, return_inverse=True)
-    for first in range(0, len(bands) if geometry.chunks else 0, geometry.group_bands):
-        together = bands[first : first + geometry.group_bands]
-        codes_AN = _decode_bands(encoded, together, table)
-        mine_U = (first <= band_U) & (band_U < first + len(together))
-        # only the last band of a matrix is smaller than the others
-        row = (band_U[mine_U] - first) * geometry.band_rows + rows_U[mine_U] % geometry.band_rows
-        codes_UN[mine_U] = codes_AN[row]
-    return torch.from_numpy(codes_UN)
+    return torch.from_numpy(_decode_rows(encoded, rows_U))
 
 
-def _decode_bands(encoded: EncodedCodes, bands: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Return the codes of some bands, decoded as one matrix of their rows."""
+def _decode_rows(encoded: EncodedCodes, rows_U: np.ndarray) -> np.ndarray:
+    """Return some rows of a matrix, as they were given to `encode`, int32."""
+    geometry, model = encoded.header.geometry, encoded.model
+    codes_UN = np.empty((len(rows_U), encoded.header.cols), np.int32)
+    if not codes_UN.size:
+        return codes_UN
+    if not encoded.header.trellis:
+        segments = np.arange(geometry.segments)
+        bands, band_U = np.unique(rows_U // geometry.band_rows, return_inverse=True)
+        for first in range(0, len(bands), geometry.group_bands):
+            together = bands[first : first + geometry.group_bands]
+            codes_AN = _decode_part(encoded, together, segments, model)
+            mine_U = (first <= band_U) & (band_U < first + len(together))
+            # only the last band of a matrix is smaller than the others
+            row = (band_U[mine_U] - first) * geometry.band_rows
+            codes_UN[mine_U] = codes_AN[row + rows_U[mine_U] % geometry.band_rows]
+        return codes_UN
+    order_A, model = _stored(model)
+    place_U = order_A.argsort()[rows_U]
+    paths, path_U = np.unique(place_U // geometry.cols_per_chunk, return_inverse=True)
+    column_U = path_U * geometry.cols_per_chunk + place_U % geometry.cols_per_chunk
+    for first in range(0, geometry.bands, geometry.group_bands):
+        bands = np.arange(first, min(first + geometry.group_bands, geometry.bands))
+        values_NA = _decode_part(encoded, bands, paths, model)
+        column = first * geometry.band_rows
+        codes_UN[:, column : column + len(values_NA)] = values_NA[:, column_U].T
+    return codes_UN
+
+
+def _decode_part(
+    encoded: EncodedCodes,
+    bands: np.ndarray,
+    segments: np.ndarray,
+    model: CodeModel,
+) -> np.ndarray:
+    """Return the rows of some bands in the columns of some segments, as they are stored.
+
+    Args:
+        encoded: the payload.
+        bands, segments: indices in ascending order.
+        model: model of the matrix as it is stored.
+    """
     geometry = encoded.header.geometry
-    rows_A = (bands[:, None] * geometry.band_rows + np.arange(geometry.band_rows)).ravel()
-    rows_A = rows_A[rows_A < geometry.rows]
-    chunks = (bands[:, None] * geometry.segments + np.arange(geometry.segments)).ravel()
-    words = []
-    for chunk in chunks.tolist():
-        encoded.check_chunks(chunk, chunk + 1)
-        words.append(encoded.words[encoded.offsets[chunk] : encoded.offsets[chunk + 1]])
-    offsets = np.cumsum([0, *map(len, words)])
-    part = Geometry(len(rows_A), geometry.cols, geometry.rows_per_lane, geometry.cols_per_chunk)
+    rows_A = _members(bands, geometry.band_rows, geometry.rows)
+    cols_N = _members(segments, geometry.cols_per_chunk, geometry.cols)
+    chunks = (bands[:, None] * geometry.segments + segments).ravel()
+    words, offsets = encoded.words_of(chunks)
+    part = Geometry(len(rows_A), len(cols_N), geometry.rows_per_lane, geometry.cols_per_chunk)
     codes_AN = np.empty((part.rows, part.cols), np.int32)
+    model = dataclasses.replace(
+        model, row_class_A=model.row_class_A[rows_A], col_class_N=model.col_class_N[cols_N]
+    )
     try:
-        model = encoded.model.rows(rows_A)
-        decode_chunks(np.concatenate(words), offsets, model, table, part, codes_AN)
+        decode_chunks(words, offsets, model, part, codes_AN, trellis=encoded.header.trellis)
     except StreamError as error:
         raise CodecError(f"payload: chunk {chunks[error.chunk]}: {error.reason}") from error
     return codes_AN
+
+
+def _members(parts: np.ndarray, size: int, count: int) -> np.ndarray:
+    """Return the indices below `count` that some parts of `size` indices have."""
+    index = (parts[:, None] * size + np.arange(size)).ravel()
+    return index[index < count]
 
 
 def verify(payload: Tensor, *, associated: bytes | None = None) -> None:
@@ -224,26 +300,56 @@ def read_header(payload: Tensor) -> Header:
     return Header.parse(_payload_array(payload))
 
 
-def payload_bits(codes_AN: Tensor, *, rows: int | None = None) -> float:
+def payload_bits(codes_AN: Tensor, *, rows: int | None = None, path: Path | None = None) -> float:
     """Predict the size of a payload in bits, without encoding the codes.
 
     Args:
-        codes_AN: all codes of the matrix, or a sample of its rows.
+        codes_AN: all codes of the matrix, or values of a trellis, or a sample of its rows.
         rows: number of rows of the whole matrix; default: the number of rows of `codes_AN`.
+        path: the path of the values of a trellis, with the classes of the rows in `codes_AN`;
+            default: the matrix holds codes.
+
+    Raises:
+        CodecError: the values are on no path.
     """
     codes = _codes_array(codes_AN)
     sampled, cols = codes.shape
     rows = sampled if rows is None else rows
-    geometry = choose_geometry(rows, cols)
-    fit = fit_model(codes, rows * cols)
+    if path is None:
+        geometry, fit = choose_geometry(rows, cols), fit_model(codes, rows * cols)
+    else:
+        geometry = choose_path_geometry(rows, cols, path.rows)
+        fit = fit_trellis_model(*_path_codes(codes, path))
     lanes = int(geometry.lanes_B.sum()) * geometry.segments
     codes_bits = fit.code_bits * rows / max(1, sampled)
-    return codes_bits + LANE_BITS * lanes + head_bits(fit.model, geometry)
+    head = head_bits(fit.model, geometry, rows, trellis=path is not None)
+    return codes_bits + LANE_BITS * lanes + head
 
 
-def code_statistics(codes_AN: Tensor) -> CodeStatistics:
-    """Return entropies, classes and tables of a matrix of codes."""
-    return codes_statistics(_codes_array(codes_AN))
+def code_statistics(codes_AN: Tensor, *, path: Path | None = None) -> CodeStatistics:
+    """Return entropies, classes and tables of a matrix of codes, or of values of a trellis.
+
+    Raises:
+        CodecError: the values are on no path.
+    """
+    codes = _codes_array(codes_AN)
+    if path is None:
+        return codes_statistics(codes, fit_model(codes, codes.size))
+    codes, quantizer, row_class_A = _path_codes(codes, path)
+    return codes_statistics(codes, fit_trellis_model(codes, quantizer, row_class_A), quantizer)
+
+
+def read_path(payload: Tensor) -> Path | None:
+    """Return the path of the values of a trellis, or None if the payload holds codes.
+
+    Raises:
+        CodecError: the head of the payload is damaged, cut off, or of an unknown kind.
+    """
+    encoded = EncodedCodes.parse(_payload_array(payload))
+    if not encoded.header.trellis:
+        return None
+    row_class_A = torch.from_numpy(encoded.model.row_class_A // 2)
+    return Path(row_class_A, encoded.header.cols_per_chunk)
 
 
 class Parts(NamedTuple):
@@ -252,8 +358,11 @@ class Parts(NamedTuple):
     header: Header
     tensors: tuple[Tensor, ...]
     """In this order: the words (int16); the index of the first word of every chunk, and the number
-    of words at the end (int64); the classes of the rows and of the columns (int32);
-    `CodeModel.decoder_table` (int32); the shifts of the keys (int32)."""
+    of words at the end (int64); the classes of the rows and of the columns of the stored matrix
+    (int32); `CodeModel.decoder_table` (int32); the shifts of the keys (int32)."""
+    order_A: Tensor | None
+    """For a trellis, the row of the weight in each column of the stored matrix, int64; else None,
+    as the matrix is stored as it is."""
 
 
 def take_apart(payload: Tensor) -> Parts:
@@ -264,7 +373,10 @@ def take_apart(payload: Tensor) -> Parts:
     """
     encoded = EncodedCodes.parse(_payload_array(payload))
     encoded.check_chunks()
-    model = encoded.model
+    model, order_A = encoded.model, None
+    if encoded.header.trellis:
+        order, model = _stored(model)
+        order_A = torch.from_numpy(order)
     arrays = (
         encoded.words.view(np.int16),
         encoded.offsets.astype(np.int64),
@@ -273,4 +385,4 @@ def take_apart(payload: Tensor) -> Parts:
         model.decoder_table().view(np.int32),
         model.shift_K.astype(np.int32),
     )
-    return Parts(encoded.header, tuple(torch.from_numpy(array) for array in arrays))
+    return Parts(encoded.header, tuple(torch.from_numpy(array) for array in arrays), order_A)

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from watersic_hf.codec import compiled
 from watersic_hf.codec.layout import LARGE
 from watersic_hf.codec.model import (
     COST_UNIT,
+    EVEN_TABLES,
     MAX_SHIFT,
     SYMBOLS,
     WORD_BITS,
     CodeModel,
+    first_tables,
     library,
     split_values,
     to_symbols,
@@ -40,6 +43,10 @@ ROW_BOUND = 8
 COL_ROUNDS, SAMPLE = 2, 1 << 20
 #: Number of codes that are processed at a time.
 BLOCK = 1 << 15
+#: Classes per octave with a trellis, whose row classes are chosen before the codes.
+TRELLIS_RESOLUTION = 8
+#: Largest class of a row with a trellis, so that there are not too many keys.
+MAX_ROW_CLASS = 96
 
 
 def rounded_magnitude(scale: np.ndarray) -> np.ndarray:
@@ -150,9 +157,7 @@ def fit_model(codes_AN: np.ndarray, cells: int) -> Fit:
     """
     A, N = codes_AN.shape
     if A * N == 0:
-        none = np.zeros(0, np.uint8)
-        zeros = np.zeros(A, np.int64), np.zeros(N, np.int64)
-        return Fit(CodeModel(*zeros, none, none, 1), np.zeros((0, SYMBOLS)))
+        return _empty_fit(np.zeros(A, np.int64), N)
     # twice the resolution costs one more bit per row and column, and saves 0.005 bit per code
     resolution = 8 if cells >= LARGE else 4
     row_class_A, col_class_N = scale_classes(codes_AN, resolution)
@@ -161,11 +166,94 @@ def fit_model(codes_AN: np.ndarray, cells: int) -> Fit:
     col_class_N -= col_class_N.min()
     keys = int(row_class_A.max() + col_class_N.max()) + 1
     shift_K = _shifts((lowest + np.arange(keys)) / resolution)
-    escape_words = 1 if -(2**15) <= codes_AN.min() <= codes_AN.max() < 2**15 else 2
-    model = CodeModel(row_class_A, col_class_N, np.zeros(keys, np.uint8), shift_K, escape_words)
+    model = CodeModel(
+        row_class_A, col_class_N, np.zeros(keys, np.int64), shift_K, _escape_words(codes_AN)
+    )
     count_KS = _count(codes_AN, model)
-    table_K = (count_KS @ _costs(escape_words)).argmin(1).astype(np.uint8)
+    table_K = (count_KS @ _costs(model.escape_words)[:, :EVEN_TABLES]).argmin(1)
     return Fit(dataclasses.replace(model, table_K=table_K), count_KS)
+
+
+def fit_trellis_model(
+    codes_AN: np.ndarray, quantizer_AN: np.ndarray, row_class_A: np.ndarray
+) -> Fit:
+    """Return a model for codes of a trellis, and the frequencies of its symbols.
+
+    A key is twice the sum of the classes, plus the quantizer; the model has doubled classes.
+
+    Args:
+        codes_AN: all codes of the matrix or a sample of its rows, int32, in the order of the path.
+        quantizer_AN: their quantizers, uint8.
+        row_class_A: classes of these rows, int64, not negative; `TRELLIS_RESOLUTION` per octave.
+    """
+    A, N = codes_AN.shape
+    if A * N == 0:
+        return _empty_fit(2 * row_class_A, N)
+    col_class_N = _trellis_column_classes(codes_AN, row_class_A)
+    lowest = int(col_class_N.min())
+    col_class_N -= lowest
+    sums = int(row_class_A.max() + col_class_N.max()) + 1
+    shift_K = _shifts((lowest + np.arange(sums)) / TRELLIS_RESOLUTION).repeat(2)
+    model = CodeModel(
+        2 * row_class_A,
+        2 * col_class_N,
+        np.zeros(2 * sums, np.int64),
+        shift_K,
+        _escape_words(codes_AN),
+    )
+    count_KS = _count(codes_AN, model, quantizer_AN)
+    cost_ST, table_K = _costs(model.escape_words), np.empty(2 * sums, np.int64)
+    first_K = first_tables(shift_K)
+    for first in (0, EVEN_TABLES):
+        chosen_K = first_K == first
+        cost_KT = count_KS[chosen_K] @ cost_ST[:, first : first + EVEN_TABLES]
+        table_K[chosen_K] = first + cost_KT.argmin(1)
+    return Fit(dataclasses.replace(model, table_K=table_K), count_KS)
+
+
+def _empty_fit(row_class_A: np.ndarray, columns: int) -> Fit:
+    """Return the fit of a matrix without codes."""
+    none = np.zeros(0, np.int64)
+    model = CodeModel(row_class_A, np.zeros(columns, np.int64), none, none.astype(np.uint8), 1)
+    return Fit(model, np.zeros((0, SYMBOLS)))
+
+
+def _escape_words(codes_AN: np.ndarray) -> int:
+    """Return the number of words in which every code fits."""
+    return 1 if -(2**15) <= codes_AN.min() <= codes_AN.max() < 2**15 else 2
+
+
+@functools.lru_cache(maxsize=1)
+def _trellis_magnitude_curve() -> tuple[np.ndarray, np.ndarray]:
+    """Return log2 of a range of scales, and the mean magnitudes of codes of a trellis.
+
+    A scale s is that of codes, half of that of values.  The code of the nearest value of quantizer
+    0 has the magnitude of a rounded number; quantizer 1 has its decision levels at 1/4, 1, 2, ....
+    """
+    log_scale, even = _magnitude_curve()
+    scale = np.minimum(2.0**log_scale, 4.0)
+    uneven = np.zeros_like(scale)
+    for level in (0.25, *range(1, 40)):
+        uneven += [math.erfc(level / (s * math.sqrt(2))) for s in scale]
+    uneven = np.where(log_scale < 2, uneven, even + 0.25)
+    return log_scale, (even + uneven) / 2
+
+
+def _trellis_column_classes(codes_AN: np.ndarray, row_class_A: np.ndarray) -> np.ndarray:
+    """Return integers c_N such that codes have the scale 2^((row class + c) / resolution)."""
+    A, N = codes_AN.shape
+    log_scale, magnitude = _trellis_magnitude_curve()
+    bound_N = np.full(N, 2.0**31)
+    sample_AN = codes_AN[:: max(1, A * N // SAMPLE)]
+    for _ in range(COL_ROUNDS):
+        bound_N = np.rint(COL_BOUND * _column_means(sample_AN, bound_N)) + 2
+    mean_N = _column_means(codes_AN, bound_N)
+    count_R = np.bincount(row_class_A)
+    low, high = (int(TRELLIS_RESOLUTION * end) for end in SCALE_RANGE)
+    classes = np.arange(low - len(count_R), high + 1)
+    level = (classes[:, None] + np.arange(len(count_R))) / TRELLIS_RESOLUTION
+    expected = np.interp(level, log_scale, magnitude) @ (count_R / A)
+    return np.rint(np.interp(mean_N, expected, classes)).astype(np.int64)
 
 
 def _shifts(level_K: np.ndarray) -> np.ndarray:
@@ -176,11 +264,21 @@ def _shifts(level_K: np.ndarray) -> np.ndarray:
     return shift_K.astype(np.uint8)
 
 
-def _count(codes_AN: np.ndarray, model: CodeModel) -> np.ndarray:
-    """Return the number of codes of every key by symbol, float64 [K, 256]."""
+def _count(
+    codes_AN: np.ndarray, model: CodeModel, quantizer_AN: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the number of codes of every key by symbol, float64 [K, 256].
+
+    `quantizer_AN` is added to the keys, if it is given.
+    """
+    kernels = compiled.functions()
+    if kernels is not None:
+        return compiled.count(kernels, codes_AN, model, quantizer_AN)
     count = np.zeros(len(model.shift_K) * SYMBOLS)
     for rows in row_blocks(codes_AN):
         keys = model.row_class_A[rows, None] + model.col_class_N
+        if quantizer_AN is not None:
+            keys += quantizer_AN[rows]
         if keys.max() < model.first_shifted_key:
             symbols = to_symbols(codes_AN[rows])
         else:

@@ -187,7 +187,7 @@ class Geometry:
                 (0, short, self.segments),
                 (short, self.cols_per_chunk, self.segments - 1),
             ):
-                if begin < end:
+                if begin < end and segments:
                     flat = (np.arange(segments)[:, None] * len(active) + starts).ravel()
                     edges = np.append(flat, segments * len(active))
                     yield Span(begin, end, segments, active, row[active], edges)
@@ -210,3 +210,15 @@ def choose_geometry(rows: int, cols: int) -> Geometry:
     segments = max(1, round(cols / steps))
     rows_per_lane = max(1, min(rows, round(steps / cols)))
     return Geometry(rows, cols, rows_per_lane, -(-cols // segments))
+
+
+def choose_path_geometry(rows: int, cols: int, path_rows: int) -> Geometry:
+    """Return a geometry for the columns of a matrix as paths of `path_rows` rows.
+
+    The matrix is stored with its columns as rows; a chunk holds one path of each of its columns.
+    """
+    steps = STEPS_LARGE if rows * cols >= LARGE else STEPS_SMALL
+    if rows == 0 or cols == 0:
+        return Geometry(cols, rows, 1, 1)
+    path_rows = min(path_rows, rows)
+    return Geometry(cols, rows, max(1, min(cols, round(steps / path_rows))), path_rows)

@@ -3,7 +3,8 @@
 A symbol is one byte: a value -127 .. 127 in two's complement, or -128, the escape.  A table is a
 discrete Gaussian, or a mixture of it with Gaussians of 2 and 4 times its standard deviation.  All
 symbols of its support have non-zero frequencies, which sum to exactly 2^12, and no symbol has
-probability one.
+probability one.  The second half of the library is for quantizer 1 of the trellis
+(`watersic_hf.codec.trellis`), whose values 0, +-1, +-3, ... are not evenly spaced.
 
 The tables are computed in Python's integer arithmetic, so they are identical on all machines.
 FORMAT.md defines the computation.
@@ -36,6 +37,10 @@ WORD_BITS = 16
 SHAPES = ((1, 0, 0), (16, 1, 0), (128, 16, 1), (64, 16, 1), (4, 2, 1))
 #: Exponent e(s) = m / 2^k of the Gaussian 2^(-e v^2): m = 7, 6, 5, 4 for every k = -1..10.
 SCALES = 48
+#: Number of tables for evenly spaced values; as many follow for quantizer 1 of the trellis.
+EVEN_TABLES = SCALES * len(SHAPES)
+#: Widths of the values 0, +-1 and all others of quantizer 1, by which its weights are multiplied.
+UNEVEN_WIDTHS = (7, 13, 16)
 #: Exponents are integers in units of 2^-15.
 FRACTION_BITS = 15
 #: A symbol belongs to the support if its weight is at least 2^-16 of the sum of all weights.
@@ -66,10 +71,16 @@ def power(exponent: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _gaussian(scale: int, doublings: int) -> list[int]:
-    """Return ``power(e v^2 / 4^doublings)`` for v = 0 .. SUM_LIMIT, with e of a scale."""
+def _gaussian(scale: int, doublings: int, uneven: bool) -> list[int]:
+    """Return ``power(e v^2 / 4^doublings)`` for v = 0 .. SUM_LIMIT, with e of a scale.
+
+    For uneven values, v^2 is replaced by ``(2 v - 1)^2 / 2``, and by 0 for v = 0.
+    """
     unit = (7 - scale % 4) << (FRACTION_BITS + 1 - scale // 4)
-    return [power(unit * v * v >> 2 * doublings) for v in range(SUM_LIMIT + 1)]
+    if not uneven:
+        return [power(unit * v * v >> 2 * doublings) for v in range(SUM_LIMIT + 1)]
+    tail = [power(unit * (2 * v - 1) ** 2 >> 1 + 2 * doublings) for v in range(1, SUM_LIMIT + 1)]
+    return [power(0), *tail]
 
 
 def table_frequencies(table: int) -> list[int]:
@@ -81,11 +92,15 @@ def table_frequencies(table: int) -> list[int]:
     rounded.
 
     Args:
-        table: number of the table in the library.
+        table: number of the table in the library; from `EVEN_TABLES` on, it is for uneven values.
     """
-    scale, heights = table // len(SHAPES), SHAPES[table % len(SHAPES)]
-    parts = [_gaussian(scale, i) for i in range(len(heights))]
+    uneven, number = divmod(table, EVEN_TABLES)
+    scale, heights = number // len(SHAPES), SHAPES[number % len(SHAPES)]
+    parts = [_gaussian(scale, i, bool(uneven)) for i in range(len(heights))]
     weights = [sum(map(operator.mul, heights, values)) for values in zip(*parts, strict=True)]
+    if uneven:
+        zero, one, other = UNEVEN_WIDTHS
+        weights = [zero * weights[0], one * weights[1], *(other * w for w in weights[2:])]
     total = 2 * sum(weights) - weights[0]
     limit = max(v for v in range(LIMIT + 1) if weights[v] << SUPPORT_BITS >= total)
     inside = [weights[abs(v)] for v in range(-limit, limit + 1)]
@@ -130,7 +145,7 @@ COST_UNIT = 1 << 16
 @functools.lru_cache(maxsize=1)
 def library() -> Library:
     """Return the library of symbol tables, which is built on the first call."""
-    tables = SCALES * len(SHAPES)
+    tables = 2 * EVEN_TABLES
     frequency_TS = np.zeros((tables, SYMBOLS), np.uint16)
     start_TS = np.zeros((tables, SYMBOLS), np.uint16)
     limit_T = np.zeros(tables, np.int64)
@@ -159,7 +174,7 @@ class CodeModel:
     Attributes:
         row_class_A, col_class_N: classes of the rows and columns, int64, not negative; the sum of
             both is the key of a code.
-        table_K: library table of every key, uint8.
+        table_K: library table of every key, int64.
         shift_K: number of low bits that are stored separately from the symbol, by key, uint8.
         escape_words: number of words of an escaped value, 1 or 2.
     """
@@ -184,6 +199,15 @@ class CodeModel:
 
         An entry is symbol << 24 | (slot - start) << 12 | frequency; uint32 [K * 4096].
         """
+        pages, page_K = self.decoder_pages()
+        return pages.reshape(-1, TOTAL)[page_K // TOTAL].ravel()
+
+    def decoder_pages(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the entries of `decoder_table` once for every table, and where each key's begin.
+
+        Returns:
+            The entries, uint32, and the index of the first entry of every key, int64.
+        """
         tables = library()
         distinct, index_K = np.unique(self.table_K, return_inverse=True)
         pages = np.empty((len(distinct), TOTAL), np.uint32)
@@ -194,7 +218,7 @@ class CodeModel:
             entry = (symbols.astype(np.uint32) << 24) | frequency
             page[:] = np.repeat(entry, frequency)
             page += (np.arange(TOTAL, dtype=np.uint32) - np.repeat(start, frequency)) << PRECISION
-        return pages[index_K].ravel()
+        return pages.ravel(), TOTAL * index_K.astype(np.int64)
 
     def encoder_table(self) -> np.ndarray:
         """Return the lookup table for encoding, with an entry for every key and symbol.
@@ -208,6 +232,15 @@ class CodeModel:
         escaped_KS = tables.outside_ST[:, self.table_K].T
         escape_K1 = entry_KS[:, ESCAPE, None] | np.uint32(1 << 24)
         return np.where(escaped_KS, escape_K1, entry_KS).ravel()
+
+
+def first_tables(shift_K: np.ndarray) -> np.ndarray:
+    """Return the first table of the part of the library that a key of a trellis uses.
+
+    Odd keys are those of quantizer 1.  With low bits, its values are evenly spaced but for the
+    smallest, and it shares the tables of quantizer 0.
+    """
+    return np.where((np.arange(len(shift_K)) % 2 == 1) & (shift_K == 0), EVEN_TABLES, 0)
 
 
 def split_values(values: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,148 +8,28 @@ the head.
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 
 from watersic_hf.codec import rice
-from watersic_hf.codec.layout import MAX_STEPS, Geometry
-from watersic_hf.codec.model import MAX_SHIFT, CodeModel, library
-
-MAGIC = b"WSIC"
-FORMAT_VERSION = 1
-#: Reconstruction rule "scalar": the value of a code is the code itself.
-RULE_SCALAR = 1
-#: Largest number of keys; the widest range of scales has fewer at eight classes per octave.
-MAX_KEYS = 1024
-
-_HEADER = struct.Struct("<4sHHIIIIHHHHBBHIIII")
-#: The last four bytes of the fixed header: the checksum of the head without these bytes.
-_CHECKSUM = slice(_HEADER.size - 4, _HEADER.size)
-#: The four bytes before them: the checksum of the associated bytes.
-_ASSOCIATED = slice(_CHECKSUM.start - 4, _CHECKSUM.start)
-
-
-class CodecError(ValueError):
-    """A payload is damaged, cut off, or of a kind that this version does not read."""
-
-
-def _fail(found: str) -> NoReturn:
-    raise CodecError(f"payload: {found}")
-
-
-@dataclass(frozen=True)
-class Header:
-    """The fixed header of a payload.
-
-    Attributes:
-        version, rule: format version and reconstruction rule.
-        rows, cols: shape of the matrix of codes.
-        rows_per_lane, cols_per_chunk: geometry of the chunks.
-        keys: number of keys; every key has a symbol table.
-        first_shifted_key: first key that has a shift.
-        row_centre, col_centre: class that is subtracted from the classes before they are stored.
-        row_parameter, col_parameter: Rice parameters of the classes.
-        escape_words: number of words of an escaped value.
-        row_bytes, col_bytes: number of bytes of the Rice codes of the classes.
-        associated_checksum: CRC-32 of the bytes that belong to the codes but are stored elsewhere.
-        head_checksum: CRC-32 of everything before the words, except this field.
-    """
-
-    version: int
-    rule: int
-    rows: int
-    cols: int
-    rows_per_lane: int
-    cols_per_chunk: int
-    keys: int
-    first_shifted_key: int
-    row_centre: int
-    col_centre: int
-    row_parameter: int
-    col_parameter: int
-    escape_words: int
-    row_bytes: int
-    col_bytes: int
-    associated_checksum: int
-    head_checksum: int
-
-    @classmethod
-    def parse(cls, payload: np.ndarray) -> "Header":
-        """Read the fixed header, and check that every field has an allowed value.
-
-        Args:
-            payload: bytes of the payload, uint8.
-
-        Raises:
-            CodecError: the header is cut off or has a value that is not allowed.
-        """
-        if len(payload) < _HEADER.size:
-            _fail(f"cut off: {len(payload)} bytes are fewer than the {_HEADER.size} of the header")
-        magic, *fields = _HEADER.unpack_from(payload)
-        if magic != MAGIC:
-            _fail(f"starts with {magic!r}, not with {MAGIC!r}")
-        header = cls(*fields)
-        if header.version != FORMAT_VERSION:
-            _fail(f"format version {header.version}; this codec reads version {FORMAT_VERSION}")
-        if header.rule != RULE_SCALAR:
-            _fail(
-                f"reconstruction rule {header.rule}; this codec knows rule {RULE_SCALAR} (scalar)"
-            )
-        header._check(len(payload))
-        return header
-
-    def _check(self, size: int) -> None:
-        """Check the fields, and the sizes against the number of bytes of the payload."""
-        steps = self.rows_per_lane * self.cols_per_chunk
-        if not 1 <= steps <= MAX_STEPS:
-            _fail(f"{steps} steps per lane; 1 to {MAX_STEPS} are allowed")
-        if self.keys > MAX_KEYS or self.first_shifted_key > self.keys:
-            _fail(
-                f"{self.keys} keys, shifted from {self.first_shifted_key}; at most {MAX_KEYS} keys "
-                f"are allowed"
-            )
-        if max(self.row_parameter, self.col_parameter) > rice.MAX_PARAMETER:
-            _fail(
-                f"Rice parameters {self.row_parameter} and {self.col_parameter}; at most "
-                f"{rice.MAX_PARAMETER} is allowed"
-            )
-        if self.escape_words not in (1, 2):
-            _fail(f"{self.escape_words} words per escaped value; 1 or 2 are allowed")
-        if self.rows > 8 * self.row_bytes or self.cols > 8 * self.col_bytes:
-            _fail(
-                f"{self.rows} x {self.cols} classes in {self.row_bytes} and {self.col_bytes} "
-                f"bytes; a class takes at least one bit"
-            )
-        if self.model_end > size:
-            _fail(f"cut off: {size} bytes, but the classes alone end at byte {self.model_end}")
-        if self.words_start > size:
-            _fail(f"cut off: {size} bytes, but the chunk directory ends at byte {self.words_start}")
-
-    @property
-    def geometry(self) -> Geometry:
-        """Shape of the matrix and of its chunks."""
-        return Geometry(self.rows, self.cols, self.rows_per_lane, self.cols_per_chunk)
-
-    @property
-    def model_end(self) -> int:
-        """Byte after the classes."""
-        shifts = self.keys - self.first_shifted_key
-        return _HEADER.size + self.keys + shifts + self.row_bytes + self.col_bytes
-
-    @property
-    def directory_start(self) -> int:
-        """First byte of the directory, a multiple of 4."""
-        return -(-self.model_end // 4) * 4
-
-    @property
-    def words_start(self) -> int:
-        """First byte of the words, which follow the directory."""
-        return self.directory_start + 8 * self.geometry.chunks
+from watersic_hf.codec.header import (
+    ASSOCIATED,
+    CHECKSUM,
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    MAX_KEYS,
+    RULE_SCALAR,
+    RULE_TRELLIS,
+    Header,
+    fail,
+)
+from watersic_hf.codec.layout import Geometry
+from watersic_hf.codec.model import EVEN_TABLES, MAX_SHIFT, CodeModel, first_tables
 
 
 def _head_checksum(head: np.ndarray) -> int:
-    return zlib.crc32(head[_HEADER.size :], zlib.crc32(head[: _CHECKSUM.start]))
+    return zlib.crc32(head[HEADER.size :], zlib.crc32(head[: CHECKSUM.start]))
 
 
 def _pack_classes(classes: np.ndarray) -> tuple[int, int, bytes]:
@@ -172,29 +52,33 @@ def _unpack_classes(
     try:
         classes = rice.unzigzag(rice.unpack(code, count, parameter)) + centre
     except ValueError as error:
-        _fail(f"{name} classes: {error}")
+        fail(f"{name} classes: {error}")
     if count and not 0 <= classes.min() <= classes.max() < MAX_KEYS:
-        _fail(
+        fail(
             f"{name} classes from {classes.min()} to {classes.max()}; "
             f"0 to {MAX_KEYS - 1} are allowed"
         )
     return classes
 
 
-def head_bits(model: CodeModel, geometry: Geometry) -> float:
+def head_bits(model: CodeModel, geometry: Geometry, rows: int, *, trellis: bool = False) -> float:
     """Return the number of bits before the words.
 
     Args:
         model: model of all rows of the matrix, or of a sample of them.
-        geometry: shape of the whole matrix and of its chunks.
+        geometry: shape of the whole matrix as it is stored, and of its chunks.
+        rows: number of rows of the whole matrix.
+        trellis: whether the classes of the model are doubled, as those of a trellis are.
     """
     row_bits, col_bits = (
         rice.code_bits(folded, rice.best_parameter(folded))
-        for _, folded in (_fold(model.row_class_A), _fold(model.col_class_N))
+        for _, folded in (
+            _fold(classes // (1 + trellis)) for classes in (model.row_class_A, model.col_class_N)
+        )
     )
-    row_bits *= geometry.rows / max(1, len(model.row_class_A))
+    row_bits *= rows / max(1, len(model.row_class_A))
     tables = 2 * len(model.table_K) - model.first_shifted_key
-    return 8 * (_HEADER.size + tables) + 64 * geometry.chunks + row_bits + col_bits
+    return 8 * (HEADER.size + tables) + 64 * geometry.chunks + row_bits + col_bits
 
 
 @dataclass(frozen=True)
@@ -229,19 +113,17 @@ class EncodedCodes:
         head = payload[: header.words_start]
         checksum = _head_checksum(head)
         if checksum != header.head_checksum:
-            _fail(
-                f"head has checksum {checksum:08x}, not {header.head_checksum:08x}; it is damaged"
-            )
+            fail(f"head has checksum {checksum:08x}, not {header.head_checksum:08x}; it is damaged")
         model = cls._parse_model(header, head)
         directory = head[header.directory_start :].copy().view("<u4").reshape(-1, 2)
         offsets = np.append(0, directory[:, 0].cumsum(dtype=np.int64))
         lanes_C = header.geometry.lanes_B.repeat(header.geometry.segments)
         short = np.flatnonzero(directory[:, 0] < 2 * lanes_C)
         if len(short):
-            _fail(f"chunk {short[0]} has fewer words than its {lanes_C[short[0]]} start states")
+            fail(f"chunk {short[0]} has fewer words than its {lanes_C[short[0]]} start states")
         if header.words_start + 2 * int(offsets[-1]) != len(payload):
             needed = header.words_start + 2 * int(offsets[-1])
-            _fail(f"{len(payload)} bytes; the chunk directory needs {needed}")
+            fail(f"{len(payload)} bytes; the chunk directory needs {needed}")
         words = payload[header.words_start :]
         # a payload inside a file may start at an odd address
         words = np.require(words.view("<u2"), np.uint16, requirements="CA")
@@ -250,7 +132,7 @@ class EncodedCodes:
     @staticmethod
     def _parse_model(header: Header, head: np.ndarray) -> CodeModel:
         """Return the tables, shifts and classes; check that every code has a key and a table."""
-        at = _HEADER.size
+        at = HEADER.size
         parts = []
         for size in (
             header.keys,
@@ -270,15 +152,24 @@ class EncodedCodes:
         )
         shift_K = np.append(np.zeros(header.first_shifted_key, np.uint8), shifts)
         if (shift_K > MAX_SHIFT).any():
-            _fail(f"a shift of {shift_K.max()} bits; at most {MAX_SHIFT} are allowed")
-        tables = len(library().limit_T)
-        if (table_K >= tables).any():
-            _fail(f"symbol table {table_K.max()}; version {header.version} has 0 to {tables - 1}")
+            fail(f"a shift of {shift_K.max()} bits; at most {MAX_SHIFT} are allowed")
+        if (table_K >= EVEN_TABLES).any():
+            fail(
+                f"symbol table {table_K.max()}; version {header.version} has 0 to {EVEN_TABLES - 1}"
+            )
+        table_K = table_K.astype(np.int64)
+        if header.trellis:
+            pairs = shift_K[: len(shift_K) // 2 * 2].reshape(-1, 2)
+            if (pairs[:, 0] != pairs[:, 1]).any():
+                fail("the two quantizers of a trellis have different shifts in a class")
+            table_K += first_tables(shift_K)
+            row_class_A, col_class_N = 2 * row_class_A, 2 * col_class_N
         if padding.any():
-            _fail("the bytes before the chunk directory are not zero")
-        if header.rows and header.cols and row_class_A.max() + col_class_N.max() >= header.keys:
-            highest = row_class_A.max() + col_class_N.max()
-            _fail(f"a code has key {highest}, but there are {header.keys} keys")
+            fail("the bytes before the chunk directory are not zero")
+        if header.rows and header.cols:
+            highest = row_class_A.max() + col_class_N.max() + header.trellis
+            if highest >= header.keys:
+                fail(f"a code has key {highest}, but there are {header.keys} keys")
         return CodeModel(row_class_A, col_class_N, table_K, shift_K, header.escape_words)
 
     def check_chunks(self, first: int = 0, stop: int | None = None) -> None:
@@ -296,10 +187,27 @@ class EncodedCodes:
             words = self.words[self.offsets[chunk] : self.offsets[chunk + 1]]
             checksum = zlib.crc32(words.astype("<u2", copy=False))
             if checksum != self.checksums[chunk]:
-                _fail(
+                fail(
                     f"chunk {chunk} has checksum {checksum:08x}, not {self.checksums[chunk]:08x}; "
                     "it is damaged"
                 )
+
+    def words_of(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the words of some chunks, uint16, and the first word of each and the end.
+
+        Args:
+            chunks: indices of chunks, in ascending order.
+
+        Raises:
+            CodecError: the words of a chunk are damaged.
+        """
+        for chunk in chunks.tolist():
+            self.check_chunks(chunk, chunk + 1)
+        if len(chunks) and chunks[-1] - chunks[0] == len(chunks) - 1:
+            # consecutive chunks need no copy
+            return self.words, self.offsets[chunks[0] : chunks[-1] + 2]
+        words = [self.words[self.offsets[chunk] : self.offsets[chunk + 1]] for chunk in chunks]
+        return np.concatenate(words), np.cumsum([0, *map(len, words)])
 
 
 def build(
@@ -307,30 +215,33 @@ def build(
     geometry: Geometry,
     groups: list[tuple[np.ndarray, np.ndarray]],
     associated: bytes,
+    *,
+    trellis: bool = False,
 ) -> np.ndarray:
     """Return a payload, uint8.
 
     Args:
         model: model of the codes.
-        geometry: shape of the matrix and of its chunks.
+        geometry: shape of the matrix as it is stored, and of its chunks.
         groups: for consecutive groups of chunks, their words and the number of words per chunk.
         associated: bytes that belong to the codes but are stored elsewhere.
+        trellis: whether the codes are those of a trellis, so that the model has doubled classes.
     """
     first_shifted = model.first_shifted_key
-    row_centre, row_parameter, row_code = _pack_classes(model.row_class_A)
-    col_centre, col_parameter, col_code = _pack_classes(model.col_class_N)
+    row_centre, row_parameter, row_code = _pack_classes(model.row_class_A // (1 + trellis))
+    col_centre, col_parameter, col_code = _pack_classes(model.col_class_N // (1 + trellis))
     entries = []
     for words, length_C in groups:
         stops = length_C.cumsum()
         words = words.astype("<u2", copy=False)
         for start, stop in zip(stops - length_C, stops, strict=True):
             entries += [stop - start, zlib.crc32(words[start:stop])]
-    fields = _HEADER.pack(
+    fields = HEADER.pack(
         MAGIC,
         FORMAT_VERSION,
-        RULE_SCALAR,
-        geometry.rows,
-        geometry.cols,
+        RULE_TRELLIS if trellis else RULE_SCALAR,
+        len(model.row_class_A),
+        len(model.col_class_N),
         geometry.rows_per_lane,
         geometry.cols_per_chunk,
         len(model.table_K),
@@ -344,9 +255,10 @@ def build(
         len(col_code),
         zlib.crc32(associated),
         0,
-    )[: _CHECKSUM.start]
-    rest = model.table_K.tobytes() + model.shift_K[first_shifted:].tobytes() + row_code + col_code
-    rest += bytes(-(len(rest) + _HEADER.size) % 4) + np.array(entries, "<u4").tobytes()
+    )[: CHECKSUM.start]
+    numbers_K = (model.table_K % EVEN_TABLES).astype(np.uint8)
+    rest = numbers_K.tobytes() + model.shift_K[first_shifted:].tobytes() + row_code + col_code
+    rest += bytes(-(len(rest) + HEADER.size) % 4) + np.array(entries, "<u4").tobytes()
     head = fields + struct.pack("<I", zlib.crc32(rest, zlib.crc32(fields))) + rest
     parts = [np.frombuffer(head, np.uint8)]
     parts += [words.astype("<u2", copy=False).view(np.uint8) for words, _ in groups]
@@ -365,7 +277,7 @@ def rebind(payload: np.ndarray, associated: bytes) -> np.ndarray:
     """
     header = EncodedCodes.parse(payload).header
     payload = payload.copy()
-    payload[_ASSOCIATED] = np.frombuffer(struct.pack("<I", zlib.crc32(associated)), np.uint8)
+    payload[ASSOCIATED] = np.frombuffer(struct.pack("<I", zlib.crc32(associated)), np.uint8)
     checksum = _head_checksum(payload[: header.words_start])
-    payload[_CHECKSUM] = np.frombuffer(struct.pack("<I", checksum), np.uint8)
+    payload[CHECKSUM] = np.frombuffer(struct.pack("<I", checksum), np.uint8)
     return payload

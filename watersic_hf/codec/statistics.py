@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from watersic_hf.codec.fit import fit_model, row_blocks
+from watersic_hf.codec.fit import Fit, row_blocks
 
 #: Magnitude up to which values are counted in a histogram; the few larger ones are sorted.
 COUNTED = 2047
@@ -35,17 +35,24 @@ class CodeStatistics:
     max_abs: int
 
 
-def codes_statistics(codes_AN: np.ndarray) -> CodeStatistics:
-    """Return the statistics of a matrix of int32 codes."""
+def codes_statistics(
+    codes_AN: np.ndarray, fit: Fit, quantizer_AN: np.ndarray | None = None
+) -> CodeStatistics:
+    """Return the statistics of a matrix of int32 codes.
+
+    Args:
+        codes_AN: codes.
+        fit: their model.
+        quantizer_AN: what is added to the keys, if these are codes of a trellis.
+    """
     if codes_AN.size == 0:
         return CodeStatistics(0.0, 0.0, 0, 0, 0, 0, 0)
-    fit = fit_model(codes_AN, codes_AN.size)
     model = fit.model
     return CodeStatistics(
         pooled_entropy=_entropy(
             codes_AN, np.zeros_like(model.row_class_A), np.zeros_like(model.col_class_N)
         ),
-        class_entropy=_entropy(codes_AN, model.row_class_A, model.col_class_N),
+        class_entropy=_entropy(codes_AN, model.row_class_A, model.col_class_N, quantizer_AN),
         row_classes=len(np.unique(model.row_class_A)),
         col_classes=len(np.unique(model.col_class_N)),
         tables=len(np.unique(model.table_K[fit.count_KS.any(1)])),
@@ -54,17 +61,24 @@ def codes_statistics(codes_AN: np.ndarray) -> CodeStatistics:
     )
 
 
-def _entropy(codes_AN: np.ndarray, row_class_A: np.ndarray, col_class_N: np.ndarray) -> float:
+def _entropy(
+    codes_AN: np.ndarray,
+    row_class_A: np.ndarray,
+    col_class_N: np.ndarray,
+    quantizer_AN: np.ndarray | None = None,
+) -> float:
     """Return the mean entropy of the histograms of the keys, in bits per code.
 
-    The key of a code is the sum of its row class and its column class.
+    The key of a code is the sum of its row class, its column class and its quantizer, if any.
     """
-    keys, width = int(row_class_A.max() + col_class_N.max()) + 1, 2 * COUNTED + 1
+    keys, width = int(row_class_A.max() + col_class_N.max()) + 2, 2 * COUNTED + 1
     count = np.zeros(keys * width)
     beyond = []
     for rows in row_blocks(codes_AN):
         codes = codes_AN[rows].astype(np.int64)
         key = row_class_A[rows, None] + col_class_N
+        if quantizer_AN is not None:
+            key = key + quantizer_AN[rows]
         inside = np.abs(codes) <= COUNTED
         index = (key * width + codes + COUNTED)[inside]
         count += np.bincount(index, minlength=len(count))

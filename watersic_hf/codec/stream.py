@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from watersic_hf.codec import compiled
 from watersic_hf.codec.ans import STATE_MIN, Decoder, Encoder
-from watersic_hf.codec.layout import Geometry, blocks
+from watersic_hf.codec.layout import Block, Geometry, Span, blocks
 from watersic_hf.codec.model import (
     LIMIT,
     SYMBOLS,
@@ -24,6 +25,7 @@ from watersic_hf.codec.model import (
     split_values,
     to_symbols,
 )
+from watersic_hf.codec.trellis import TrellisDecoder
 
 #: Smallest entry of the encoder's table for escaped symbols.
 _ESCAPED = 1 << 24
@@ -74,7 +76,10 @@ def _escape_at(end_C: np.ndarray, chunk: np.ndarray, width: int) -> np.ndarray:
 
 
 def encode_chunks(
-    codes_AN: np.ndarray, model: CodeModel, geometry: Geometry
+    codes_AN: np.ndarray,
+    model: CodeModel,
+    geometry: Geometry,
+    quantizer_AN: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode a matrix.
 
@@ -82,10 +87,14 @@ def encode_chunks(
         codes_AN: codes, int32.
         model: model of these codes.
         geometry: shape of the matrix and of its chunks.
+        quantizer_AN: with a trellis, what is added to the keys, uint8; default: nothing.
 
     Returns:
         The words of all chunks, uint16, and the number of words of every chunk.
     """
+    kernels = compiled.functions()
+    if kernels is not None and geometry.chunks:
+        return compiled.encode(kernels, codes_AN, model, geometry, quantizer_AN)
     table = model.encoder_table()
     states_SL = np.full((geometry.segments, int(geometry.lanes_B.sum())), STATE_MIN, np.uint32)
     records = []
@@ -94,6 +103,8 @@ def encode_chunks(
         encoder = Encoder(states_L, span.edges)
         for block in reversed(blocks(span, geometry)):
             keys_TL = block.keys(model.row_class_A, model.col_class_N)
+            if quantizer_AN is not None:
+                keys_TL += block.gather(quantizer_AN, np.copy, np.uint8)
             if keys_TL.max() < model.first_shifted_key:
                 symbols_TL = block.gather(codes_AN, to_symbols, np.uint8)
                 low_TL = shift_TL = None
@@ -173,9 +184,10 @@ def decode_chunks(
     words: np.ndarray,
     offsets: np.ndarray,
     model: CodeModel,
-    table: np.ndarray,
     geometry: Geometry,
     codes_AN: np.ndarray,
+    *,
+    trellis: bool,
 ) -> None:
     """Decode a matrix from its chunks.
 
@@ -183,61 +195,135 @@ def decode_chunks(
         words: words that contain those of the chunks, uint16.
         offsets: index of the first word of every chunk, and the index after the last chunk.
         model: model of the codes.
-        table: result of `CodeModel.decoder_table`, which is built once for many parts.
-        geometry: shape of the matrix and of its chunks.
-        codes_AN: output, codes, int32.
+        geometry: shape of the matrix as it is stored, and of its chunks.
+        codes_AN: output, int32: codes, or the values of a trellis whose paths are the rows.
+        trellis: whether the matrix is that of a trellis.
 
     Raises:
         StreamError: a chunk does not end at the right word, or in the right state.
     """
-    escapes = []
-    start_C, end_C = _by_segment(offsets[:-1], geometry), _by_segment(offsets[1:], geometry)
-    lanes_C = np.tile(geometry.lanes_B, geometry.segments)
-    head = _head_words(start_C, lanes_C)
-    states_SL = _get(words, head, 2).view(np.uint32).reshape(geometry.segments, -1)
-    cursor_C = start_C + 2 * lanes_C
-    for span in geometry.spans():
-        states_L = states_SL[: span.segments, span.active].ravel()
-        decoder = Decoder(states_L, span.edges, words, cursor_C[: len(span.edges) - 1])
-        for block in blocks(span, geometry):
-            keys_TL = block.keys(model.row_class_A, model.col_class_N)
-            shifted = keys_TL.max() >= model.first_shifted_key
-            shift_TL = model.shift_K[keys_TL].astype(np.uint32) if shifted else None
+    kernels = compiled.functions()
+    if kernels is None:
+        read = _decode_paths if trellis else _decode_codes
+        read(_Reader.at_start(words, offsets, geometry), model, codes_AN)
+        return
+    ends_C3 = compiled.decode(kernels, words, offsets, model, geometry, codes_AN, trellis=trellis)
+    for chunk in np.flatnonzero((ends_C3[:, 0] != ends_C3[:, 1]) | (ends_C3[:, 2] != 0))[:1]:
+        raise _wrong_end(int(chunk), *ends_C3[chunk])
+
+
+def _decode_codes(reader: "_Reader", model: CodeModel, codes_AN: np.ndarray) -> None:
+    """Decode codes; the reader stands at the start of all chunks."""
+    table, escapes = model.decoder_table(), []
+    for span in reader.geometry.spans():
+        decoder = Decoder(*reader.lanes(span))
+        for block in blocks(span, reader.geometry):
+            keys_TL, shift_TL = _keys_and_shifts(block, model)
             keys_TL *= TOTAL
             entries_TL, low_TL = decoder.steps(table, keys_TL, shift_TL)
             codes_TL = entries_TL.view(np.int32) >> np.int32(24)
             escapes.append(block.positions(np.flatnonzero(codes_TL == -LIMIT - 1)))
-            if shifted:
+            if shift_TL is not None:
                 codes_TL = join_values(codes_TL, low_TL.view(np.int32), shift_TL.view(np.int32))
             block.scatter(codes_TL, codes_AN)
-        states_SL[: span.segments, span.active] = states_L.reshape(span.segments, -1)
+        reader.keep(span, decoder)
     row, col, chunk = np.concatenate(escapes, axis=1)
-    escaped_C = model.escape_words * np.bincount(chunk, minlength=len(end_C))
-    _check_ends(states_SL, lanes_C, end_C - cursor_C, escaped_C, geometry)
-    at = _escape_at(end_C, chunk, model.escape_words)
-    codes_AN[row, col] = _get(words, at, model.escape_words)
+    escaped_C = model.escape_words * np.bincount(chunk, minlength=len(reader.end_C))
+    reader.check_ends(escaped_C)
+    at = _escape_at(reader.end_C, chunk, model.escape_words)
+    codes_AN[row, col] = _get(reader.words, at, model.escape_words)
+
+
+def _decode_paths(reader: "_Reader", model: CodeModel, values_AN: np.ndarray) -> None:
+    """Decode the values of a trellis, as `_decode_codes` does codes."""
+    table, left_C = model.decoder_table(), reader.end_C.copy()
+    path_3SL = np.zeros((3, *reader.states_SL.shape), np.intp)
+    for span in reader.geometry.spans():
+        if span.first == 0:
+            path_3SL[:] = 0
+        path_3L = path_3SL[:, : span.segments, span.active].reshape(3, -1)
+        chunks = len(span.edges) - 1
+        decoder = TrellisDecoder(*reader.lanes(span), model.escape_words, left_C[:chunks], path_3L)
+        for block in blocks(span, reader.geometry):
+            keys_TL, shift_TL = _keys_and_shifts(block, model)
+            keys_TL *= TOTAL
+            block.scatter(decoder.values(table, keys_TL, shift_TL), values_AN)
+        reader.keep(span, decoder)
+        path_3SL[:, : span.segments, span.active] = decoder.path_3L.reshape(3, span.segments, -1)
+    reader.check_ends(reader.end_C - left_C)
+
+
+def _wrong_end(chunk: int, left: int, escaped: int, moved: int) -> StreamError:
+    """Return the error of a chunk that does not end as it must."""
+    return StreamError(
+        chunk,
+        f"{left} words left, but the escaped values take {escaped}; {moved} lanes do not end in "
+        "the start state of the encoder; the chunk is damaged",
+    )
+
+
+def _keys_and_shifts(block: Block, model: CodeModel) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the keys of a block and their shifts, uint32, or None if all shifts are 0."""
+    keys_TL = block.keys(model.row_class_A, model.col_class_N)
+    if keys_TL.max() < model.first_shifted_key:
+        return keys_TL, None
+    return keys_TL, model.shift_K[keys_TL].astype(np.uint32)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The states of all lanes, and the read positions of all chunks.
+
+    Attributes:
+        words: words that contain those of the chunks, uint16.
+        geometry: shape of the matrix and of its chunks.
+        states_SL: states of the lanes of all bands, by segment, uint32.
+        cursor_C: index of the next word of every chunk.
+        end_C: index after the last word of every chunk.
+    """
+
+    words: np.ndarray
+    geometry: Geometry
+    states_SL: np.ndarray
+    cursor_C: np.ndarray
+    end_C: np.ndarray
+
+    @classmethod
+    def at_start(cls, words: np.ndarray, offsets: np.ndarray, geometry: Geometry) -> "_Reader":
+        """Read the start states."""
+        start_C, end_C = _by_segment(offsets[:-1], geometry), _by_segment(offsets[1:], geometry)
+        lanes_C = np.tile(geometry.lanes_B, geometry.segments)
+        head = _head_words(start_C, lanes_C)
+        states_SL = _get(words, head, 2).view(np.uint32).reshape(geometry.segments, -1)
+        return cls(words, geometry, states_SL, start_C + 2 * lanes_C, end_C)
+
+    def lanes(self, span: Span) -> tuple[np.ndarray, ...]:
+        """Return what a decoder of the lanes of a span starts with."""
+        states_L = self.states_SL[: span.segments, span.active].ravel()
+        return states_L, span.edges, self.words, self.cursor_C[: len(span.edges) - 1]
+
+    def keep(self, span: Span, decoder: Decoder) -> None:
+        """Keep the states of a decoder for the next span; it has moved the cursors itself."""
+        states_SL = decoder.states_L.reshape(span.segments, -1)
+        self.states_SL[: span.segments, span.active] = states_SL
+
+    def check_ends(self, escaped_C: np.ndarray) -> None:
+        """Check that all words are read, and that every lane ends in `STATE_MIN`.
+
+        Args:
+            escaped_C: number of words that the escaped values of every chunk take.
+        """
+        lanes_C = np.tile(self.geometry.lanes_B, self.geometry.segments)
+        left_C = self.end_C - self.cursor_C
+        moved = np.append(0, (self.states_SL.ravel() != STATE_MIN).cumsum())
+        upto_C = lanes_C.cumsum()
+        moved_C = moved[upto_C] - moved[upto_C - lanes_C]
+        for at in np.flatnonzero((left_C != escaped_C) | (moved_C != 0))[:1]:
+            segment, band = divmod(int(at), self.geometry.bands)
+            chunk = band * self.geometry.segments + segment
+            raise _wrong_end(chunk, left_C[at], escaped_C[at], moved_C[at])
 
 
 def _by_segment(values: np.ndarray, geometry: Geometry) -> np.ndarray:
     """Reorder values of chunks from (band, segment), as in the payload, to (segment, band)."""
     return values.reshape(geometry.bands, geometry.segments).T.ravel()
-
-
-def _check_ends(
-    states_SL: np.ndarray,
-    lanes_C: np.ndarray,
-    left_C: np.ndarray,
-    escaped_C: np.ndarray,
-    geometry: Geometry,
-) -> None:
-    """Check that all words are read, and that every lane ends in `STATE_MIN`."""
-    moved = np.append(0, (states_SL.ravel() != STATE_MIN).cumsum())
-    upto_C = lanes_C.cumsum()
-    moved_C = moved[upto_C] - moved[upto_C - lanes_C]
-    for at in np.flatnonzero((left_C != escaped_C) | (moved_C != 0))[:1]:
-        segment, band = divmod(int(at), geometry.bands)
-        raise StreamError(
-            band * geometry.segments + segment,
-            f"{left_C[at]} words left, but the escaped values take {escaped_C[at]}; {moved_C[at]} "
-            f"lanes do not end in the start state of the encoder; the chunk is damaged",
-        )
