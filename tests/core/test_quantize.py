@@ -17,7 +17,7 @@ from watersic_hf.core.rate import FINAL_TOLERANCE, paper_rate, pooled_entropy
 from watersic_hf.testing import assert_close, random_layer
 
 
-def charge(codes_AN, rows):
+def charge(codes_AN, rows, path=None):
     """Charge magnitudes by their bit length, 16 bits per scale and a header of 64 bytes."""
     columns = codes_AN.shape[1]
     lengths = torch.frexp(codes_AN.double()).exponent
@@ -105,7 +105,7 @@ def test_search_uses_a_sample_and_charges_the_whole_layer():
     weight_AN, moments = layer(800, 32)
     calls = []
 
-    def spy(codes_AN, rows):
+    def spy(codes_AN, rows, path=None):
         calls.append((len(codes_AN), rows, codes_AN.shape[1]))
         return charge(codes_AN, rows)
 

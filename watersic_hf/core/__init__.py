@@ -14,15 +14,17 @@ from watersic_hf.core.profile import (
     column_deviations,
     column_profile,
 )
-from watersic_hf.core.quantize import LayerSettings, QuantizedWeight, quantize_weight
+from watersic_hf.core.quantize import LATTICES, LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.rate import to_smallest_dtype
 from watersic_hf.core.tall import ROWS_PER_BAND, quantize_tall
+from watersic_hf.core.trellis import Path, PathSearch
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import Whitening
 from watersic_hf.core.zsic import BlockStep, zsic_block
 
 __all__ = [
     "BINS_PER_BIT",
+    "LATTICES",
     "ROWS_PER_BAND",
     "SHAPING_LOSS",
     "BlockStep",
@@ -31,6 +33,8 @@ __all__ = [
     "LayerSettings",
     "MomentAccumulator",
     "Moments",
+    "Path",
+    "PathSearch",
     "QuantizedWeight",
     "Whitening",
     "column_deviations",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf.core.rate import column_entropies
+from watersic_hf.core.trellis import scalar_deviation, values_to_codes
 
 #: Number of groups of columns in a profile.
 GROUPS = 32
@@ -54,14 +55,20 @@ def column_deviations(weight_AN: Tensor, row_scale_A: Tensor, spacing_N: Tensor)
     return deviation_N / torch.where(spacing_N == 0, math.inf, spacing_N.float())
 
 
-def column_profile(codes_AN: Tensor, deviation_N: Tensor) -> ColumnProfile:
+def column_profile(
+    codes_AN: Tensor, deviation_N: Tensor, *, trellis: bool = False
+) -> ColumnProfile:
     """Return the profile of a quantized weight.
 
     Args:
-        codes_AN: codes Z, any integer dtype.
+        codes_AN: codes Z, or values of a trellis, any integer dtype.
         deviation_N: root mean square of every column in units of its spacing, from
             `column_deviations`; if only the codes are known, the root mean square of the codes.
+        trellis: whether these are values of a trellis.  Their entropies are those of the codes
+            without knowledge of the quantizer, and so slightly above what is stored.
     """
+    if trellis:
+        codes_AN, deviation_N = values_to_codes(codes_AN), scalar_deviation(deviation_N)
     filling_N = (math.sqrt(12) * deviation_N.double()).log2().clamp(min=DEEPEST)
     entropy_N = column_entropies(codes_AN)
     order_N = filling_N.argsort(descending=True, stable=True)

@@ -22,7 +22,8 @@ from watersic_hf.core.rate import (
     insert_columns,
 )
 from watersic_hf.core.rescale import rescale
-from watersic_hf.core.waterfill import SHAPING_LOSS, spacings, step_for_budget, step_for_rate
+from watersic_hf.core.trellis import Path, PathSearch, Trellis, row_path, row_power
+from watersic_hf.core.waterfill import spacings, step_for_budget, step_for_rate
 from watersic_hf.core.whiten import (
     LEAST_DAMPING,
     damped_cholesky,
@@ -35,6 +36,8 @@ from watersic_hf.core.zsic import BlockStep, zsic_block
 
 #: Fraction of the rows that the rate search uses, if that is more than `search_rows`.
 SEARCH_FRACTION = 0.1
+#: What a weight can be rounded to; see `LayerSettings`.
+LATTICES = ("scalar", "trellis")
 #: Shannon rate of the coarsest useful step, which is taken if no step can meet the budget.
 COARSEST_RATE = 0.25
 
@@ -46,6 +49,9 @@ class LayerSettings:
     damping: float | None = None
     """Value that is added to the diagonal of the input covariance, relative to the mean of the
     diagonal; None: the value of `damping_for`, which depends on the number of tokens."""
+    lattice: str = "scalar"
+    """What the weights are rounded to: ``scalar``, or ``trellis`` for a search through the trellis
+    of `watersic_hf.core.trellis`."""
     rescale: bool = True
     """Whether to fit row and column scales to the finished codes."""
     search_rows: int = 256
@@ -54,6 +60,8 @@ class LayerSettings:
     def __post_init__(self) -> None:
         if self.damping is not None and not 0 < self.damping < math.inf:
             raise ValueError(f"LayerSettings: damping is {self.damping}; it must be positive.")
+        if self.lattice not in LATTICES:
+            raise ValueError(f"LayerSettings: lattice is {self.lattice!r}; use one of {LATTICES}.")
         if self.search_rows < 1:
             raise ValueError(f"LayerSettings: search_rows is {self.search_rows}; use at least 1.")
 
@@ -66,7 +74,10 @@ class QuantizedWeight:
     r"""A quantized weight, :math:`\hat W = \diag(\text{row\_scale}) Z \diag(\text{col\_scale})`."""
 
     codes_AN: Tensor
-    """Codes Z, in the smallest of int8, int16 and int32 that holds them; 0 in dead columns."""
+    """Codes Z, or the values of a trellis, in the smallest of int8, int16 and int32 that holds
+    them; 0 in dead columns."""
+    path: Path | None = None
+    """Order in which the trellis visits the rows; None for codes."""
     row_scale_A: Tensor
     """Row scales t, float64, with mean absolute value 1 before the row importances are divided
     out; 0 for rows whose codes are all zero."""
@@ -106,6 +117,7 @@ def quantize_weight(
     settings: LayerSettings = DEFAULT_SETTINGS,
     generator: torch.Generator | None = None,
     block_step: BlockStep = zsic_block,
+    search: PathSearch | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize a weight to integer codes with one scale per row and per column.
@@ -120,12 +132,11 @@ def quantize_weight(
             codes cost more than R.
         charge: function that returns the cost of codes, see `Charge`; required with `bits`.
         row_importance_A: positive weight of the squared error of each row; only ratios matter.  A
-            row with importance w gets the step ``step / sqrt(w)``: waterfilling over rows, as over
-            columns.  Default: all rows count the same.
+            row with importance w gets the step ``step / sqrt(w)``.  Default: all count the same.
         settings: damping, rescaling and search settings; default: `DEFAULT_SETTINGS`.
-        generator: random generator that draws the sample of rows for the search; default: a
-            generator with seed 0.
+        generator: draws the sample of rows for the search; default: a generator with seed 0.
         block_step: function that quantizes a block of columns, see `zsic`; default: `zsic_block`.
+        search: search through the trellis; required if that is the lattice of the settings.
         name: name of the layer, for messages.
 
     Raises:
@@ -133,6 +144,7 @@ def quantize_weight(
         ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     _check_request(bits, rate, charge, name)
+    _check_search(settings, search, name)
     _check_inputs(weight_AN, moments, name)
     # a column of weights that are all zero has codes of zero
     live_N = live_columns(moments.cov) & (weight_AN != 0).any(0)
@@ -142,20 +154,18 @@ def quantize_weight(
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
     measured = moments.select(live_N).scale_rows(emphasis_A1)
     live_moments = measured.or_identity()
-    cov = live_moments.layer_cov
-    damping = settings.damping or damping_for(cov, live_moments.tokens)
-    chol, damping = damped_cholesky(cov, damping, tokens=moments.tokens, name=name)
-    target_AN = whitened_target(live_AN, live_moments, chol, damping)
-    layer = WhitenedLayer(target_AN=target_AN, chol=chol, live_N=live_N, block_step=block_step)
-    del target_AN
+    lattice = block_step, search if settings.lattice == "trellis" else None
+    layer, damping = _whitened_layer(
+        live_AN, live_moments, live_N, settings.damping, lattice, name=name
+    )
     if bits is None:
-        run = layer.code(float(step_for_rate(live_AN, chol, rate)))
+        run = layer.code(layer.lattice_step(float(step_for_rate(live_AN, layer.chol, rate))))
     else:
         sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
         run = _search(layer, live_AN, bits, charge=charge, sample=sample, name=name)
-    spacing_N = spacings(chol, run.step)
+    spacing_N = spacings(layer.chol, run.step)
     # free the memory for the rescaler
-    del layer, chol
+    del layer
     row_scale_A, gain_N = _fit_scales(
         run, spacing_N, live_AN, live_moments, live_N=live_N, damping=damping, settings=settings
     )
@@ -164,6 +174,7 @@ def quantize_weight(
     dequantized_AN = run.codes_AN * col_scale_N * row_scale_A[:, None]
     return QuantizedWeight(
         codes_AN=run.codes_AN,
+        path=run.path,
         row_scale_A=row_scale_A,
         col_scale_N=col_scale_N,
         step=run.step,
@@ -177,6 +188,30 @@ def quantize_weight(
     )
 
 
+def _whitened_layer(
+    live_AN: Tensor,
+    live_moments: Moments,
+    live_N: Tensor,
+    damping: float | None,
+    lattice: tuple[BlockStep, PathSearch | None],
+    *,
+    name: str,
+) -> tuple[WhitenedLayer, float]:
+    """Return the lattice problem of a weight without dead columns, and its damping."""
+    block_step, search = lattice
+    cov = live_moments.layer_cov
+    damping = damping or damping_for(cov, live_moments.tokens)
+    chol, damping = damped_cholesky(cov, damping, tokens=live_moments.tokens, name=name)
+    target_AN = whitened_target(live_AN, live_moments, chol, damping)
+    trellis = None
+    if search is not None:
+        trellis = Trellis(search=search, path=row_path(row_power(target_AN)))
+    layer = WhitenedLayer(
+        target_AN=target_AN, chol=chol, live_N=live_N, block_step=block_step, trellis=trellis
+    )
+    return layer, damping
+
+
 def _search(
     layer: WhitenedLayer,
     live_AN: Tensor,
@@ -187,10 +222,12 @@ def _search(
     name: str,
 ) -> CodedLayer:
     """Return the codes that cost `bits`; the search starts at the step for Gaussian columns."""
-    start = step_for_budget(live_AN, layer.chol, max(bits - SHAPING_LOSS, COARSEST_RATE))
-    coarsest = step_for_budget(live_AN, layer.chol, COARSEST_RATE)
+    start, coarsest = (
+        layer.lattice_step(float(step_for_budget(live_AN, layer.chol, rate)))
+        for rate in (max(bits - layer.loss, COARSEST_RATE), COARSEST_RATE)
+    )
     search = LayerSearch(layer, charge, sample.to(live_AN.device))
-    return search.run(bits, start=float(start), coarsest=float(coarsest), name=name)
+    return search.run(bits, start=start, coarsest=coarsest, name=name)
 
 
 def _fit_scales(
@@ -251,8 +288,12 @@ def _zero_weight(
     codes_AN = torch.zeros_like(weight_AN, dtype=torch.int8)
     zeros_N = torch.zeros_like(live_N, dtype=torch.float64)
     usable = moments.or_identity()
+    path = None
+    if settings.lattice == "trellis":
+        path = row_path(torch.zeros(len(codes_AN)))
     return QuantizedWeight(
         codes_AN=codes_AN,
+        path=path,
         row_scale_A=torch.ones_like(codes_AN[:, 0], dtype=torch.float64),
         col_scale_N=zeros_N,
         step=1.0,
@@ -261,7 +302,7 @@ def _zero_weight(
         live_N=live_N,
         zero_input=usable is not moments,
         damping=settings.damping or damping_for(usable.layer_cov, usable.tokens),
-        bits=None if charge is None else charge(codes_AN, len(codes_AN)),
+        bits=None if charge is None else charge(codes_AN, len(codes_AN), path),
         error=0.0,
     )
 
@@ -285,6 +326,11 @@ def _check_request(
         raise ValueError(f"{name}: bits is {bits}; it must be positive and finite.")
     if rate is not None and not math.isfinite(rate):
         raise ValueError(f"{name}: rate is {rate}; it must be finite.")
+
+
+def _check_search(settings: LayerSettings, search: PathSearch | None, name: str) -> None:
+    if settings.lattice == "trellis" and search is None:
+        raise ValueError(f"{name}: the lattice is a trellis, so `search` is needed.")
 
 
 def _check_inputs(weight_AN: Tensor, moments: Moments, name: str) -> None:

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from watersic_hf.core.trellis import TRELLIS_DEVIATION, TRELLIS_LOSS, Path, Trellis
+from watersic_hf.core.waterfill import SHAPING_LOSS
 from watersic_hf.core.zsic import LARGEST_CODE, BlockStep, zsic, zsic_block
 
 logger = logging.getLogger(__name__)
 
-#: ``charge(codes_AN, rows)`` returns the stored bits per weight, everything included, of a layer
-#: with `rows` rows whose codes are distributed like `codes_AN`, which may hold only some rows.
-Charge = Callable[[Tensor, int], float]
+#: ``charge(codes_AN, rows, path)`` returns the stored bits per weight, everything included, of a
+#: layer with `rows` rows whose codes are distributed like `codes_AN`, which may hold only some of
+#: them.  `path` is that of the values of a trellis through these rows, or None for codes.
+Charge = Callable[[Tensor, int, Path | None], float]
 
 #: Bits that the paper charges for each row scale and each column scale.
 SCALE_BITS = 16
@@ -167,6 +170,8 @@ class CodedLayer:
     """Lattice step c, whitened units."""
     codes_AN: Tensor
     """Codes Z of all columns, in the smallest integer dtype; 0 in dead columns."""
+    path: Path | None
+    """Order in which a trellis visits the rows; None for codes."""
     shrinkage_N: Tensor
     """Gains of the live columns."""
     bits: float | None
@@ -185,6 +190,22 @@ class WhitenedLayer:
     """Bool over all columns of the layer, True for those that the target holds."""
     block_step: BlockStep = zsic_block
     """Function that quantizes a block of columns; see `zsic`."""
+    trellis: Trellis | None = None
+    """What chooses values instead of rounding; see `zsic`."""
+
+    @property
+    def path(self) -> Path | None:
+        """Order in which a trellis visits the rows."""
+        return None if self.trellis is None else self.trellis.path
+
+    @property
+    def loss(self) -> float:
+        """Rate above the Gaussian bound at high rate, in bits per weight."""
+        return SHAPING_LOSS if self.trellis is None else TRELLIS_LOSS
+
+    def lattice_step(self, step: float) -> float:
+        """Return the step at which this layer has the distortion of a scalar lattice's step."""
+        return step if self.trellis is None else step / (math.sqrt(12) * TRELLIS_DEVIATION)
 
     def code(self, step: float, charge: Charge | None = None) -> CodedLayer:
         """Quantize all rows with one lattice step.
@@ -193,10 +214,14 @@ class WhitenedLayer:
             step: lattice step c, whitened units.
             charge: cost of the codes; default: they are not charged.
         """
-        codes_AN, shrinkage_N = zsic(self.target_AN, self.chol, step, block_step=self.block_step)
+        codes_AN, shrinkage_N = zsic(
+            self.target_AN, self.chol, step, block_step=self.block_step, trellis=self.trellis
+        )
         codes_AN = to_smallest_dtype(insert_columns(codes_AN, self.live_N))
-        spent = None if charge is None else charge(codes_AN, len(codes_AN))
-        return CodedLayer(step=step, codes_AN=codes_AN, shrinkage_N=shrinkage_N, bits=spent)
+        spent = None if charge is None else charge(codes_AN, len(codes_AN), self.path)
+        return CodedLayer(
+            step=step, codes_AN=codes_AN, path=self.path, shrinkage_N=shrinkage_N, bits=spent
+        )
 
 
 class LayerSearch:
@@ -215,6 +240,8 @@ class LayerSearch:
         self.charge = charge
         self.sample_SN = layer.target_AN[sample].float()
         self.sample_chol = layer.chol.float()
+        self.sample_trellis = None if layer.trellis is None else layer.trellis.select(sample)
+        self.sample_path = None if layer.path is None else layer.path.select(sample)
         self.runs: dict[float, CodedLayer] = {}
 
     def run(self, bits: float, *, start: float, coarsest: float, name: str) -> CodedLayer:
@@ -230,7 +257,7 @@ class LayerSearch:
         zeros = torch.zeros(
             len(self.sample_SN), columns, dtype=torch.int32, device=self.layer.live_N.device
         )
-        floor = self.charge(zeros, rows)
+        floor = self.charge(zeros, rows, self.sample_path)
         if floor >= bits:
             logger.warning(
                 "%s: %g bits per weight were requested, but the scales and headers of a %d x %d "
@@ -265,8 +292,15 @@ class LayerSearch:
 
     def bits_of_sample(self, step: float) -> float:
         """Return the cost of the whole layer at a step, estimated from the sample."""
-        codes_SN, _ = zsic(self.sample_SN, self.sample_chol, step, block_step=self.layer.block_step)
-        return self.charge(insert_columns(codes_SN, self.layer.live_N), len(self.layer.target_AN))
+        codes_SN, _ = zsic(
+            self.sample_SN,
+            self.sample_chol,
+            step,
+            block_step=self.layer.block_step,
+            trellis=self.sample_trellis,
+        )
+        codes_SN = insert_columns(codes_SN, self.layer.live_N)
+        return self.charge(codes_SN, len(self.layer.target_AN), self.sample_path)
 
     def bits_of_all_rows(self, step: float) -> float:
         """Return the cost of the layer at a step, and keep the run."""

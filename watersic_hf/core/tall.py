@@ -26,6 +26,7 @@ from watersic_hf.core.quantize import (
     quantize_weight,
 )
 from watersic_hf.core.rate import FULL_RUNS, Charge, insert_columns, to_smallest_dtype
+from watersic_hf.core.trellis import Path, PathSearch, Trellis, row_path, row_power
 from watersic_hf.core.whiten import damped_cholesky, whitened_target
 from watersic_hf.core.zsic import BlockStep, zsic, zsic_block
 
@@ -47,6 +48,7 @@ def quantize_tall(
     settings: LayerSettings = DEFAULT_SETTINGS,
     generator: torch.Generator | None = None,
     block_step: BlockStep = zsic_block,
+    search: PathSearch | None = None,
     sample_rows: int = SAMPLE_ROWS,
     name: str = "weight",
 ) -> QuantizedWeight:
@@ -56,8 +58,8 @@ def quantize_tall(
     most twice `sample_rows` rows is passed to `quantize_weight`.
 
     Args:
-        weight_AN, moments, bits, charge, row_importance_A, settings, generator, block_step, name:
-            as for `quantize_weight`; the moments must not have a residual.
+        weight_AN, moments, bits, charge, row_importance_A, settings, generator, block_step, search,
+        name: as for `quantize_weight`; the moments must not have a residual.
         sample_rows: number of rows that determine the step and the gains; default: `SAMPLE_ROWS`.
 
     Raises:
@@ -74,6 +76,7 @@ def quantize_tall(
         settings=settings,
         generator=generator,
         block_step=block_step,
+        search=search,
         name=name,
     )
     if rows <= 2 * sample_rows:
@@ -82,9 +85,13 @@ def quantize_tall(
         generator = torch.Generator().manual_seed(0)
     order_A = torch.randperm(rows, generator=generator).to(weight_AN.device)
     sample = order_A[:sample_rows]
+
+    def charge_all(codes_SN: Tensor, sampled: int, path: Path | None) -> float:
+        return charge(codes_SN, round(rows * sampled / sample_rows), path)
+
     pilot = quantize(
         weight_AN[sample],
-        charge=lambda codes_SN, sampled: charge(codes_SN, round(rows * sampled / sample_rows)),
+        charge=charge_all,
         row_importance_A=None if row_importance_A is None else row_importance_A[sample],
     )
     emphasis_A1 = torch.ones(rows, 1, dtype=torch.float64, device=weight_AN.device)
@@ -97,19 +104,26 @@ def quantize_tall(
         pilot,
         rescale=settings.rescale,
         block_step=block_step,
+        search=search if settings.lattice == "trellis" else None,
         name=name,
     )
-    step, spent = pilot.step, bits
+    return _correct_step(bands, bits, charge)
+
+
+def _correct_step(bands: _Bands, bits: float, charge: Charge) -> QuantizedWeight:
+    """Quantize all rows, with the step of the pilot corrected until they cost `bits`."""
+    pilot, step, spent = bands.pilot, bands.pilot.step, bits
     for _ in range(FULL_RUNS):
         # at high rate one bit is one octave of the step
         step *= 2.0 ** (spent - bits)
         codes_AN, row_scale_A, error = bands.run(step)
-        spent = charge(codes_AN, rows)
+        spent = charge(codes_AN, len(codes_AN), bands.path)
         if abs(spent - bits) <= TOLERANCE * bits:
             break
     return replace(
         pilot,
         codes_AN=codes_AN,
+        path=bands.path,
         row_scale_A=row_scale_A,
         col_scale_N=pilot.col_scale_N * (step / pilot.step),
         spacing_N=pilot.spacing_N * (step / pilot.step),
@@ -129,6 +143,10 @@ class _Rows:
     order_A: Tensor
     """Permutation of the row indices."""
 
+    def along(self, path: Path) -> _Rows:
+        """Return the same rows in the order of a path."""
+        return replace(self, order_A=path.order_A)
+
     def bands(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the weight and the factors of one band after the other, in the given order."""
         for rows_B in self.order_A.split(ROWS_PER_BAND):
@@ -146,25 +164,54 @@ class _Bands:
         *,
         rescale: bool,
         block_step: BlockStep,
+        search: PathSearch | None,
         name: str,
     ) -> None:
-        self.rows, self.moments, self.pilot = rows, moments, pilot
+        self.moments, self.pilot = moments, pilot
         self.live_moments = moments.select(pilot.live_N).or_identity()
         self.chol, self.damping = damped_cholesky(
             self.live_moments.layer_cov, pilot.damping, tokens=moments.tokens, name=name
         )
         self.rescale, self.block_step = rescale, block_step
         self.gain_N = (pilot.col_scale_N / pilot.spacing_N)[pilot.live_N]
+        self.search, self.path, self.rows = search, None, rows
+        if search is not None:
+            self.path = row_path(self._row_power())
+            self.rows = rows.along(self.path)
+
+    def _targets(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield the bands: weight, factors, live weights times factors, and their target."""
+        for weight_BN, emphasis_B1 in self.rows.bands():
+            live_BN = weight_BN[:, self.pilot.live_N].double() * emphasis_B1
+            target_BN = whitened_target(live_BN, self.live_moments, self.chol, self.damping)
+            yield weight_BN, emphasis_B1, live_BN, target_BN
+
+    def _row_power(self) -> Tensor:
+        """Return `row_power` of all rows; the columns are measured on the first band."""
+        power_A, power_N = [], None
+        for *_, target_BN in self._targets():
+            power_N = target_BN.square().mean(0) if power_N is None else power_N
+            power_A.append(row_power(target_BN, power_N))
+        return torch.cat(power_A)[self.rows.order_A.argsort()]
+
+    def _trellises(self) -> Iterator[Trellis | None]:
+        """Yield what chooses the values of one band after the other."""
+        for rows_B in self.rows.order_A.split(ROWS_PER_BAND):
+            if self.search is None:
+                yield None
+            else:
+                yield Trellis(search=self.search, path=self.path.select(rows_B))
 
     def run(self, step: float) -> tuple[Tensor, Tensor, float]:
         """Quantize all rows with one step; return codes, row scales and the relative error."""
         live_N = self.pilot.live_N
         scale_N = self.gain_N * self.pilot.spacing_N[live_N] * (step / self.pilot.step)
         codes_AN, row_scale_A, error, energy = [], [], 0.0, 0.0
-        for weight_BN, emphasis_B1 in self.rows.bands():
-            live_BN = weight_BN[:, live_N].double() * emphasis_B1
-            target_BN = whitened_target(live_BN, self.live_moments, self.chol, self.damping)
-            codes_BN, _ = zsic(target_BN, self.chol, step, block_step=self.block_step)
+        for band, trellis in zip(self._targets(), self._trellises(), strict=True):
+            weight_BN, emphasis_B1, live_BN, target_BN = band
+            codes_BN, _ = zsic(
+                target_BN, self.chol, step, block_step=self.block_step, trellis=trellis
+            )
             row_B = self._row_scales(codes_BN * scale_N, live_BN) / emphasis_B1[:, 0]
             codes_AN.append(to_smallest_dtype(insert_columns(codes_BN, live_N)))
             row_scale_A.append(row_B)
