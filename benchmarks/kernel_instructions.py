@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from watersic_kernels import packed, prefix, product, rans, zsic
+from watersic_kernels import packed, paths, prefix, product, rans, trellis, zsic
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
 TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -34,11 +34,9 @@ POINTERS = {
     "folded_CM": "*fp32",
     "words_G": "*i32",
     "tiles_BT": "*i32",
+    "state_BT3": "*i32",
     "outliers_O": "*i16",
-    "outlier_start_R": "*i32",
-    "start_R": "*i32",
     "sums_SMR": "*fp32",
-    "sums_MR": "*fp32",
     "x_MN": "*bf16",
     "order_C": "*i16",
     "order_R": "*i16",
@@ -53,14 +51,25 @@ POINTERS = {
     "first_BS": "*i32",
     "shortest_BS": "*i32",
     "bits_BSr": "*u8",
-    "outlier_first_B": "*i32",
-    "outlier_count_R": "*u8",
+    "outlier_first_BK": "*i32",
+    "outlier_count_BKr": "*u8",
+    "first_BK": "*i32",
+    "count_BKr": "*u8",
     "tables_TW": "*i32",
     "codes_CR": "*bf16",
+    "order_N": "*i64",
     "table": "*i32",
     "shift_K": "*i32",
     "codes_AN": "*i32",
     "good_C": "*i32",
+    "target_A": "*fp64",
+    "level_A": "*i64",
+    "cost_KQV": "*fp64",
+    "best_A4": "*fp64",
+    "value_A4": "*i32",
+    "choice_A": "*u8",
+    "chosen_A": "*u8",
+    "values_A": "*i32",
     "codes_BA": "*i32",
     "arrived": "*i32",
 }
@@ -85,6 +94,30 @@ def tiles_of_one_width(
         words = words_G + t * (WIDTH * BAND) + r[None, :]
         x = folded_CM + t * (32 * TOKENS)
         sums = packed._add_tile(sums, x, words, exponents, WIDTH, BAND, TOKENS)
+    tl.store(sums_SMR + m[:, None] * BAND + r[None, :], sums)
+
+
+@triton.jit
+def paths_of_one_width(
+    folded_CM,
+    words_G,
+    state_BT3,
+    sums_SMR,
+    tiles,
+    WIDTH: tl.constexpr,
+    BAND: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """As `tiles_of_one_width`, for the values of a trellis."""
+    r = tl.arange(0, BAND)
+    m = tl.arange(0, TOKENS)
+    sums = tl.zeros((TOKENS, BAND), tl.float32)
+    for t in range(tiles):
+        words = words_G + t * (WIDTH * BAND) + r[None, :]
+        x = folded_CM + t * (32 * TOKENS)
+        parity = tl.load(words)
+        quantizer = paths.quantizers(parity, state_BT3 + t * 3, r[None, :], 1)
+        sums = paths._add_path(sums, x, words, parity, quantizer, WIDTH, BAND, TOKENS)
     tl.store(sums_SMR + m[:, None] * BAND + r[None, :], sums)
 
 
@@ -123,18 +156,26 @@ def variants() -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     for band in (64, 128):
         for tokens in (1, 8):
-            constants = {"BAND": band, "TOKENS": tokens}
+            constants = {"BAND": band, "TOKENS": tokens, "TRELLIS": False}
             found[f"gemv {band} rows {tokens} tokens"] = (packed._gemv_kernel, constants, {}, 1)
+    constants = {"BAND": 128, "TOKENS": 1, "TRELLIS": True}
+    found["gemv trellis 128 rows 1 tokens"] = (packed._gemv_kernel, constants, {}, 1)
+    for width in range(1, 9):
+        constants = {"WIDTH": width, "BAND": 128, "TOKENS": 1}
+        found[f"gemv trellis tile {width} bits"] = (paths_of_one_width, constants, {}, 1)
     for width in range(1, 9):
         constants = {"WIDTH": width, "BAND": 128, "TOKENS": 1}
         found[f"gemv tile {width} bits"] = (tiles_of_one_width, constants, {}, 1)
     constants = {"WIDTH": 3, "BAND": 128, "TOKENS": 4}
     found["gemv tile 3 bits 4 tokens"] = (tiles_of_one_width, constants, {}, 1)
     for kind, precision in (("bf16", "ieee"), ("fp32", "tf32")):
-        constants = {"BLOCK_M": 32, "BAND": 128, "PRECISION": precision}
-        types = {"folded_CM": f"*{kind}"}
-        found[f"gemm {kind}"] = (packed._gemm_kernel, constants, types, 4)
-    found["decode"] = (packed._decode_kernel, {"BAND": 128}, {}, 4)
+        for name, on_path in (("", False), (" trellis", True)):
+            constants = {"BLOCK_M": 32, "BAND": 128, "PRECISION": precision, "TRELLIS": on_path}
+            types = {"folded_CM": f"*{kind}"}
+            found[f"gemm{name} {kind}"] = (packed._gemm_kernel, constants, types, 4)
+    found["decode"] = (packed._decode_kernel, {"BAND": 128, "TRELLIS": False}, {}, 4)
+    found["decode trellis"] = (packed._decode_kernel, {"BAND": 128, "TRELLIS": True}, {}, 4)
+    found["prefix values"] = (prefix._values_kernel, {"BAND": 128}, {}, 4)
     found["decode outliers"] = (packed._decode_outliers_kernel, {"BAND": 128}, {}, 1)
     for band in (64, 128):
         for tokens in (1, 8):
@@ -147,12 +188,16 @@ def variants() -> dict[str, tuple]:
     found["prefix decode"] = (prefix._decode_kernel, constants, {"tiles_BT": "*i16"}, 1)
     found["prefix decode outliers"] = (prefix._decode_outliers_kernel, {"BAND": 128}, {}, 1)
     found["fold"] = (product._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1}, {}, 4)
-    found["rans decode"] = (rans._decode_kernel, {}, {}, 1)
+    found["rans decode"] = (rans._decode_kernel, {"TRELLIS": False}, {}, 1)
+    found["rans decode trellis"] = (rans._decode_kernel, {"TRELLIS": True}, {}, 1)
     for kind in ("fp32", "fp64"):
         names = ("target_BA", "chol_BB", "step_1", "shrinkage_B", "sums_B2P")
         constants = {"ROWS": zsic.ROWS, "PROGRAMS": 256}
         types = dict.fromkeys(names, f"*{kind}")
         found[f"zsic block {kind}"] = (zsic._block_kernel, constants, types, 4)
+    constants = {"ROWS": trellis.ROWS}
+    found["trellis prepare"] = (trellis._prepare_kernel, constants, {}, 4)
+    found["trellis search"] = (trellis._search_kernel, constants, {}, 1)
     found["finish"] = (product._finish_kernel, {"BLOCK_R": 256}, {}, 4)
     return found
 
@@ -173,9 +218,9 @@ def measure(name: str, target: str) -> dict[str, float]:
         if kind.startswith("*")
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(
-        source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": True}
-    )
+    # as at launch: only the search through the trellis must not fuse
+    options = {"num_warps": warps, "enable_fp_fusion": not name.startswith("trellis")}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target not in NVIDIA:
         text = compiled.asm["amdgcn"]
         spilled = sum(int(n) for n in re.findall(r"\.vgpr_spill_count: (\d+)", text))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from watersic_hf.nn import ops
+from watersic_hf.nn.bands import scale_codes
 from watersic_hf.nn.prefix_tables import prefix_tables
 from watersic_hf.nn.tiles import TiledCodes
 from watersic_hf.testing import assert_close
@@ -164,7 +165,7 @@ def forms(
     for residency in ops.LAYOUTS:
         coded = ops.encode(codes_AN, residency)
         found[residency] = (ours(residency, coded, scales), coded.nbytes, 1e-2)
-    weight_AN = ops.scale_codes(codes_AN, *scales, torch.bfloat16)
+    weight_AN = scale_codes(codes_AN, *scales, torch.bfloat16)
     for name, make in OTHERS.items() if others else ():
         try:
             # 4.5 bits per weight, with everything that a group adds

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.paths import _add_path, quantizers, value_of
 from watersic_kernels.product import (
     GEMV_TOKENS,
     TILE,
@@ -33,8 +34,9 @@ GEMM_TOKENS = 64
 #: The exponent bits of a float32.
 EXPONENTS = 0xFF << 23
 
-#: Number of programs that keeps a GPU busy; the columns are split until there are as many.
-PROGRAMS = 4096
+#: Number of programs that keeps a GPU busy; the columns are split until there are as many.  The
+#: second is for products of a matrix by a matrix, whose programs have four warps.
+PROGRAMS, GEMM_PROGRAMS = 4096, 512
 
 
 def packed_linear(
@@ -57,46 +59,53 @@ def packed_linear(
     y_MA = x_MN.new_empty(M, A)
     if y_MA.numel() == 0:
         return y_MA
-    words_G, tiles_BT, row_order_R, column_order_C, outliers_O, outlier_start_R = layout
+    words_G, tiles_BT, state_BT3, row_order_R, column_order_C, *outliers = layout
+    trellis = state_BT3.shape[-1] > 0
     bands, tiles = tiles_BT.shape
     rows = len(row_order_R)
     band = rows // bands
     slots = len(words_G) // band
-    tensors = (words_G, tiles_BT, outliers_O, outlier_start_R)
-    sizes = (tiles, slots, len(outliers_O))
+    tensors = (words_G, tiles_BT, state_BT3, *outliers)
+    sizes = (tiles, slots, len(outliers[0]))
     dtype = scratch_dtype(x_MN.dtype)
     if M <= GEMV_TOKENS:
         tokens = triton.next_power_of_2(M)
         folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
         tiles_per_split = triton.cdiv(tiles, max(1, PROGRAMS // bands))
-        # the last split adds the outliers
-        splits = triton.cdiv(tiles, tiles_per_split) + 1
+        splits = triton.cdiv(tiles, tiles_per_split)
         sums_SMR = x_MN.new_empty(splits, tokens, rows, dtype=torch.float32)
         arguments = (folded_CM, *tensors, sums_SMR, *sizes, tiles_per_split, EXPONENTS)
         _gemv_kernel[(bands, splits)](
-            *arguments, TOKENS=tokens, BAND=band, num_warps=1, enable_fp_fusion=True
+            *arguments,
+            TOKENS=tokens,
+            BAND=band,
+            TRELLIS=trellis,
+            num_warps=1,
+            enable_fp_fusion=True,
         )
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
     elif M <= GEMM_TOKENS:
         block = 16 if M <= 16 else 32
         tokens = triton.cdiv(M, block) * block
         folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype)
-        sums_SMR = x_MN.new_empty(1, tokens, rows, dtype=torch.float32)
-        arguments = (folded_CM, *tensors, sums_SMR, *sizes, tokens)
+        tiles_per_split = triton.cdiv(tiles, max(1, GEMM_PROGRAMS // (bands * (tokens // block))))
+        splits = triton.cdiv(tiles, tiles_per_split)
+        sums_SMR = x_MN.new_empty(splits, tokens, rows, dtype=torch.float32)
+        arguments = (folded_CM, *tensors, sums_SMR, *sizes, tokens, tiles_per_split)
         precision = "tf32" if x_MN.dtype == torch.float16 else "ieee"
-        _gemm_kernel[(bands, tokens // block)](
-            *arguments, BLOCK_M=block, BAND=band, PRECISION=precision
+        _gemm_kernel[(bands, tokens // block, splits)](
+            *arguments, BLOCK_M=block, BAND=band, PRECISION=precision, TRELLIS=trellis
         )
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
     else:
 
         def decode(start: int, count: int) -> Tensor:
             codes_RC = x_MN.new_empty(count * band, tiles * TILE, dtype=dtype)
-            _decode_kernel[(count, tiles)](
-                words_G, tiles_BT, codes_RC, start, tiles, slots, BAND=band
-            )
-            arguments = (outliers_O, outlier_start_R, codes_RC, start, tiles * TILE)
-            _decode_outliers_kernel[(count,)](*arguments, len(outliers_O), BAND=band, num_warps=1)
+            arguments = (words_G, tiles_BT, state_BT3, codes_RC, start, tiles, slots)
+            _decode_kernel[(count, tiles)](*arguments, BAND=band, TRELLIS=trellis)
+            groups = outliers[1].shape[1]
+            arguments = (*outliers, codes_RC, start, tiles * TILE, len(outliers[0]))
+            _decode_outliers_kernel[(count, groups)](*arguments, BAND=band, num_warps=1)
             return codes_RC.T
 
         through_scratch(
@@ -110,8 +119,10 @@ def _gemv_kernel(
     folded_CM,
     words_G,
     tiles_BT,
+    state_BT3,
     outliers_O,
-    outlier_start_R,
+    outlier_first_BK,
+    outlier_count_BKr,
     sums_SMR,
     tiles,
     slots,
@@ -120,6 +131,7 @@ def _gemv_kernel(
     exponents,
     TOKENS: tl.constexpr,
     BAND: tl.constexpr,
+    TRELLIS: tl.constexpr,
 ):
     # each lane has rows of its own; all lanes advance through the columns in lockstep
     b = tl.program_id(0)
@@ -127,18 +139,35 @@ def _gemv_kernel(
     r = tl.arange(0, BAND)
     m = tl.arange(0, TOKENS)
     sums = tl.zeros((TOKENS, BAND), tl.float32)
-    if s == tl.num_programs(1) - 1:
-        entry = tl.load(outlier_start_R + b * BAND + r)
-        stop = tl.load(outlier_start_R + b * BAND + r + 1)
-        columns = tiles * 32
-        sums = _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, TOKENS, columns, entries)
-    else:
-        for t in range(s * tiles_per_split, tl.minimum((s + 1) * tiles_per_split, tiles)):
-            first, width = _locate(tiles_BT + b * tiles + t, slots)
-            words = words_G + first.to(tl.int64) * BAND + r[None, :]
-            x = folded_CM + t * (32 * TOKENS)
-            for WIDTH in tl.static_range(1, 9):
-                if width == WIDTH:
+    first_tile = s * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, tiles)
+    sums = _add_outliers(
+        sums,
+        folded_CM,
+        outliers_O,
+        outlier_first_BK,
+        outlier_count_BKr,
+        b,
+        first_tile,
+        last_tile,
+        m,
+        TOKENS,
+        tiles * 32,
+        entries,
+        BAND,
+    )
+    for t in range(first_tile, last_tile):
+        first, width = _locate(tiles_BT + b * tiles + t, slots)
+        words = words_G + first.to(tl.int64) * BAND + r[None, :]
+        x = folded_CM + t * (32 * TOKENS)
+        if TRELLIS:
+            parity = tl.load(words, r[None, :] * 0 < width, other=0)
+            quantizer = quantizers(parity, state_BT3 + (b * tiles + t) * 3, r[None, :], 1)
+        for WIDTH in tl.static_range(1, 9):
+            if width == WIDTH:
+                if TRELLIS:
+                    sums = _add_path(sums, x, words, parity, quantizer, WIDTH, BAND, TOKENS)
+                else:
                     sums = _add_tile(sums, x, words, exponents, WIDTH, BAND, TOKENS)
     rows = tl.num_programs(0) * BAND
     out = sums_SMR + (s * TOKENS + m)[:, None].to(tl.int64) * rows + b * BAND + r[None, :]
@@ -200,39 +229,74 @@ def _gemm_kernel(
     folded_CM,
     words_G,
     tiles_BT,
+    state_BT3,
     outliers_O,
-    outlier_start_R,
-    sums_MR,
+    outlier_first_BK,
+    outlier_count_BKr,
+    sums_SMR,
     tiles,
     slots,
     entries,
     tokens,
+    tiles_per_split,
     BLOCK_M: tl.constexpr,
     BAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    TRELLIS: tl.constexpr,
 ):
     b = tl.program_id(0)
     r = tl.arange(0, BAND)
     j = tl.arange(0, 32)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    sums = tl.zeros((BAND, BLOCK_M), tl.float32)
-    for t in range(tiles):
+    s = tl.program_id(2)
+    first_tile = s * tiles_per_split
+    last_tile = tl.minimum(first_tile + tiles_per_split, tiles)
+    outliers = _add_outliers(
+        tl.zeros((BLOCK_M, BAND), tl.float32),
+        folded_CM,
+        outliers_O,
+        outlier_first_BK,
+        outlier_count_BKr,
+        b,
+        first_tile,
+        last_tile,
+        m,
+        tokens,
+        tiles * 32,
+        entries,
+        BAND,
+    )
+    sums = tl.trans(outliers)
+    for t in range(first_tile, last_tile):
         first, width = _locate(tiles_BT + b * tiles + t, slots)
         words = words_G + first.to(tl.int64) * BAND
-        code = _tile(words + r[:, None], j[None, :], width, BAND)
+        state = state_BT3 + (b * tiles + t) * 3
+        code = _values(words + r[:, None], r[:, None], j[None, :], width, state, BAND, TRELLIS)
         x = tl.load(folded_CM + (t * 32 + j)[:, None].to(tl.int64) * tokens + m[None, :])
         sums = tl.dot(code.to(x.dtype), x, sums, input_precision=PRECISION)
-    entry = tl.load(outlier_start_R + b * BAND + r)
-    stop = tl.load(outlier_start_R + b * BAND + r + 1)
     sums = tl.trans(sums)
-    sums = _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, tokens, tiles * 32, entries)
-    out = sums_MR + m[:, None].to(tl.int64) * (tl.num_programs(0) * BAND) + b * BAND + r[None, :]
+    rows = tl.num_programs(0) * BAND
+    out = sums_SMR + (s * tokens + m)[:, None].to(tl.int64) * rows + b * BAND + r[None, :]
     tl.store(out, sums)
 
 
 @triton.jit
+def _values(words, r, j, width, state, BAND: tl.constexpr, TRELLIS: tl.constexpr):
+    # the values of a tile of any width, as floats
+    if TRELLIS:
+        parity = tl.load(words, r * 0 < width, other=0)
+        quantizer = quantizers(parity, state, r, 0)
+        p = (parity >> j) & 1
+        rest = _tile(words + BAND, j, tl.maximum(width - 1, 0), BAND)
+        code = p + 2 * tl.where(width == 1, -p, rest)
+        return value_of(code, (quantizer >> j) & 1).to(tl.float32)
+    else:
+        return _tile(words, j, width, BAND).to(tl.float32)
+
+
+@triton.jit
 def _tile(words, j, width, BAND: tl.constexpr):
-    # the codes of a tile of any width, as floats
+    # the codes of a tile of any width
     bit = j * width
     k = bit >> 5
     shift = (bit & 31).to(tl.uint32)
@@ -242,27 +306,55 @@ def _tile(words, j, width, BAND: tl.constexpr):
     code = low >> shift
     code = tl.where(split, code | (high << ((32 - shift) & 31)), code)
     mask = (1 << width) - 1
-    return ((code.to(tl.int32, bitcast=True) & mask) - ((1 << width) >> 1)).to(tl.float32)
+    return (code.to(tl.int32, bitcast=True) & mask) - ((1 << width) >> 1)
 
 
 @triton.jit
-def _decode_kernel(words_G, tiles_BT, codes_RC, start, tiles, slots, BAND: tl.constexpr):
+def _decode_kernel(
+    words_G,
+    tiles_BT,
+    state_BT3,
+    codes_RC,
+    start,
+    tiles,
+    slots,
+    BAND: tl.constexpr,
+    TRELLIS: tl.constexpr,
+):
     b = tl.program_id(0)
     t = tl.program_id(1)
     r = tl.arange(0, BAND)[:, None]
     j = tl.arange(0, 32)[None, :]
     first, width = _locate(tiles_BT + (start + b) * tiles + t, slots)
-    code = _tile(words_G + first.to(tl.int64) * BAND + r, j, width, BAND)
+    state = state_BT3 + ((start + b) * tiles + t) * 3
+    code = _values(words_G + first.to(tl.int64) * BAND + r, r, j, width, state, BAND, TRELLIS)
     out = codes_RC + (b * BAND + r).to(tl.int64) * (tiles * 32) + t * 32 + j
     tl.store(out, code.to(codes_RC.dtype.element_ty))
 
 
 @triton.jit
 def _decode_outliers_kernel(
-    outliers_O, outlier_start_R, codes_RC, start, columns, entries, BAND: tl.constexpr
+    outliers_O,
+    outlier_first_BK,
+    outlier_count_BKr,
+    codes_RC,
+    start,
+    columns,
+    entries,
+    BAND: tl.constexpr,
 ):
-    r = tl.program_id(0) * BAND + tl.arange(0, BAND)
-    entry = tl.load(outlier_start_R + start * BAND + r)
-    stop = tl.load(outlier_start_R + start * BAND + r + 1)
+    b = tl.program_id(0)
+    r = b * BAND + tl.arange(0, BAND)
     codes = codes_RC + r.to(tl.int64) * columns
-    _decode_outliers(codes, outliers_O, entry, stop, 1, columns, entries)
+    _decode_outliers(
+        codes,
+        outliers_O,
+        outlier_first_BK,
+        outlier_count_BKr,
+        start + b,
+        tl.program_id(1),
+        1,
+        columns,
+        entries,
+        BAND,
+    )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.paths import quantizers, value_of
 from watersic_kernels.product import (
     GEMV_TOKENS,
     TILE,
@@ -47,8 +48,9 @@ def prefix_linear(
     """Return ``x @ W.T``, M x A, in the dtype of x.
 
     Up to `GEMV_TOKENS` tokens, products and sums are float32 and always in the same order.  For
-    more tokens, the codes are decoded into scratch memory, and codes and the folded x are rounded
-    to bfloat16 if x is bfloat16.  Reference: `watersic_hf.nn.ops.coded_linear`.
+    more tokens, and for a trellis, the codes are decoded into scratch memory, and codes and the
+    folded x are rounded to bfloat16 if x is bfloat16.  Reference:
+    `watersic_hf.nn.ops.coded_linear`.
 
     Args:
         x_MN: input, of a floating-point dtype, any strides.
@@ -60,7 +62,8 @@ def prefix_linear(
     Raises:
         ValueError: the tables are not aligned, or the words lack their padding.
     """
-    *streams, row_order_R, column_order_C, outliers_O, first_B, count_R = layout
+    *streams, state_BT3, row_order_R, column_order_C, outliers_O, first_BK, count_BKr = layout
+    trellis = state_BT3.shape[-1] > 0
     words_G, _, _, bits_BSr, tiles_BT = streams
     tables, entries = tables_TW.shape
     if tables_TW.data_ptr() % (4 * entries) or not tables_TW.is_contiguous():
@@ -79,19 +82,16 @@ def prefix_linear(
         return y_MA
     bands, segments, band = bits_BSr.shape
     tiles = tiles_BT.shape[1]
-    outliers = (outliers_O, first_B, count_R)
+    outliers = (outliers_O, first_BK, count_BKr)
     sizes = (tiles, triton.cdiv(tiles, segments), len(words_G), tables - 1)
     window = entries.bit_length() - 1
-    if M <= GEMV_TOKENS:
+    if M <= GEMV_TOKENS and not trellis:
         tokens = triton.next_power_of_2(M)
         folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
-        # the last split adds the outliers
-        sums_SMR = x_MN.new_empty(segments + 1, tokens, bands * band, dtype=torch.float32)
+        sums_SMR = x_MN.new_empty(segments, tokens, bands * band, dtype=torch.float32)
         arguments = (folded_CM, *streams, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O))
         constants: dict[str, int] = {"TOKENS": tokens, "BAND": band, "WINDOW": window}
-        _gemv_kernel[(bands, segments + 1)](
-            *arguments, **constants, num_warps=1, enable_fp_fusion=True
-        )
+        _gemv_kernel[(bands, segments)](*arguments, **constants, num_warps=1, enable_fp_fusion=True)
         finish(sums_SMR, row_order_R, row_scale_A, y_MA)
         return y_MA
 
@@ -100,7 +100,9 @@ def prefix_linear(
         _decode_kernel[(count, segments)](
             *streams, tables_TW, codes_CR, start, *sizes, BAND=band, WINDOW=window, num_warps=1
         )
-        _decode_outliers_kernel[(count,)](
+        if trellis:
+            _values_kernel[(count, tiles)](state_BT3, codes_CR, start, BAND=band)
+        _decode_outliers_kernel[(count, first_BK.shape[1])](
             *outliers, codes_CR, start, tiles * TILE, len(outliers_O), BAND=band, num_warps=1
         )
         return codes_CR
@@ -120,8 +122,8 @@ def _gemv_kernel(
     bits_BSr,
     tiles_BT,
     outliers_O,
-    outlier_first_B,
-    outlier_count_R,
+    outlier_first_BK,
+    outlier_count_BKr,
     tables_TW,
     sums_SMR,
     tiles,
@@ -135,32 +137,42 @@ def _gemv_kernel(
 ):
     b = tl.program_id(0)
     s = tl.program_id(1)
-    segments = tl.num_programs(1) - 1
+    segments = tl.num_programs(1)
     r = tl.arange(0, BAND)
     m = tl.arange(0, TOKENS)
     sums = tl.zeros((TOKENS, BAND), tl.float32)
-    if s == segments:
-        entry, stop = _outliers_of(outlier_first_B, outlier_count_R, b, BAND)
-        columns = tiles * 32
-        sums = _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, TOKENS, columns, entries)
-    else:
-        block, at, limit = _streams(
-            words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND
-        )
-        w0, w1, w2 = _ahead(block, at)
-        for t in range(s * tiles_per_segment, tl.minimum((s + 1) * tiles_per_segment, tiles)):
-            at = tl.minimum(at, limit)
-            table, shift = _table(tiles_BT + b * tiles + t, tables_TW, last_table, WINDOW)
-            x = folded_CM + t * (32 * TOKENS)
-            if shift == 0:
-                sums, at, w0, w1, w2 = _add_tile(
-                    sums, x, table, block, at, w0, w1, w2, WINDOW, TOKENS
-                )
-            else:
-                for j in range(0, 32, 2):
-                    a, c, at, w0, w1, w2 = _pair(table, shift, block, at, w0, w1, w2, WINDOW)
-                    sums += tl.load(x + j * TOKENS + m)[:, None] * a
-                    sums += tl.load(x + (j + 1) * TOKENS + m)[:, None] * c
+    first_tile = s * tiles_per_segment
+    last_tile = tl.minimum(first_tile + tiles_per_segment, tiles)
+    sums = _add_outliers(
+        sums,
+        folded_CM,
+        outliers_O,
+        outlier_first_BK,
+        outlier_count_BKr,
+        b,
+        first_tile,
+        last_tile,
+        m,
+        TOKENS,
+        tiles * 32,
+        entries,
+        BAND,
+    )
+    block, at, limit = _streams(
+        words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND
+    )
+    w0, w1, w2 = _ahead(block, at)
+    for t in range(first_tile, last_tile):
+        at = tl.minimum(at, limit)
+        table, shift = _table(tiles_BT + b * tiles + t, tables_TW, last_table, WINDOW)
+        x = folded_CM + t * (32 * TOKENS)
+        if shift == 0:
+            sums, at, w0, w1, w2 = _add_tile(sums, x, table, block, at, w0, w1, w2, WINDOW, TOKENS)
+        else:
+            for j in range(0, 32, 2):
+                a, c, at, w0, w1, w2 = _pair(table, shift, block, at, w0, w1, w2, WINDOW)
+                sums += tl.load(x + j * TOKENS + m)[:, None] * a
+                sums += tl.load(x + (j + 1) * TOKENS + m)[:, None] * c
     rows = tl.num_programs(0) * BAND
     out = sums_SMR + (s * TOKENS + m)[:, None].to(tl.int64) * rows + b * BAND + r[None, :]
     tl.store(out, sums)
@@ -222,10 +234,27 @@ def _decode_kernel(
 
 
 @triton.jit
+def _values_kernel(state_BT3, codes_CR, start, BAND: tl.constexpr):
+    # replaces the codes of a tile of a trellis in scratch memory by its values
+    b = tl.program_id(0)
+    t = tl.program_id(1)
+    r = tl.arange(0, BAND)[None, :]
+    j = tl.arange(0, 32)[:, None]
+    rows = tl.num_programs(0) * BAND
+    address = codes_CR + (t * 32 + j).to(tl.int64) * rows + b * BAND + r
+    code = tl.load(address).to(tl.int32)
+    # one column per word, in its lowest bit: the state's bits of other columns are cut off
+    tile = (start + b) * tl.num_programs(1) + t
+    quantizer = quantizers((code & 1) << j, state_BT3 + tile * 3, r, 1)
+    value = value_of(code, (quantizer >> j) & 1)
+    tl.store(address, value.to(codes_CR.dtype.element_ty))
+
+
+@triton.jit
 def _decode_outliers_kernel(
     outliers_O,
-    outlier_first_B,
-    outlier_count_R,
+    outlier_first_BK,
+    outlier_count_BKr,
     codes_CR,
     start,
     columns,
@@ -233,17 +262,19 @@ def _decode_outliers_kernel(
     BAND: tl.constexpr,
 ):
     b = tl.program_id(0)
-    entry, stop = _outliers_of(outlier_first_B, outlier_count_R, start + b, BAND)
     rows = tl.num_programs(0) * BAND
-    codes = codes_CR + b * BAND + tl.arange(0, BAND)
-    _decode_outliers(codes, outliers_O, entry, stop, rows, columns, entries)
-
-
-@triton.jit
-def _outliers_of(first_B, count_R, b, BAND: tl.constexpr):
-    count = tl.load(count_R + b * BAND + tl.arange(0, BAND)).to(tl.int32)
-    stop = tl.load(first_B + b) + tl.cumsum(count)
-    return stop - count, stop
+    _decode_outliers(
+        codes_CR + b * BAND + tl.arange(0, BAND),
+        outliers_O,
+        outlier_first_BK,
+        outlier_count_BKr,
+        start + b,
+        tl.program_id(1),
+        rows,
+        columns,
+        entries,
+        BAND,
+    )
 
 
 @triton.jit

@@ -150,43 +150,71 @@ def _finish_kernel(
 
 
 @triton.jit
-def _add_outliers(sums, folded_CM, outliers_O, entry, stop, m, tokens, columns, entries):
-    # each lane walks along the outliers of its rows; whatever they contain, only x is read
-    entry = tl.minimum(tl.maximum(entry, 0), entries)
-    stop = tl.minimum(tl.maximum(stop, 0), entries)
-    c = tl.zeros_like(entry)
-    for _ in range(tl.max(stop - entry)):
-        here = entry < stop
-        gap, code = _outlier(tl.load(outliers_O + entry, here, other=0))
-        c = tl.minimum(c + gap, columns)
-        here &= c < columns
-        x = tl.load(folded_CM + c[None, :] * tokens + m[:, None], here[None, :], other=0.0)
-        sums += x.to(tl.float32) * code[None, :]
-        entry += 1
+def _add_outliers(
+    sums,
+    folded_CM,
+    outliers_O,
+    first_BK,
+    count_BKr,
+    b,
+    first_tile,
+    last_tile,
+    m,
+    tokens,
+    columns,
+    entries,
+    BAND: tl.constexpr,
+):
+    # the outliers of the groups of columns that begin in some tiles; whatever the entries contain,
+    # only x is read
+    groups = tl.cdiv(columns, 256)
+    for k in range(tl.cdiv(first_tile, 8), tl.cdiv(last_tile, 8)):
+        entry, stop = _outliers_of(first_BK, count_BKr, b * groups + k, entries, BAND)
+        for i in range(tl.max(stop - entry)):
+            here = entry + i < stop
+            c, code = _outlier(tl.load(outliers_O + entry + i, here, other=0), k)
+            here &= c < columns
+            x = tl.load(folded_CM + c[None, :] * tokens + m[:, None], here[None, :], other=0.0)
+            sums += x.to(tl.float32) * code[None, :]
     return sums
 
 
 @triton.jit
-def _decode_outliers(codes_CR, outliers_O, entry, stop, stride_c, columns, entries):
-    # as `_add_outliers`, but adds to the decoded codes of the rows
-    entry = tl.minimum(tl.maximum(entry, 0), entries)
-    stop = tl.minimum(tl.maximum(stop, 0), entries)
-    c = tl.zeros_like(entry)
-    for _ in range(tl.max(stop - entry)):
-        here = entry < stop
-        gap, code = _outlier(tl.load(outliers_O + entry, here, other=0))
-        c = tl.minimum(c + gap, columns)
+def _decode_outliers(
+    codes, outliers_O, first_BK, count_BKr, b, k, stride_c, columns, entries, BAND: tl.constexpr
+):
+    # as `_add_outliers`, but adds to the decoded codes of the rows; a value of several entries is
+    # added up before it is stored, so that nothing is read after it was written
+    groups = tl.cdiv(columns, 256)
+    entry, stop = _outliers_of(first_BK, count_BKr, b * groups + k, entries, BAND)
+    last = tl.full((BAND,), -1, tl.int32)
+    total = tl.zeros((BAND,), tl.float32)
+    for i in range(tl.max(stop - entry)):
+        here = entry + i < stop
+        c, code = _outlier(tl.load(outliers_O + entry + i, here, other=0), k)
         here &= c < columns
-        address = codes_CR + c.to(tl.int64) * stride_c
-        code += tl.load(address, here, other=0.0).to(tl.float32)
-        tl.store(address, code.to(codes_CR.dtype.element_ty), here)
-        entry += 1
+        address = codes + c.to(tl.int64) * stride_c
+        known = tl.load(address, here & (c != last), other=0.0).to(tl.float32)
+        total = tl.where(c == last, total, known) + code
+        tl.store(address, total.to(codes.dtype.element_ty), here)
+        last = c
 
 
 @triton.jit
-def _outlier(entry):
+def _outliers_of(first_BK, count_BKr, n, entries, BAND: tl.constexpr):
+    # where the entries of every row in group n of all bands' groups begin and end
+    count = tl.load(count_BKr + n.to(tl.int64) * BAND + tl.arange(0, BAND)).to(tl.int32)
+    stop = tl.load(first_BK + n) + tl.cumsum(count)
+    return _within(stop - count, entries), _within(stop, entries)
+
+
+@triton.jit
+def _within(entry, entries):
+    return tl.minimum(tl.maximum(entry, 0), entries)
+
+
+@triton.jit
+def _outlier(entry, k):
+    # column and value of an entry in group k
     entry = entry.to(tl.int32)
-    digit = entry >> 10
-    shift = ((entry >> 8) & 3) * 5
-    gap = (entry & 255) << tl.where(digit == 0, shift, 0)
-    return gap, (digit << shift).to(tl.float32)
+    return k * 256 + (entry & 255), ((entry >> 10) << (((entry >> 8) & 3) * 5)).to(tl.float32)

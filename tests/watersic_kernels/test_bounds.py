@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from watersic_hf import codec
+from watersic_hf.codec.trellis import quantizers, value_of
+from watersic_hf.core.trellis import LEVELS, code_costs
 from watersic_hf.nn.packing import pack_codes
 from watersic_hf.nn.prefix import encode_codes
 from watersic_hf.nn.prefix_tables import prefix_tables
-from watersic_hf.testing import assert_close
-from watersic_kernels import packed, prefix, product
+from watersic_hf.testing import assert_close, trellis_values
+from watersic_kernels import packed, prefix, product, rans, trellis
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="only Triton's interpreter reports every access"
@@ -80,20 +83,25 @@ def codes(rows, columns):
 FORMS = {
     "packed": (pack_codes, packed.packed_linear),
     "prefix": (encode_codes, prefix.prefix_linear),
+    "packed trellis": (pack_codes, packed.packed_linear),
+    "prefix trellis": (encode_codes, prefix.prefix_linear),
 }
 
 
 def multiply(form, memory, tokens, damage=None):
     """A product that may access only its own tensors; `damage` changes the layout."""
     encode, linear = FORMS[form]
-    expected_AN = codes(70, 40)
-    layout = [tensor.clone() for tensor in encode(expected_AN).tensors().values()]
+    expected_AN, path = codes(70, 40), None
+    if "trellis" in form:
+        expected_AN, path = trellis_values(70, 40, path_rows=70)
+    layout = [tensor.clone() for tensor in encode(expected_AN, path).tensors().values()]
     if damage is not None:
         damage(layout)
     x_MN = torch.randn(tokens, 40)
     options = {}
-    if form == "prefix":
-        options["tables_TW"] = memory.allow(prefix_tables(torch.device("cpu")).entries_TW)
+    if "prefix" in form:
+        tables = prefix_tables(torch.device("cpu"), path is not None)
+        options["tables_TW"] = memory.allow(tables.entries_TW)
     row_scale_A, col_scale_N = torch.ones(70), torch.ones(40)
     for tensor in (x_MN, *layout, row_scale_A, col_scale_N):
         memory.allow(tensor)
@@ -130,8 +138,55 @@ def test_products_with_flipped_bits_access_only_their_tensors(form, memory):
 
     def damage(layout):
         for tensor in layout:
-            flat = tensor.view(torch.uint8).view(-1).numpy()
+            flat = tensor.view(-1).view(torch.uint8).numpy()
+            if not len(flat):
+                continue
             at = rng.integers(len(flat), size=max(1, len(flat) // 20))
             flat[at] ^= rng.integers(1, 256, size=len(at)).astype(np.uint8)
 
     multiply(form, memory, 2, damage)
+
+
+def test_decoder_of_a_trellis_accesses_only_its_tensors(memory, monkeypatch):
+    monkeypatch.setattr("watersic_hf.codec.layout.STEPS_SMALL", 32)
+    generator = torch.Generator().manual_seed(0)
+    path = codec.Path(torch.randint(0, 5, (20,), generator=generator), 8)
+    codes_AN = codes(20, 34).numpy()
+    in_order_AN = value_of(codes_AN, quantizers(codes_AN, path.rows).astype(np.int32))
+    expected_AN = torch.from_numpy(in_order_AN)[path.row_class_A.argsort(stable=True).argsort()]
+    payload = codec.encode(expected_AN, path=path)
+    header, parts, order_A = codec.take_apart(payload)
+    values_AN = torch.empty(header.rows, header.cols, dtype=torch.int32)
+    for tensor in (*parts, order_A, values_AN):
+        memory.allow(tensor)
+
+    def decode():
+        return rans.decode_chunks(
+            parts,
+            values_AN.T,
+            rows_per_lane=header.rows_per_lane,
+            cols_per_chunk=header.cols_per_chunk,
+            escape_words=header.escape_words,
+            order_N=order_A,
+        )
+
+    assert bool(decode().all())
+    assert torch.equal(values_AN, expected_AN)
+    parts[0].random_(-(2**15), 2**15, generator=generator)
+    assert not bool(decode().any())
+
+
+@pytest.mark.parametrize(("rows", "path_rows"), [(1, 8), (70, 30)])
+def test_search_reads_no_scratch_memory_that_it_has_not_written(rows, path_rows, memory):
+    pytest.importorskip("numba")
+    reference = pytest.importorskip("watersic_kernels.cpu.trellis")
+    generator = torch.Generator().manual_seed(0)
+    target_A = 3 * torch.randn(rows, generator=generator, dtype=torch.float64)
+    level_A = torch.randint(-5, LEVELS + 5, (rows,), generator=generator)
+    cost_KQV = code_costs()
+    inputs = [memory.allow(tensor) for tensor in (target_A, level_A, cost_KQV)]
+
+    values_A = trellis.search_path(*inputs, path_rows)
+
+    arrays = (tensor.numpy() for tensor in inputs)
+    np.testing.assert_array_equal(values_A.numpy(), reference.search_path(*arrays, path_rows))

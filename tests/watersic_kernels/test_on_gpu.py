@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from watersic_hf import WaterSICLinear, set_residency
+from watersic_hf import WaterSICLinear, codec, set_residency
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.core import Moments, quantize_weight
-from watersic_hf.nn import block_step
+from watersic_hf.core.trellis import Path, Trellis
+from watersic_hf.nn import block_step, ops, path_search
 from watersic_hf.testing import assert_close, random_layer
 
 pytestmark = [
@@ -92,3 +93,29 @@ def test_quantize_weight_with_kernels_matches_torch(shape):
     # sums run in another order, so a value halfway between two codes may be rounded either way
     assert (found.codes_AN != wanted.codes_AN).double().mean() < 1e-6
     assert_close(found.shrinkage_N, wanted.shrinkage_N, tolerance=1e-9)
+
+
+@pytest.mark.parametrize("path_rows", [128, 1024])
+def test_trellis_on_the_gpu_matches_the_cpu(path_rows):
+    pytest.importorskip("numba")
+    rows, columns = 5000, 40
+    generator = torch.Generator().manual_seed(0)
+    scale_N = torch.exp2(2 * torch.randn(columns, generator=generator, dtype=torch.float64))
+    target_NA = scale_N[:, None] * torch.randn(
+        columns, rows, generator=generator, dtype=torch.float64
+    )
+    row_class_A = torch.randint(0, 9, (rows,), generator=generator)
+
+    def values(device):
+        path = Path(row_class_A.to(device), path_rows)
+        trellis = Trellis(search=path_search(device), path=path)
+        return torch.stack([trellis.values(y_A, 0.7) for y_A in target_NA.to(device)])
+
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    found_NA = values(cuda).cpu()
+
+    assert torch.equal(found_NA, values(cpu))
+    values_AN = torch.empty(rows, columns, dtype=torch.int32)
+    values_AN[row_class_A.argsort(stable=True)] = found_NA.T
+    payload = codec.encode(values_AN, path=codec.Path(row_class_A, path_rows))
+    assert torch.equal(ops.decode(payload, cuda, "triton").cpu(), values_AN)

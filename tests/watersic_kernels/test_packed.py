@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from watersic_hf.nn.packing import pack_codes
-from watersic_hf.testing import assert_close
+from watersic_hf.testing import assert_close, trellis_values
 from watersic_kernels.packed import packed_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,8 +22,8 @@ def layer(rows, columns, *, spread=1.0, outliers=3):
     return codes_AN.int(), row_scale_A, col_scale_N
 
 
-def run(x_MN, codes_AN, row_scale_A, col_scale_N):
-    packed = pack_codes(codes_AN)
+def run(x_MN, codes_AN, row_scale_A, col_scale_N, path=None):
+    packed = pack_codes(codes_AN, path)
     tensors = [tensor.to(DEVICE) for tensor in packed.tensors().values()]
     return packed_linear(
         x_MN.to(DEVICE), tensors, row_scale_A.to(DEVICE), col_scale_N.to(DEVICE)
@@ -63,3 +63,26 @@ def test_product_for_ragged_sizes(shape, tokens):
     y_MA = run(x_MN, codes_AN, *scales)
 
     assert_close(y_MA, expected(x_MN, codes_AN, *scales), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (127, 31), (128, 64), (300, 33)])
+@pytest.mark.parametrize("tokens", [1, 2, 20, 65])
+def test_product_with_a_trellis(shape, tokens):
+    values_AN, path = trellis_values(*shape, path_rows=shape[0], spread=1.5)
+    _, *scales = layer(*shape)
+    x_MN = torch.randn(tokens, shape[1])
+
+    y_MA = run(x_MN, values_AN, *scales, path=path)
+
+    assert_close(y_MA, expected(x_MN, values_AN, *scales), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 65])
+def test_product_with_several_paths(tokens):
+    values_AN, path = trellis_values(500, 70, path_rows=128)
+    _, *scales = layer(500, 70)
+    x_MN = torch.randn(tokens, 70)
+
+    y_MA = run(x_MN, values_AN, *scales, path=path)
+
+    assert_close(y_MA, expected(x_MN, values_AN, *scales), tolerance=1e-6)

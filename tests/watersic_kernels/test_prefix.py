@@ -3,7 +3,7 @@ import torch
 
 from watersic_hf.nn.prefix import PADDING, encode_codes
 from watersic_hf.nn.prefix_tables import WINDOW, prefix_tables
-from watersic_hf.testing import assert_close
+from watersic_hf.testing import assert_close, trellis_values
 from watersic_kernels import prefix
 from watersic_kernels.prefix import prefix_linear
 
@@ -25,10 +25,10 @@ def layer(rows, columns, *, spread=1.0, outliers=3):
     return codes_AN.int(), row_scale_A, col_scale_N
 
 
-def run(x_MN, codes_AN, *scales):
-    layout = [tensor.to(DEVICE) for tensor in encode_codes(codes_AN).tensors().values()]
+def run(x_MN, codes_AN, *scales, path=None):
+    layout = [tensor.to(DEVICE) for tensor in encode_codes(codes_AN, path).tensors().values()]
     x_MN, *scales = (tensor.to(DEVICE) for tensor in (x_MN, *scales))
-    tables_TW = prefix_tables(torch.device(DEVICE)).entries_TW
+    tables_TW = prefix_tables(torch.device(DEVICE), path is not None).entries_TW
     return prefix_linear(x_MN, layout, *scales, tables_TW=tables_TW).cpu()
 
 
@@ -97,3 +97,15 @@ def test_unaligned_tables_are_refused():
 
     with pytest.raises(ValueError, match="begin at a multiple of 8192 bytes"):
         prefix_linear(torch.randn(1, 31), layout, *scales, tables_TW=moved)
+
+
+@pytest.mark.parametrize(("shape", "path_rows"), [((1, 1), 1), ((128, 64), 128), ((300, 33), 128)])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_product_with_a_trellis(shape, path_rows, tokens):
+    values_AN, path = trellis_values(*shape, path_rows=path_rows, spread=1.5)
+    _, *scales = layer(*shape)
+    x_MN = torch.randn(tokens, shape[1])
+
+    y_MA = run(x_MN, values_AN, *scales, path=path)
+
+    assert_close(y_MA, expected(x_MN, values_AN, *scales), tolerance=3e-6)
