@@ -47,7 +47,7 @@ def test_import_loads_no_optional_dependency():
     code = (
         "import sys, watersic_hf; "
         "print([m for m in ('triton', 'datasets', 'optimum', 'watersic_kernels', 'gguf', "
-        "'lm_eval') "
+        "'lm_eval', 'numba') "
         "if m in sys.modules])"
     )
 

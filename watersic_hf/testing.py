@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from watersic_hf.codec import Path
+from watersic_hf.codec.trellis import quantizers, value_of
+
 
 def random_layer(
     rows: int,
@@ -81,3 +84,16 @@ def uneven_codes(rows: int, columns: int, *, spread: float = 2.0, seed: int = 0)
     found_AN[:, ::7] = 0
     found_AN[0, -1], found_AN[-1, 0] = 7049, -100_000
     return found_AN
+
+
+def trellis_values(
+    rows: int, columns: int, *, path_rows: int, spread: float = 1.0
+) -> tuple[Tensor, Path]:
+    """Return values of a trellis whose codes are `uneven_codes`, and their path."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    row_class_A = torch.randint(0, 20, (rows,), generator=generator)
+    order_A = row_class_A.argsort(stable=True)
+    codes_AN = uneven_codes(rows, columns, spread=spread)[order_A].int().numpy()
+    values_AN = torch.empty(rows, columns, dtype=torch.int32)
+    values_AN[order_A] = torch.from_numpy(value_of(codes_AN, quantizers(codes_AN, path_rows)))
+    return values_AN, Path(row_class_A, path_rows)

@@ -3,7 +3,7 @@ import torch
 
 from watersic_hf import codec
 from watersic_hf.checkpoint import pack_layer
-from watersic_hf.nn import ops
+from watersic_hf.nn import bands, ops
 
 
 def packed(rows, columns):
@@ -55,12 +55,32 @@ def test_dequant_linear_of_a_non_contiguous_input():
 
 def test_dequantize_does_not_depend_on_the_tile_size(monkeypatch):
     layer, dense = packed(300, 1500)
-    monkeypatch.setattr(ops, "SCRATCH_BYTES", 1500 * 4 * 70)
+    monkeypatch.setattr(bands, "SCRATCH_BYTES", 1500 * 4 * 70)
 
-    tiles = list(ops._weight_tiles(*layer, torch.float32))
+    tiles = list(bands.weight_tiles(*layer, torch.float32))
 
     assert len(tiles) > 2
     assert torch.equal(torch.cat([tile for _, tile in tiles]), dense)
+
+
+def test_tiles_of_a_trellis_are_whole_paths(monkeypatch):
+    monkeypatch.setattr(bands, "SCRATCH_BYTES", 12 * 4 * 70)
+    g = torch.Generator().manual_seed(0)
+    path = codec.Path(torch.randint(0, 5, (100,), generator=g), 32)
+    # multiples of 4 are values of even codes, which never leave quantizer 0
+    values_AN = 4 * torch.randint(-3, 4, (100, 12), generator=g)
+    scales = torch.rand(100, generator=g), torch.rand(12, generator=g)
+    payload = codec.encode(values_AN, path=path)
+
+    tiles = list(bands.weight_tiles(payload, *scales, torch.float32))
+
+    order_A = path.row_class_A.argsort(stable=True)
+    found = [set(rows.tolist()) for rows, _ in tiles]
+    assert found == [set(order_A[:64].tolist()), set(order_A[64:].tolist())]
+    weight_AN = scales[0][:, None] * (values_AN * scales[1])
+    assert torch.equal(ops.dequantize(payload, *scales, torch.float32), weight_AN)
+    x = torch.randn(2, 12)
+    torch.testing.assert_close(ops.dequant_linear(x, payload, *scales), x @ weight_AN.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from watersic_hf.nn.packing import MAX_WIDTH, TILE, pack_codes, unpack_bands, unpack_rows
-from watersic_hf.testing import uneven_codes
+from watersic_hf.testing import trellis_values, uneven_codes
 
 
 def restored(packed):
@@ -22,7 +22,7 @@ def test_pack_unpack_roundtrip(shape, spread):
 
     assert torch.equal(restored(packed), expected_AN)
     assert packed.tiles_BT.shape[1] == -(-shape[1] // TILE)
-    assert packed.outlier_start_R[-1] == len(packed.outliers_O)
+    assert packed.outlier_count_BKr.sum() == len(packed.outliers_O)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (127, 32), (300, 65)])
@@ -67,7 +67,7 @@ def test_scales_of_rows_and_columns_cost_at_most_a_quarter_bit():
     assert bits(2 * normal_AN * scale_A * scale_N) < equal + 0.25
 
 
-def test_far_and_large_outliers_take_several_entries():
+def test_large_outliers_take_several_entries():
     codes_AN = torch.zeros(2, 2000, dtype=torch.int32)
     codes_AN[0, 5], codes_AN[1, 1999], codes_AN[1, 1998] = 200_000, -1_000_000, 130
 
@@ -79,3 +79,43 @@ def test_far_and_large_outliers_take_several_entries():
 def test_empty_matrix_is_refused():
     with pytest.raises(ValueError, match="0 x 4"):
         pack_codes(torch.zeros(0, 4, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "path_rows"),
+    [
+        ((1, 1), 1),
+        ((5, 31), 5),
+        ((127, 32), 127),
+        ((3, 300), 3),
+        ((300, 65), 300),
+        ((700, 90), 128),
+    ],
+)
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_roundtrip_of_a_trellis(shape, path_rows, spread):
+    values_AN, path = trellis_values(*shape, path_rows=path_rows, spread=spread)
+
+    packed = pack_codes(values_AN, path)
+
+    assert packed.trellis
+    assert torch.equal(restored(packed), values_AN)
+    index_U = torch.randint(shape[0], (50,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(unpack_rows(packed, index_U), values_AN[index_U])
+
+
+def test_codes_of_a_trellis_take_a_bit_less_than_its_values():
+    values_AN, path = trellis_values(512, 512, path_rows=512, spread=0.5)
+
+    codes, values = pack_codes(values_AN, path), pack_codes(values_AN)
+
+    assert codes.nbytes < values.nbytes - 0.7 / 8 * values_AN.numel()
+
+
+def test_values_on_paths_that_begin_within_a_band_are_held_as_values():
+    values_AN, path = trellis_values(300, 40, path_rows=100)
+
+    packed = pack_codes(values_AN, path)
+
+    assert not packed.trellis
+    assert torch.equal(restored(packed), values_AN)

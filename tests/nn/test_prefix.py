@@ -4,7 +4,7 @@ import torch
 from watersic_hf import codec
 from watersic_hf.nn import prefix, prefix_tables
 from watersic_hf.nn.prefix import decode_bands, encode_codes
-from watersic_hf.testing import uneven_codes
+from watersic_hf.testing import trellis_values, uneven_codes
 
 
 def restored(coded):
@@ -107,3 +107,25 @@ def test_limited_lengths_equal_huffman_lengths_if_the_limit_permits():
     limited = prefix_tables.limited_lengths(weights, 3)
     assert limited.max() == 3
     assert (0.5**limited).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "path_rows"),
+    [((1, 1), 1), ((5, 31), 5), ((127, 32), 127), ((300, 65), 300), ((700, 90), 128)],
+)
+@pytest.mark.parametrize("spread", [0.0, 2.0, 5.0])
+def test_roundtrip_of_a_trellis(shape, path_rows, spread):
+    values_AN, path = trellis_values(*shape, path_rows=path_rows, spread=spread)
+
+    coded = encode_codes(values_AN, path)
+
+    assert coded.trellis
+    assert torch.equal(restored(coded), values_AN)
+
+
+def test_codes_of_a_trellis_take_a_bit_less_than_its_values():
+    values_AN, path = trellis_values(512, 512, path_rows=512, spread=0.5)
+
+    codes, values = encode_codes(values_AN, path), encode_codes(values_AN)
+
+    assert codes.nbytes < values.nbytes - 0.6 / 8 * values_AN.numel()

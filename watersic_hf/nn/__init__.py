@@ -1,5 +1,6 @@
 """Quantized layers, embeddings and experts, and the operators that they run on."""
 
+from watersic_hf.nn.backends import BACKEND_VARIABLE, BACKENDS, block_step, path_search
 from watersic_hf.nn.embedding import WaterSICEmbedding, WaterSICTiedHead, pack_vocabulary_matrix
 from watersic_hf.nn.experts import (
     FusedExperts,
@@ -11,7 +12,6 @@ from watersic_hf.nn.experts import (
     separate_experts,
 )
 from watersic_hf.nn.linear import PackedMatrix, WaterSICLinear
-from watersic_hf.nn.ops import BACKEND_VARIABLE, BACKENDS, block_step
 from watersic_hf.nn.replace import (
     component_expression,
     install_packed,
@@ -40,6 +40,7 @@ __all__ = [
     "module_matches",
     "pack_vocabulary_matrix",
     "packed_layers",
+    "path_search",
     "replace_module",
     "separate",
     "separate_dense",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from watersic_hf.checkpoint import PackedLayer, pack_layer, rescale_layer
+from watersic_hf.codec import Path
 from watersic_hf.nn import ops
 from watersic_hf.nn.linear import PackedMatrix, resize_payload
 from watersic_hf.nn.packing import PackedCodes
@@ -170,17 +171,23 @@ class WaterSICTiedHead(nn.Linear):
 
 
 def pack_vocabulary_matrix(
-    codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, *, name: str
+    codes_AN: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    *,
+    path: Path | None = None,
+    name: str,
 ) -> PackedLayer:
     """Pack codes as `pack_layer` does, with column scales that bfloat16 holds exactly.
 
     `WaterSICEmbedding` needs such scales: it casts them to the dtype of the model.
 
     Args:
-        codes_AN: integer codes.
+        codes_AN: integer codes, or values of a trellis.
         row_scale_A: row scales.
         col_scale_N: column scales, which are rounded.
+        path: path of the values of a trellis; default: the matrix has codes.
         name: name of the layer, for error messages.
     """
-    packed = pack_layer(codes_AN, row_scale_A, col_scale_N, name=name)
+    packed = pack_layer(codes_AN, row_scale_A, col_scale_N, path=path, name=name)
     return rescale_layer(packed, packed.row_scale, packed.col_scale.bfloat16(), name=name)

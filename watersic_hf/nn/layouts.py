@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from watersic_hf.codec import Path
 from watersic_hf.nn import prefix
 from watersic_hf.nn.packing import PackedCodes, pack_codes, unpack_bands
 from watersic_hf.nn.prefix_tables import prefix_tables
@@ -24,8 +25,8 @@ class Layout:
     codes: type[TiledCodes]
     """Class of the encoded codes; its fields name the tensors."""
 
-    encode: Callable[[Tensor], TiledCodes]
-    """Encode integer codes, A x N."""
+    encode: Callable[[Tensor, Path | None], TiledCodes]
+    """Encode integer codes, or the values of a trellis with their path, A x N."""
 
     bands: Callable[[TiledCodes], Iterator[tuple[Tensor, Tensor]]]
     """Yield row indices and the codes of these rows, r x N, until all rows are decoded."""
@@ -39,7 +40,9 @@ def _multiply_packed(kernels: ModuleType, x_MN: Tensor, *layer: Sequence[Tensor]
 
 
 def _multiply_prefix(kernels: ModuleType, x_MN: Tensor, *layer: Sequence[Tensor] | Tensor):
-    tables_TW = prefix_tables(x_MN.device).entries_TW
+    layout, *_ = layer
+    codes = prefix.PrefixCodes.of(layout, rows=0, columns=0)
+    tables_TW = prefix_tables(x_MN.device, codes.trellis).entries_TW
     return kernels.prefix.prefix_linear(x_MN, *layer, tables_TW=tables_TW)
 
 

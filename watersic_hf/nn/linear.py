@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from watersic_hf import codec
 from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs
 from watersic_hf.nn import ops
+from watersic_hf.nn.backends import BACKENDS
+from watersic_hf.nn.bands import scale_codes
 from watersic_hf.nn.residency import RESIDENCIES, ResidencyInputs, choose_residency
 from watersic_hf.nn.source import Source
 
@@ -18,11 +21,6 @@ _STORED_DTYPES = {name: kind for name, (_, kind) in tensor_specs(0, 0, 0).items(
 _LAYOUTS = {residency: layout.codes.names() for residency, layout in ops.LAYOUTS.items()}
 #: Names of the tensors of all layouts; some are common to several.
 _ALL_TENSORS = tuple(dict.fromkeys(name for names in _LAYOUTS.values() for name in names))
-#: For each of these residencies a tensor that only its layout has.
-_MARKERS = {
-    residency: next(n for n in names if sum(n in other for other in _LAYOUTS.values()) == 1)
-    for residency, names in _LAYOUTS.items()
-}
 
 
 class PackedMatrix(nn.Module):
@@ -80,6 +78,8 @@ class PackedMatrix(nn.Module):
             zeros = torch.zeros(out_features, dtype=self.compute_dtype, device=device)
             self.bias = nn.Parameter(zeros, False)
         self.backend = "auto"
+        # the residency whose layout holds the codes; None if none does
+        self.coded_as: str | None = None
         # the tensors that the weight below was made from; None if there is none, or is outdated
         self.source: Source | None = None
         self.register_buffer("dense_weight", None, persistent=False)
@@ -121,7 +121,7 @@ class PackedMatrix(nn.Module):
             layer.bias = nn.Parameter(bias.detach().to(device=device, dtype=dtype), False)
         if codes_AN is not None:
             scales = layer.row_scale, layer.col_scale
-            layer.hold_dense(ops.scale_codes(codes_AN.to(device), *scales, dtype))
+            layer.hold_dense(scale_codes(codes_AN.to(device), *scales, dtype))
         return layer
 
     @property
@@ -135,10 +135,7 @@ class PackedMatrix(nn.Module):
         """Form of the weight in memory: ``dense``, ``packed``, ``entropy`` or ``stored``."""
         if self.dense_weight is not None:
             return "dense"
-        for residency, name in _MARKERS.items():
-            if getattr(self, name) is not None:
-                return residency
-        return "stored"
+        return self.coded_as or "stored"
 
     @property
     def residency_inputs(self) -> ResidencyInputs:
@@ -162,7 +159,7 @@ class PackedMatrix(nn.Module):
                 keeps only the payload and decodes it in every forward.  ``auto`` chooses by device
                 and free memory (`choose_residency`).  For every residency except ``stored`` the
                 payload stays in host memory.
-            backend: implementation for ``packed`` and ``entropy``, one of `ops.BACKENDS`.
+            backend: implementation for ``packed`` and ``entropy``, one of `BACKENDS`.
 
         Raises:
             ValueError: an unknown residency or backend.
@@ -170,8 +167,8 @@ class PackedMatrix(nn.Module):
         """
         if residency not in RESIDENCIES:
             raise ValueError(f"residency is {residency!r}, but must be one of {RESIDENCIES}")
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend is {backend!r}, but must be one of {ops.BACKENDS}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend is {backend!r}, but must be one of {BACKENDS}")
         self.backend = backend
         if residency == "auto":
             residency, _ = choose_residency([self.residency_inputs])
@@ -183,7 +180,7 @@ class PackedMatrix(nn.Module):
 
     def hold_dense(self, weight_AN: Tensor) -> None:
         """Take over a dense weight that the caller has made from the present packed tensors."""
-        self.dense_weight = weight_AN
+        self.dense_weight, self.coded_as = weight_AN, None
         for name in _ALL_TENSORS:
             setattr(self, name, None)
         self._note_source()
@@ -280,6 +277,7 @@ class PackedMatrix(nn.Module):
         dense_weight = self._decode(self.compute_dtype) if residency == "dense" else None
         tensors = self._encode(residency) if residency in _LAYOUTS else {}
         self.dense_weight = dense_weight
+        self.coded_as = residency if residency in _LAYOUTS else None
         for name in _ALL_TENSORS:
             setattr(self, name, tensors.get(name))
         self._note_source()
@@ -296,7 +294,7 @@ class PackedMatrix(nn.Module):
             codes_AN = ops.decode(self.weight.data, self.row_scale.device, self.backend)
         except ValueError as error:
             raise CheckpointError(f"the stored weight cannot be decoded: {error}") from error
-        return ops.encode(codes_AN, residency).tensors()
+        return ops.encode(codes_AN, residency, codec.read_path(self.weight.data)).tensors()
 
     def _place_payload(self) -> None:
         """Move the payload to where it is needed: next to the scales, or into host memory."""

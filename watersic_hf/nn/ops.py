@@ -1,41 +1,27 @@
-"""Operators on packed layers: the only module that chooses between implementations.
+"""Operators on packed layers.
 
 Shapes: A = out_features, N = in_features, B = bytes of the payload, M = tokens, U = rows asked
         for, r = rows of a band; x has any leading dimensions.
 
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
-The reference decodes a band of rows at a time into scratch memory of about `SCRATCH_BYTES`.
-
-`coded_linear`, `decode` and `block_step` have Triton kernels on CUDA; see `BACKENDS`.
+The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  On CUDA, `coded_linear`
+and `decode` have Triton kernels; `watersic_hf.nn.backends` chooses.
 """
 
 import functools
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from watersic_hf import codec
-from watersic_hf.core import BlockStep, zsic_block
+from watersic_hf.nn.backends import kernels_on, triton_kernels
+from watersic_hf.nn.bands import coded_bands, scale_codes, weight_tiles
 from watersic_hf.nn.layouts import LAYOUTS
 from watersic_hf.nn.packing import PackedCodes, unpack_rows
 from watersic_hf.nn.tiles import TiledCodes
-
-logger = logging.getLogger(__name__)
-
-#: Implementations on CUDA: ``auto`` is Triton where it can be imported, and otherwise the
-#: reference, with a warning; ``reference`` has no kernels and is for comparison.
-BACKENDS = ("auto", "triton", "reference")
-#: Environment variable that sets the backend where no argument does.
-BACKEND_VARIABLE = "WATERSIC_BACKEND"
-
-#: Upper bound, in bytes, on the dense weights that the reference holds at a time.
-SCRATCH_BYTES = 32 << 20
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -70,7 +56,7 @@ def dequantize(
         CodecError: the payload is damaged.
     """
     weight_AN = row_scale_A.new_empty((len(row_scale_A), len(col_scale_N)), dtype=dtype)
-    for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, dtype):
+    for rows, tile in weight_tiles(payload_B, row_scale_A, col_scale_N, dtype):
         weight_AN[rows] = tile
     return weight_AN
 
@@ -101,7 +87,7 @@ def dequant_linear(
             f"(..., {N})"
         )
     y = x.new_empty((*x.shape[:-1], A))
-    for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, x.dtype):
+    for rows, tile in weight_tiles(payload_B, row_scale_A, col_scale_N, x.dtype):
         y[..., rows] = x @ tile.T
     return y
 
@@ -119,7 +105,7 @@ def dequant_linear_backward(
     """Return the gradient of `dequant_linear` in x: ``grad_y @ W``, summed in float32 or wider."""
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
-    for rows, tile in _weight_tiles(payload_B, row_scale_A, col_scale_N, grad_y.dtype):
+    for rows, tile in weight_tiles(payload_B, row_scale_A, col_scale_N, grad_y.dtype):
         grad_x += grad_y[..., rows] @ tile
     return grad_x.to(grad_y.dtype)
 
@@ -173,7 +159,7 @@ def coded_linear(
             f"coded_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs (..., {N})"
         )
     if x.is_cuda and backend != "reference":
-        kernels = _kernels(backend)
+        kernels = triton_kernels(backend)
         if kernels is not None:
             multiply = LAYOUTS[residency].multiply
             y_MA = multiply(kernels, x.reshape(-1, N), layout, row_scale_A, col_scale_N)
@@ -282,45 +268,35 @@ def _(index, layout, row_scale_A, col_scale_N, dtype):
     return row_scale_A.new_empty((*index.shape, col_scale_N.shape[0]), dtype=dtype)
 
 
-@functools.cache
-def _kernels(backend: str) -> ModuleType | None:
-    """Import the Triton kernels; return None if that fails and `backend` is not ``triton``."""
-    try:
-        import watersic_kernels.packed
-        import watersic_kernels.prefix
-        import watersic_kernels.rans
-        import watersic_kernels.zsic
-    except ImportError as error:
-        if backend == "triton":
-            raise
-        logger.warning(
-            "The Triton kernels cannot be imported: %s. Quantization and products with compressed "
-            "weights use slow reference code. Install triton, or use the residency `dense`, whose "
-            "products need no kernel.",
-            error,
-        )
-        return None
-    return watersic_kernels
-
-
 def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
-    """Return the codes of a payload, A x N, int32, on a device; CUDA devices decode them there.
+    """Return the codes of a payload, or the values of its trellis, A x N, int32, on a device.
+
+    CUDA devices decode the payload themselves.
 
     Raises:
         CodecError: the payload is damaged.
         ImportError: `backend` is ``triton`` and Triton cannot be imported.
     """
-    kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
+    kernels = kernels_on(device, backend)
     if kernels is None:
         return codec.decode(payload_B).to(device)
+    return _decode_with(kernels.rans.decode_chunks, payload_B, device)
+
+
+def _decode_with(
+    decode_chunks: Callable[..., Tensor], payload_B: Tensor, device: torch.device
+) -> Tensor:
+    """Decode a payload with the kernel, which also works on a CPU in Triton's interpreter."""
     parts = codec.take_apart(payload_B)
     codes_AN = torch.empty(parts.header.rows, parts.header.cols, dtype=torch.int32, device=device)
-    good_C = kernels.rans.decode_chunks(
+    order_A = parts.order_A
+    good_C = decode_chunks(
         [tensor.to(device) for tensor in parts.tensors],
-        codes_AN,
+        codes_AN if order_A is None else codes_AN.T,
         rows_per_lane=parts.header.rows_per_lane,
         cols_per_chunk=parts.header.cols_per_chunk,
         escape_words=parts.header.escape_words,
+        order_N=None if order_A is None else order_A.to(device),
     )
     bad_C = (good_C == 0).nonzero().flatten()
     if len(bad_C):
@@ -330,70 +306,15 @@ def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
     return codes_AN
 
 
-def block_step(device: torch.device) -> BlockStep:
-    """Return the function with which `watersic_hf.core.zsic` quantizes a block of columns.
+def encode(codes_AN: Tensor, residency: str, path: codec.Path | None = None) -> TiledCodes:
+    """Encode codes, on their device, in the layout of a residency.
 
     Args:
-        device: device of the weight; CUDA devices use a kernel, unless the environment variable
-            `BACKEND_VARIABLE` says ``reference``.
-
-    Raises:
-        ImportError: the backend is ``triton`` and Triton cannot be imported.
-    """
-    backend = os.environ.get(BACKEND_VARIABLE, "auto")
-    kernels = _kernels(backend) if device.type == "cuda" and backend != "reference" else None
-    return zsic_block if kernels is None else kernels.zsic.quantize_block
-
-
-def encode(codes_AN: Tensor, residency: str) -> TiledCodes:
-    """Encode codes, on their device, in the layout of a residency, a key of `LAYOUTS`.
+        codes_AN: codes, or the values of a trellis.
+        residency: a key of `LAYOUTS`.
+        path: path of the values; default: these are codes.
 
     Raises:
         ValueError: the matrix is empty.
     """
-    return LAYOUTS[residency].encode(codes_AN)
-
-
-def coded_bands(
-    residency: str,
-    layout: Sequence[Tensor],
-    row_scale_A: Tensor,
-    col_scale_N: Tensor,
-    dtype: torch.dtype,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the dense weight some rows at a time: their indices and the rows, r x N.
-
-    The arguments are those of `coded_linear`, and the dtype of the result.
-    """
-    kind = LAYOUTS[residency]
-    coded = kind.codes.of(layout, rows=len(row_scale_A), columns=len(col_scale_N))
-    for rows, codes_rN in kind.bands(coded):
-        yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
-
-
-def _weight_tiles(
-    payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the dense weight of a payload band by band, each with its slice of rows."""
-    A, N = len(row_scale_A), len(col_scale_N)
-    payload_B = payload_B.cpu()
-    header = codec.read_header(payload_B)
-    if (header.rows, header.cols) != (A, N):
-        raise ValueError(
-            f"dequantize: the payload holds {header.rows} x {header.cols} codes, "
-            f"but the scales are those of a {A} x {N} layer"
-        )
-    # ranges that start at a multiple of the band split no chunk, so none is decoded twice
-    band = header.geometry.band_rows
-    band *= max(1, SCRATCH_BYTES // (4 * max(1, N) * band))
-    for start in range(0, A, band):
-        rows = slice(start, min(start + band, A))
-        codes = codec.decode(payload_B, rows=rows).to(row_scale_A.device)
-        yield rows, scale_codes(codes, row_scale_A[rows], col_scale_N, dtype)
-
-
-def scale_codes(
-    codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Return ``diag(row) @ codes @ diag(col)``, computed in float32, rounded once to `dtype`."""
-    return (row_scale_A[:, None].float() * (codes_AN * col_scale_N.float())).to(dtype)
+    return LAYOUTS[residency].encode(codes_AN, path)

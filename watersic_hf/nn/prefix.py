@@ -2,7 +2,8 @@
 
 Shapes: A = out_features (rows), N = in_features (columns), B = bands of rows, S = segments of a
         band, T = tiles of a band, R, C = rows and columns of all tiles, r = rows of a band,
-        G = words, O = outlier entries, j = pairs of columns, V = values of a symbol.
+        K = groups of columns, G = words, O = outlier entries, j = pairs of columns, V = values of
+        a symbol.
         A lower-case b or t is a part of B or T.
 
 A tile (`watersic_hf.nn.tiles`) has a symbol table (`watersic_hf.nn.prefix_tables`) and a shift.  A
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from watersic_hf.codec import Path
+from watersic_hf.nn.paths import bands_codes, fits, quantizers, state_bits, value_of
 from watersic_hf.nn.prefix_tables import LIMIT, WINDOW, PrefixTables, prefix_tables
 from watersic_hf.nn.tiles import (
     TILE,
@@ -28,6 +31,7 @@ from watersic_hf.nn.tiles import (
     choose_band,
     compact_order,
     outlier_entries,
+    outlier_index,
     pad_to_tiles,
     restore_order,
     sort_by_magnitude,
@@ -83,6 +87,9 @@ class PrefixCodes(TiledCodes):
     """int16.  The lowest 8 bits are the number of a tile's table, the bits above its shift s.  A
     code is ``value * 2^s + low - 2^(s-1)``."""
 
+    state_BT3: Tensor
+    """int32.  State of a trellis before the first row of each tile; B x T x 0 for codes."""
+
     row_order_R: Tensor
     """int16 or int32.  The row of the weight that each row of the tiles is; A for padding."""
 
@@ -90,13 +97,18 @@ class PrefixCodes(TiledCodes):
     """int16 or int32.  The column of the weight that each column of the tiles is; N for padding."""
 
     outliers_O: Tensor
-    """int16.  Outlier entries, row after row of the tiles; see `watersic_hf.nn.tiles`."""
+    """int16.  Outlier entries; see `watersic_hf.nn.tiles`."""
 
-    outlier_first_B: Tensor
-    """int32.  Position of the first outlier entry of each band."""
+    outlier_first_BK: Tensor
+    """int32.  Position of the first outlier entry of each group of columns of each band."""
 
-    outlier_count_R: Tensor
-    """uint8 or int32.  Number of outlier entries of each row of the tiles."""
+    outlier_count_BKr: Tensor
+    """uint8 or int32.  Number of outlier entries of each row in each group."""
+
+    @property
+    def trellis(self) -> bool:
+        """Whether these are codes of a trellis."""
+        return self.state_BT3.shape[-1] > 0
 
     @property
     def tiles_per_segment(self) -> int:
@@ -104,8 +116,12 @@ class PrefixCodes(TiledCodes):
         return -(-self.tiles_BT.shape[1] // self.first_BS.shape[1])
 
 
-def encode_codes(codes_AN: Tensor) -> PrefixCodes:
+def encode_codes(codes_AN: Tensor, path: Path | None = None) -> PrefixCodes:
     """Encode integer codes losslessly, on their device.
+
+    Args:
+        codes_AN: codes, or the values of a trellis.
+        path: path of the values; default: these are codes.
 
     Raises:
         ValueError: the matrix is empty.
@@ -113,22 +129,31 @@ def encode_codes(codes_AN: Tensor) -> PrefixCodes:
     rows, columns = codes_AN.shape
     band = choose_band(codes_AN)
     row_order_R, column_order_C = sort_by_magnitude(codes_AN, band)
+    trellis = fits(path, band, rows)
+    if trellis:
+        row_order_R[:rows] = path.row_class_A.to(codes_AN.device).argsort(stable=True)
     bands, tiles = len(row_order_R) // band, len(column_order_C) // TILE
     target = min(max(rows * columns / STREAMS, STREAM_COLUMNS[0]), STREAM_COLUMNS[1])
     tiles_per_segment = math.ceil(tiles / max(1, round(tiles * TILE / target)))
-    tables = prefix_tables(codes_AN.device)
+    tables = prefix_tables(codes_AN.device, trellis)
     step = max(1, CHUNK // (band * len(column_order_C)))
-    parts = []
+    parts, states, after_3C = [], [], None
     for start in range(0, bands, step):
         order_r = row_order_R[start * band : (start + step) * band]
         codes_rC = pad_to_tiles(codes_AN[order_r[order_r < rows]], column_order_C, len(order_r))
-        codes_brTj = codes_rC.view(-1, band, tiles, TILE)
-        parts.append(_encode_bands(codes_brTj, order_r < rows, tiles_per_segment, tables))
+        codes_brC, quantizer_brC = codes_rC.view(-1, band, codes_rC.shape[1]), None
+        if trellis:
+            coded, after_3C = bands_codes(codes_brC, path, start, after_3C)
+            codes_brC, quantizer_brC = coded.codes_rC, coded.quantizer_rC
+            states.append(coded.state_T3)
+        codes_brTj = codes_brC.view(-1, band, tiles, TILE)
+        parts.append(
+            _encode_bands(codes_brTj, order_r < rows, tiles_per_segment, tables, quantizer_brC)
+        )
     words, first, shortest, bits, tiles_BT, outliers, counts = zip(*parts, strict=True)
     # each part counts its words from its own start
     sizes = torch.tensor([0, *map(len, words)]).cumsum(0).tolist()
-    count_R = torch.cat(counts)
-    per_band_B = count_R.view(bands, band).sum(1)
+    first_BK, count_BKr = outlier_index(torch.cat(counts))
     return PrefixCodes(
         rows=rows,
         columns=columns,
@@ -137,11 +162,12 @@ def encode_codes(codes_AN: Tensor) -> PrefixCodes:
         shortest_BS=torch.cat(shortest),
         bits_BSr=torch.cat(bits),
         tiles_BT=torch.cat(tiles_BT),
+        state_BT3=torch.cat(states) if trellis else torch.cat(tiles_BT).int()[..., None][..., :0],
         row_order_R=compact_order(row_order_R),
         column_order_C=compact_order(column_order_C),
         outliers_O=torch.cat(outliers),
-        outlier_first_B=(per_band_B.cumsum(0) - per_band_B).int(),
-        outlier_count_R=count_R.to(torch.uint8 if int(count_R.max()) < 256 else torch.int32),
+        outlier_first_BK=first_BK,
+        outlier_count_BKr=count_BKr,
     )
 
 
@@ -149,21 +175,28 @@ def decode_bands(coded: PrefixCodes) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield, some bands at a time, rows of the weight and their codes, rows x N, int32."""
     order_C = coded.column_order_C.long()
     bands, band = len(coded.tiles_BT), coded.bits_BSr.shape[-1]
-    count_R = coded.outlier_count_R.long()
     step = max(1, CHUNK // (band * len(order_C)))
     for start in range(0, bands, step):
         stop = min(start + step, bands)
         codes_rC = _decode_bands(coded, start, stop)
-        count_r = count_R[start * band : stop * band]
-        first = int(coded.outlier_first_B[start])
-        entry_O = coded.outliers_O[first : first + int(count_r.sum())]
-        add_outliers(codes_rC, entry_O, count_r)
+        if coded.trellis:
+            codes_rbC = codes_rC.view(stop - start, band, -1).transpose(0, 1)
+            quantizer_rbC, _ = quantizers(codes_rbC & 1, state_bits(coded.state_BT3[start:stop]))
+            codes_rC = value_of(codes_rbC, quantizer_rbC).transpose(0, 1).flatten(0, 1)
+        count_bKr = coded.outlier_count_BKr[start:stop]
+        first = int(coded.outlier_first_BK[start, 0])
+        entry_O = coded.outliers_O[first : first + int(count_bKr.sum())]
+        add_outliers(codes_rC, entry_O, count_bKr)
         order_r = coded.row_order_R[start * band : stop * band].long()
         yield restore_order(codes_rC, order_r, order_C, like=coded)
 
 
 def _encode_bands(
-    codes_brTj: Tensor, real_r: Tensor, tiles_per_segment: int, tables: PrefixTables
+    codes_brTj: Tensor,
+    real_r: Tensor,
+    tiles_per_segment: int,
+    tables: PrefixTables,
+    quantizer_brC: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Encode some bands.
 
@@ -172,25 +205,28 @@ def _encode_bands(
         real_r: which rows are rows of the weight; the others are padding and take no bits.
         tiles_per_segment: tiles of a segment.
         tables: the symbol tables.
+        quantizer_brC: quantizers of the codes, if they are those of a trellis.
 
     Returns:
         The tensors of these bands that `PrefixCodes` holds as `words_G`, `first_BS`, counted from
         the first of these words, `shortest_BS`, `bits_BSr`, `tiles_BT`, `outliers_O` and
-        `outlier_count_R`.
+        `outlier_count_BKr`.
     """
     bands, band, tiles, _ = codes_brTj.shape
     table_bT, shift_bT = _choose(codes_brTj, tables)
     shift_b1T1 = shift_bT[:, None, :, None]
     half_b1T1 = 1 << shift_b1T1 >> 1
     symbol_brTj, low_brTj = _split(codes_brTj, shift_b1T1, half_b1T1)
-    index_brTj = symbol_brTj.clamp(-LIMIT - 1, LIMIT + 1) + LIMIT
-    # one index stands for all values, on both sides, that no table holds
-    index_brTj = torch.where(index_brTj < 0, 2 * LIMIT + 1, index_brTj)
+    index_brTj = _index(symbol_brTj)
     pair = (table_bT[:, None, :, None], index_brTj[..., ::2], index_brTj[..., 1::2])
     kept_brTj = tables.kept_TVV[pair].flatten(-2)
-    rest_brTj = codes_brTj - ((kept_brTj << shift_b1T1) + low_brTj - half_b1T1)
+    coded_brTj = (kept_brTj << shift_b1T1) + low_brTj - half_b1T1
+    rest_brTj = codes_brTj - coded_brTj
+    if quantizer_brC is not None:
+        quantizer_brTj = quantizer_brC.view_as(codes_brTj)
+        rest_brTj = value_of(codes_brTj, quantizer_brTj) - value_of(coded_brTj, quantizer_brTj)
     rest_brTj *= real_r.view(bands, band, 1, 1)
-    outliers_O, count_r = outlier_entries(rest_brTj.view(bands * band, -1))
+    outliers_O, count_bKr = outlier_entries(rest_brTj.view(bands, band, -1))
 
     length = tables.lengths_TVV[pair].long()
     value = tables.words_TVV[pair].long() | low_brTj[..., ::2].long() << length
@@ -220,7 +256,7 @@ def _encode_bands(
     words.index_add_(0, at >> 5, value & 0xFFFFFFFF)
     words.index_add_(0, (at >> 5) + 1, value >> 32)
     tiles_bT = (table_bT | shift_bT << TABLE_BITS).short()
-    return as_int32(words[:-2]), first_bS, shortest_bS, count_bSr, tiles_bT, outliers_O, count_r
+    return as_int32(words[:-2]), first_bS, shortest_bS, count_bSr, tiles_bT, outliers_O, count_bKr
 
 
 def _stream_bits(bits_bSr: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,11 +286,10 @@ def _choose(codes_brTj: Tensor, tables: PrefixTables) -> tuple[Tensor, Tensor]:
         # tiles of smaller codes take fewer bits with a smaller shift
         worth_t = (mean_t >= 0.5 * (1 << shift)) if shift else torch.ones_like(mean_t).bool()
         symbol_tk, _ = _split(codes_tk[worth_t], shift, 1 << shift >> 1)
-        symbol_tk = symbol_tk.clamp(-LIMIT - 1, LIMIT + 1) + LIMIT
-        symbol_tk = torch.where(symbol_tk < 0, 2 * LIMIT + 1, symbol_tk)
-        # one histogram for all tiles: 32 bins for each
-        symbol_tk += torch.arange(len(symbol_tk), device=symbol_tk.device)[:, None] << 5
-        count_tV = torch.bincount(symbol_tk.flatten(), minlength=len(symbol_tk) << 5).view(-1, 32)
+        index_tk, bins = _index(symbol_tk), len(tables.price_VT)
+        # one histogram for all tiles
+        index_tk += bins * torch.arange(len(index_tk), device=index_tk.device)[:, None]
+        count_tV = torch.bincount(index_tk.flatten(), minlength=bins * len(index_tk)).view(-1, bins)
         bits_tT = count_tV.float() @ tables.price_VT + shift * codes_tk.shape[1]
         bits_t, found_t = bits_tT.min(1)
         better_t = bits_t < best_t[worth_t]
@@ -262,6 +297,12 @@ def _choose(codes_brTj: Tensor, tables: PrefixTables) -> tuple[Tensor, Tensor]:
             old_t[worth_t] = torch.where(better_t, new_t, old_t[worth_t])
         shift_t[worth_t] = torch.where(better_t, shift, shift_t[worth_t])
     return table_t.view(bands, tiles), shift_t.view(bands, tiles)
+
+
+def _index(symbol: Tensor) -> Tensor:
+    """Return the indices of values in the tables: those that no table holds share one by parity."""
+    other = 2 * LIMIT + 1 + (symbol & 1)
+    return torch.where(symbol.abs() > LIMIT, other, symbol + LIMIT)
 
 
 def _split(codes: Tensor, shift: Tensor | int, half: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -281,7 +322,7 @@ def _decode_bands(coded: PrefixCodes, start: int, stop: int) -> Tensor:
         start: first band.
         stop: end of the bands.
     """
-    tables = prefix_tables(coded.words_G.device)
+    tables = prefix_tables(coded.words_G.device, coded.trellis)
     entries_W = tables.entries_TW.flatten().long() & 0xFFFFFFFF
     words_G = coded.words_G.long() & 0xFFFFFFFF
     bits_bSr = _bits(coded.shortest_BS[start:stop], coded.bits_BSr[start:stop])

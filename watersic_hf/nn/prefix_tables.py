@@ -1,12 +1,13 @@
 """The symbol tables of the prefix code: one library for all layers of all models.
 
 Shapes: T = tables, W = windows of bits, P = pairs of a table, v = values of a symbol, V = those
-        and one index more for all other values.
+        and two indices more for all other values, even and odd ones.
 
 A symbol is a pair of values from -LIMIT to LIMIT.  A table holds a length-limited Huffman code, of
 at most `WINDOW` bits, of the pairs that are likely if the values are rounded samples of a normal
 distribution or of a mixture of normal distributions.  A pair that a table does not hold is coded
-with one or both values replaced by zero, and the difference is an outlier.
+with one or both values replaced by zero, and the difference is an outlier.  In the library for the
+codes of a trellis, which must keep their parity, odd values are replaced by one.
 
 The library is computed when it is first needed and never saved, so different machines need not
 compute identical tables.
@@ -43,7 +44,7 @@ ALIGNMENT = 4 << WINDOW
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTables:
-    """The library on one device.  Table 0 holds only the pair of zeros, which takes no bits."""
+    """A library on one device.  Table 0 holds only the pair of zeros, which takes no bits."""
 
     entries_TW: Tensor
     """int32, T x 2^WINDOW.  The entry of a decoder for the next `WINDOW` bits, first bit lowest.
@@ -51,7 +52,8 @@ class PrefixTables:
     4 bits, which are zero in the bfloat16 of every such value, are the length of the code word."""
 
     words_TVV: Tensor
-    """int16.  Code word of a pair; the index of a value v is LIMIT + v, of others 2 LIMIT + 1."""
+    """int16.  Code word of a pair; the index of a value v is LIMIT + v, of others
+    2 LIMIT + 1 if they are even, and 2 LIMIT + 2 if they are odd."""
 
     lengths_TVV: Tensor
     """uint8.  Length of the code word in bits."""
@@ -64,24 +66,24 @@ class PrefixTables:
 
 
 @functools.cache
-def prefix_tables(device: torch.device) -> PrefixTables:
-    """Return the library on a device; it is computed once and cached."""
+def prefix_tables(device: torch.device, trellis: bool = False) -> PrefixTables:
+    """Return the library for codes on a device, or for the codes of a trellis; cached."""
     if device.type == "cpu":
-        return _library()
-    host = prefix_tables(torch.device("cpu"))
+        return _library(trellis)
+    host = prefix_tables(torch.device("cpu"), trellis)
     moved = {name: tensor.to(device) for name, tensor in vars(host).items()}
     moved["entries_TW"] = _aligned(host.entries_TW, device)
     return PrefixTables(**moved)
 
 
-def _library() -> PrefixTables:
+def _library(trellis: bool) -> PrefixTables:
     """Compute the library on the CPU."""
     values = torch.arange(-LIMIT, LIMIT + 1, dtype=torch.float64)
     # table 0: only the pair of zeros
-    tables = [_table((values == 0).double().clamp(min=1e-9), pairs=1)]
+    tables = [_table((values == 0).double().clamp(min=1e-9), trellis, pairs=1)]
     for deviation in DEVIATIONS:
         for shape in SHAPES:
-            tables.append(_table(_chances(values, deviation, shape)))
+            tables.append(_table(_chances(values, deviation, shape), trellis))
     entries_TW, words_TVV, lengths_TVV, kept_TVV, price_TV = (
         torch.stack(parts) for parts in zip(*tables, strict=True)
     )
@@ -107,11 +109,12 @@ def _chances(values: Tensor, deviation: float, shape: tuple[float, ...]) -> Tens
     return 0.5 * upto.diff()
 
 
-def _table(chance_v: Tensor, pairs: int | None = None) -> tuple[Tensor, ...]:
+def _table(chance_v: Tensor, trellis: bool, pairs: int | None = None) -> tuple[Tensor, ...]:
     """Make the table of one distribution.
 
     Args:
         chance_v: probabilities of the values from -LIMIT to LIMIT.
+        trellis: whether values must keep their parity.
         pairs: number of pairs that the table holds, the likeliest; default: all that save more
             bits than they cost.
 
@@ -122,6 +125,10 @@ def _table(chance_v: Tensor, pairs: int | None = None) -> tuple[Tensor, ...]:
     chance_vv = chance_v[:, None] * chance_v
     # a rarer pair costs the other pairs more bits than it saves where it occurs
     held_vv = chance_vv * OUTLIER_BITS * 2**WINDOW > 1 / math.log(2)
+    # what values are replaced by
+    parity_V = torch.cat([torch.arange(-LIMIT, LIMIT + 1) & 1, torch.tensor([0, 1])])
+    instead_V = LIMIT + (parity_V if trellis else 0 * parity_V)
+    held_vv[LIMIT : LIMIT + 1 + trellis, LIMIT : LIMIT + 1 + trellis] = True
     if pairs is not None:
         held_vv = chance_vv >= chance_vv.flatten().topk(pairs).values[-1]
     first_P, second_P = held_vv.nonzero(as_tuple=True)
@@ -133,14 +140,14 @@ def _table(chance_v: Tensor, pairs: int | None = None) -> tuple[Tensor, ...]:
     for word, length, entry in zip(*map(Tensor.tolist, (word_P, length_P, pair_P)), strict=True):
         entries_W[word :: 1 << length] = entry
 
-    # the cheapest way to code a pair: as it is, or with one or both values replaced by zero
-    length_VV = torch.full((size + 1, size + 1), 1e9, dtype=torch.float64)
+    # the cheapest way to code a pair: as it is, or with one or both values replaced
+    length_VV = torch.full((size + 2, size + 2), 1e9, dtype=torch.float64)
     length_VV[first_P, second_P] = length_P.double()
-    word_VV = torch.zeros(size + 1, size + 1, dtype=torch.int16)
+    word_VV = torch.zeros(size + 2, size + 2, dtype=torch.int16)
     word_VV[first_P, second_P] = word_P.short()
-    zero_VV = torch.full((size + 1, size + 1), LIMIT)
-    a, b = torch.meshgrid(*[torch.arange(size + 1)] * 2, indexing="ij")
-    kept = [(a, b), (a, zero_VV), (zero_VV, b), (zero_VV, zero_VV)]
+    a, b = torch.meshgrid(*[torch.arange(size + 2)] * 2, indexing="ij")
+    other_a, other_b = instead_V[a], instead_V[b]
+    kept = [(a, b), (a, other_b), (other_a, b), (other_a, other_b)]
     bits = torch.stack(
         [length_VV[k] + OUTLIER_BITS * n for k, n in zip(kept, (0, 1, 1, 2), strict=True)]
     )

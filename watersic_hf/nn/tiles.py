@@ -1,16 +1,17 @@
 """Tiles of sorted rows and columns, and outliers: the common part of the layouts in device memory.
 
 Shapes: A = out_features (rows), N = in_features (columns), R, C = rows and columns of all tiles,
-        r = rows of a band of tiles, O = outlier entries.
+        B = bands of tiles, b = some of them, r = rows of a band, K = groups of columns,
+        O = outlier entries.
 
 Rows and columns are sorted by the magnitude of their codes, padded, and cut into tiles of band x 32
 codes, where a band is 64 or 128 rows.  The part of a code that its tile cannot hold is an outlier
 and is stored separately.
 
-An outlier entry has 16 bits.  The low 8 bits are the gap to the column of the row's previous entry
-(for the first entry: to column 0 of the tiles).  Above them are an exponent p of 2 bits and a
-signed digit d of 6 bits, which add d * 32^p to the code in that column.  An entry with d = 0 only
-moves on, by the gap times 32^p columns.  A gap or a value that is too large takes several entries.
+Outliers are stored by band, group of `GROUP` columns, row and column, so that every group of a
+band can be read on its own, all its rows at a time.  An entry has 16 bits: the low 8 are the column
+within the group; above them are an exponent p of 2 bits and a signed digit d of 6 bits, which add
+d * 32^p to the code in that column.  A value that is too large takes several entries.
 """
 
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ TILE = 32
 BANDS = (128, 64)
 MAX_PADDING = 0.04
 
-#: Largest gap that one entry holds.
-MAX_GAP = 255
+#: Columns of a group of outliers.
+GROUP = 256
 
 #: log2 of the base of the digits.
 DIGIT_BITS = 5
@@ -125,58 +126,59 @@ def pad_to_tiles(codes_rN: Tensor, column_order_C: Tensor, rows: int) -> Tensor:
     return codes_rC
 
 
-def outlier_entries(rest_rC: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode all nonzero values as outlier entries.
+def outlier_entries(rest_brC: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode all nonzero values of some bands as outlier entries.
 
     Returns:
-        The entries, int16, row after row, and the number of entries in each row.
+        The entries, int16, and their number in each group and row, b x K x r, int64.
     """
-    rest_rC = rest_rC.long()
+    bands, band, columns = rest_brC.shape
+    groups = -(-columns // GROUP)
+    rest_RC = rest_brC.reshape(-1, columns).long()
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
-        row_O, column_O = rest_rC.nonzero(as_tuple=True)
-        found.append((row_O, column_O, *_leading_digit(rest_rC[row_O, column_O])))
-        if not len(row_O):
+        row_O, column_O = rest_RC.nonzero(as_tuple=True)
+        if not len(row_O) and found:
             break
-        rest_rC = rest_rC.index_put((row_O, column_O), -found[-1][3], accumulate=True)
-    row_O, column_O, byte_O, _ = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order_O = (row_O * rest_rC.shape[1] + column_O).argsort(stable=True)
-    row_O, column_O, byte_O = row_O[order_O], column_O[order_O], byte_O[order_O]
-
-    before_O = torch.where(row_O[1:] == row_O[:-1], column_O[:-1], 0)
-    gap_O = column_O - torch.cat([column_O.new_zeros(min(len(row_O), 1)), before_O])
-    # a gap that is too large starts with entries without a digit, which count by 32 columns
-    far_O = torch.where(gap_O > MAX_GAP, gap_O >> DIGIT_BITS, 0)
-    steps_O = -(-far_O // MAX_GAP)
-    of_E = torch.repeat_interleave(steps_O + 1)
-    entry_E = torch.full_like(of_E, 1 << 8 | MAX_GAP)
-    last_O = (steps_O + 1).cumsum(0) - 1
-    rest_O = far_O - MAX_GAP * (steps_O - 1)
-    entry_E[last_O[steps_O > 0] - 1] = (1 << 8 | rest_O)[steps_O > 0]
-    entry_E[last_O] = byte_O << 8 | (gap_O - (far_O << DIGIT_BITS))
-    return entry_E.short(), torch.bincount(row_O[of_E], minlength=len(rest_rC))
+        byte_O, value_O = _leading_digit(rest_RC[row_O, column_O])
+        found.append((row_O, column_O, byte_O))
+        rest_RC = rest_RC.index_put((row_O, column_O), -value_O, accumulate=True)
+    row_O, column_O, byte_O = (torch.cat(parts) for parts in zip(*found, strict=True))
+    # band, group, row within the band
+    place_O = (row_O // band * groups + column_O // GROUP) * band + row_O % band
+    order_O = (place_O * GROUP + column_O % GROUP).argsort(stable=True)
+    entry_O = (byte_O << 8 | column_O % GROUP)[order_O]
+    count = torch.bincount(place_O, minlength=bands * groups * band)
+    return entry_O.short(), count.view(bands, groups, band)
 
 
-def add_outliers(codes_rC: Tensor, entry_O: Tensor, count_r: Tensor) -> Tensor:
-    """Add the outliers to the codes of tiles, in place: the inverse of `outlier_entries`.
+def outlier_index(count_BKr: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each group of a band begins, B x K, int32, and the counts, uint8 or int32."""
+    per_group_BK = count_BKr.sum(-1)
+    first_BK = per_group_BK.flatten().cumsum(0).view_as(per_group_BK) - per_group_BK
+    small = int(count_BKr.max()) < 256
+    return first_BK.int(), count_BKr.to(torch.uint8 if small else torch.int32)
+
+
+def add_outliers(codes_RC: Tensor, entry_O: Tensor, count_bKr: Tensor) -> Tensor:
+    """Add the outliers to the codes of some bands, in place: the inverse of `outlier_entries`.
 
     Args:
-        codes_rC: codes in the order of the tiles, int32.
-        entry_O: the entries of these rows, row after row, int16.
-        count_r: number of entries in each row.
+        codes_RC: codes of all rows of these bands in the order of the tiles, int32.
+        entry_O: the entries of these bands, int16.
+        count_bKr: number of entries in each group and row.
 
     Returns:
-        `codes_rC`.
+        `codes_RC`.
     """
+    _, groups, band = count_bKr.shape
     entry_O = entry_O.int()
-    row_O = torch.repeat_interleave(count_r)
+    place_O = torch.repeat_interleave(count_bKr.flatten().long())
+    group_O = place_O // band
+    row_O = group_O // groups * band + place_O % band
+    column_O = group_O % groups * GROUP + (entry_O & GROUP - 1)
     digit_O, shift_O = entry_O >> 10, (entry_O >> 8 & 3) * DIGIT_BITS
-    column_O = ((entry_O & MAX_GAP) << torch.where(digit_O == 0, shift_O, 0)).cumsum(0)
-    # the sum runs through all rows: subtract what it was at the start of each
-    before_r = torch.cat([column_O.new_zeros(1), column_O])[count_r.cumsum(0) - count_r]
-    return codes_rC.index_put_(
-        (row_O, column_O - before_r[row_O]), digit_O << shift_O, accumulate=True
-    )
+    return codes_RC.index_put_((row_O, column_O), digit_O << shift_O, accumulate=True)
 
 
 def restore_order(
