@@ -43,6 +43,8 @@ from watersic_hf.streams import decoder_blocks
 #: but the lattice and the feedback off ("plain"); what the paper has; and the default, finetuned.
 OURS = {
     "full": {},
+    "scalar": {"lattice": "scalar"},
+    "trellis": {"lattice": "trellis"},
     "uniform allocation": {"allocation": "uniform"},
     "no row importance": {"row_importance": False},
     "no drift": {"drift": 0.0, "residual": False},

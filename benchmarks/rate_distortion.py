@@ -1,6 +1,7 @@
 """Compare error and rate with the Gaussian bound, and with simpler quantizers at equal entropy.
 
 Usage: python benchmarks/rate_distortion.py [--rows 1024] [--cols 512] [--rates 1 2 3 4]
+           [--lattice trellis]
 
 The weight is Gaussian with independent entries, so that the bound is known: reverse waterfilling
 over the eigenvalues of the input covariance.  Errors are mean squares of the layer's output,
@@ -22,12 +23,20 @@ import torch
 from torch import Tensor
 
 from watersic_hf import codec
-from watersic_hf.core import Moments, gap_to_bound, quantize_weight, relative_output_error
+from watersic_hf.core import (
+    LATTICES,
+    LayerSettings,
+    Moments,
+    gap_to_bound,
+    quantize_weight,
+    relative_output_error,
+)
 from watersic_hf.core.rate import search_step
 from watersic_hf.core.rescale import rescale
 from watersic_hf.core.waterfill import shannon_rate
 from watersic_hf.core.whiten import damped_cholesky, whitened_target
 from watersic_hf.core.zsic import zsic
+from watersic_hf.nn import path_search
 from watersic_hf.testing import random_layer
 
 DAMPING = 1e-4
@@ -108,19 +117,26 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--cols", type=int, default=512)
     parser.add_argument("--input-spread", type=float, default=0.7)
+    parser.add_argument("--lattice", choices=LATTICES, default=LayerSettings.lattice)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2, 3, 4, 6])
     options = parser.parse_args(argv)
     layer = Layer(options.rows, options.cols, options.input_spread)
     print(f"| {' | '.join(COLUMNS.values())} |\n|{'---|' * len(COLUMNS)}")
     table = []
     for rate in options.rates:
-        quantized = quantize_weight(layer.weight_AN, layer.moments, rate=rate)
+        quantized = quantize_weight(
+            layer.weight_AN,
+            layer.moments,
+            rate=rate,
+            settings=LayerSettings(lattice=options.lattice),
+            search=path_search(layer.weight_AN.device) if options.lattice == "trellis" else None,
+        )
         codes_AN = quantized.codes_AN
-        statistics = codec.code_statistics(codes_AN)
+        statistics = codec.code_statistics(codes_AN, path=quantized.path)
         distortion = layer.distortion(quantized.error)
         spacing = float(layer.weight_AN.square().mean().sqrt()) * 2.0**-rate
         bits = statistics.class_entropy
-        stored = 8 * len(codec.encode(codes_AN)) / codes_AN.numel()
+        stored = 8 * len(codec.encode(codes_AN, path=quantized.path)) / codes_AN.numel()
         row = {
             "rate": rate,
             "bound": shannon_rate(layer.variance_N, distortion),

@@ -344,6 +344,7 @@ def test_commands_and_options(capsys):
                 "--batch-size",
                 "--layer-bits",
                 "--skip",
+                "--lattice",
                 "--set",
                 "--seed",
                 "--dtype",

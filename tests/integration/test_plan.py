@@ -24,7 +24,7 @@ RATES = Rates(machine="test", forward=1e-14, moments=1e-14, weight=1e-8, product
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     LlamaConfig(**LLAMA_70B).save_pretrained(tmp_path)
-    monkeypatch.setattr(module, "measure_rates", lambda dtype, device: RATES)
+    monkeypatch.setattr(module, "measure_rates", lambda dtype, device, lattice: RATES)
     return str(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_rates_are_measured(monkeypatch):
 
     monkeypatch.setattr(module, "SIZES", (64, 128))
 
-    rates = measure_rates(torch.bfloat16, "cpu")
+    rates = measure_rates(torch.bfloat16, "cpu", "scalar")
 
     assert rates.layer(128, 128) > 0
     assert min(rates.forward, rates.moments) > 0

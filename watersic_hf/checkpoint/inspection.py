@@ -310,7 +310,9 @@ def _row(name: str, layer: PackedLayer) -> LayerRow:
     layer.verify(name)
     rows, columns = layer.shape
     codes_AN = codec.decode(layer.weight)
-    statistics = codec.code_statistics(codes_AN)
+    path = codec.read_path(layer.weight)
+    statistics = codec.code_statistics(codes_AN, path=path)
+    deviation_N = codes_AN.float().square_().mean(0).sqrt_()
     return LayerRow(
         name=name,
         rows=rows,
@@ -323,5 +325,5 @@ def _row(name: str, layer: PackedLayer) -> LayerRow:
         column_classes=statistics.col_classes,
         escapes=statistics.escapes,
         max_abs_code=statistics.max_abs,
-        profile=column_profile(codes_AN, codes_AN.float().square_().mean(0).sqrt_()),
+        profile=column_profile(codes_AN, deviation_N, trellis=path is not None),
     )

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf import codec
+from watersic_hf.codec import Path
 from watersic_hf.core import not_finite
 
 #: Version of the checkpoint format: names, shapes, dtypes and meaning of the tensors above.
@@ -115,14 +116,20 @@ class PackedLayer:
 
 
 def pack_layer(
-    codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, *, name: str
+    codes_AN: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    *,
+    path: Path | None = None,
+    name: str,
 ) -> PackedLayer:
     """Encode the codes, round the scales to float16, and check that the payload decodes.
 
     Args:
-        codes_AN: codes, any integer dtype.
+        codes_AN: codes, or values of a trellis, any integer dtype.
         row_scale_A: scale of every row.
         col_scale_N: scale of every column.
+        path: path of the values of a trellis; default: the layer has codes.
         name: name of the layer, for messages.
 
     Raises:
@@ -131,7 +138,7 @@ def pack_layer(
     """
     row_scale, col_scale = _balanced_half_scales(row_scale_A, col_scale_N, name)
     codes_AN = codes_AN.cpu()
-    payload = codec.encode(codes_AN, associated=_scale_bytes(row_scale, col_scale))
+    payload = codec.encode(codes_AN, path=path, associated=_scale_bytes(row_scale, col_scale))
     if not torch.equal(codec.decode(payload), codes_AN.to(torch.int32)):
         raise CheckpointError(
             f"{name}: the payload does not decode to its codes; please report this."
@@ -169,15 +176,16 @@ def rescale_layer(
     return PackedLayer(weight=payload, **scales)
 
 
-def layer_charge(codes_AN: Tensor, rows: int) -> float:
+def layer_charge(codes_AN: Tensor, rows: int, path: Path | None = None) -> float:
     """Return the predicted bits per weight of a stored layer; see `watersic_hf.core.rate.Charge`.
 
     Args:
         codes_AN: all codes of the layer, or a sample of its rows.
         rows: number of rows of the layer.
+        path: path of the values of a trellis through these rows; default: the layer has codes.
     """
     columns = codes_AN.shape[1]
-    bits = codec.payload_bits(codes_AN, rows=rows) + _SCALE_BITS * (rows + columns)
+    bits = codec.payload_bits(codes_AN, rows=rows, path=path) + _SCALE_BITS * (rows + columns)
     return bits / max(1, rows * columns)
 
 

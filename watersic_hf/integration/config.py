@@ -226,6 +226,13 @@ class WaterSICConfig(QuantizationConfigMixin):
         "search for the best drift and attention for q, k and v of every block",
         "They replace the two settings there (paper, adaptive mixing).",
     )
+    lattice: str = setting(
+        LayerSettings.lattice,
+        "what weights are rounded to: trellis or scalar",
+        '``"trellis"`` searches a path through a trellis of eight states, down every column, '
+        "instead of rounding each weight on its own: 5 % fewer bytes for the same quality.",
+        option="--lattice",
+    )
     rescale: bool = setting(
         LayerSettings.rescale, "fit a scale per row and per column after rounding"
     )
@@ -322,6 +329,9 @@ class WaterSICConfig(QuantizationConfigMixin):
         """
         known = config_dict.keys() & settings_of(cls).keys()
         values = {name: config_dict[name] for name in known}
+        if "format_version" in known:
+            # a model that was saved before there was a choice
+            values.setdefault("lattice", "scalar")
         found = super().from_dict(values, return_unused_kwargs, **kwargs)
         config = found[0] if return_unused_kwargs else found
         others = {name: value for name, value in config_dict.items() if name not in known}

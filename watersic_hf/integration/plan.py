@@ -16,12 +16,17 @@ from torch import nn
 
 from watersic_hf.checkpoint import layer_charge, pack_layer
 from watersic_hf.checkpoint.report import describe_run, resident_bytes
-from watersic_hf.core import ROWS_PER_BAND, MomentAccumulator, quantize_weight
+from watersic_hf.core import (
+    ROWS_PER_BAND,
+    LayerSettings,
+    MomentAccumulator,
+    quantize_weight,
+)
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.run import window_length
 from watersic_hf.integration.selection import Selection
 from watersic_hf.integration.source import ModelSource
-from watersic_hf.nn import FusedExperts, block_step
+from watersic_hf.nn import FusedExperts, block_step, path_search
 from watersic_hf.quantization import CalibrationSettings
 from watersic_hf.streams import block_stacks
 from watersic_hf.streams.topology import Stack
@@ -120,7 +125,7 @@ def plan(
         processes=processes,
     )
     memory = sizes.memory()
-    rates = measure_rates(dtype, device)
+    rates = measure_rates(dtype, device, config.lattice)
     return Plan(
         model=model,
         blocks=len(sizes.blocks),
@@ -291,8 +296,8 @@ class _Sizes:
         }
 
 
-def measure_rates(dtype: torch.dtype, device: torch.device | str) -> Rates:
-    """Measure how fast one process on this machine is."""
+def measure_rates(dtype: torch.dtype, device: torch.device | str, lattice: str) -> Rates:
+    """Measure how fast one process on this machine is, with a lattice of `LATTICES`."""
     g = torch.Generator().manual_seed(0)
     x_TN = torch.randn(TOKENS, SIZES[-1], generator=g).to(device, dtype)
     weight_AN = torch.randn(SIZES[-1], SIZES[-1], generator=g).to(device, dtype)
@@ -308,9 +313,16 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str) -> Rates:
         def work(layer_AN: torch.Tensor = layer_AN, part: Any = part) -> None:
             recursion = block_step(layer_AN.device)
             done = quantize_weight(
-                layer_AN, part, bits=3.0, charge=layer_charge, block_step=recursion
+                layer_AN,
+                part,
+                bits=3.0,
+                charge=layer_charge,
+                settings=LayerSettings(lattice=lattice),
+                block_step=recursion,
+                search=path_search(layer_AN.device) if lattice == "trellis" else None,
             )
-            pack_layer(done.codes_AN, done.row_scale_A, done.col_scale_N, name="sample")
+            scales = done.row_scale_A, done.col_scale_N
+            pack_layer(done.codes_AN, *scales, path=done.path, name="sample")
 
         times.append(_seconds(work, device, least=0))
     small, large = SIZES

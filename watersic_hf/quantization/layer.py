@@ -23,7 +23,7 @@ from watersic_hf.core import (
     quantize_weight,
     to_smallest_dtype,
 )
-from watersic_hf.nn import block_step
+from watersic_hf.nn import block_step, path_search
 from watersic_hf.quantization.budget import Budget, row_importance, sensitive_targets
 from watersic_hf.quantization.journal import Journal
 from watersic_hf.streams.processes import gather, rank_and_size, shard
@@ -97,6 +97,7 @@ def quantize_and_pack(
         settings=settings,
         generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed),
         block_step=block_step(weight_AN.device),
+        search=path_search(weight_AN.device) if settings.lattice == "trellis" else None,
         name=name,
     )
     tokens = moments.tokens if moments.own_tokens is None else moments.own_tokens
@@ -108,11 +109,13 @@ def quantize_and_pack(
             name,
         )
         tokens = 0
-    packed = pack(quantized.codes_AN, quantized.row_scale_A, quantized.col_scale_N, name=name)
+    scales = quantized.row_scale_A, quantized.col_scale_N
+    packed = pack(quantized.codes_AN, *scales, path=quantized.path, name=name)
     profile = None
     if not task.is_vocabulary:
         deviation_N = column_deviations(weight_AN, quantized.row_scale_A, quantized.spacing_N)
-        profile = column_profile(quantized.codes_AN, deviation_N)
+        trellis = quantized.path is not None
+        profile = column_profile(quantized.codes_AN, deviation_N, trellis=trellis)
     report = LayerReport(
         name=name,
         rows=rows,
@@ -144,6 +147,9 @@ class LayerQuantizer:
         seed: seed of the run; see `quantize_and_pack`.
         pinned: layers whose bits are not moved to other layers.
         journal: stores finished layers, and returns those that it has (default: none).
+
+    Raises:
+        ImportError: the lattice is a trellis, and nothing is installed that can search it.
     """
 
     def __init__(
@@ -155,6 +161,9 @@ class LayerQuantizer:
         pinned: Collection[str] = (),
         journal: Journal | None = None,
     ) -> None:
+        if settings.lattice == "trellis" and not torch.cuda.is_available():
+            # an error before the first layer rather than at it
+            path_search(torch.device("cpu"))
         self._targets = dict(targets)
         self._pinned = frozenset(pinned)
         self.budget = Budget(targets)
