@@ -59,7 +59,7 @@ def _add_path(
     BAND: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    # as `packed._add_tile`, for the values of a trellis: the first word has the lowest bits of the
+    # as the tiles of codes, for the values of a trellis: the first word has the lowest bits of the
     # codes, the others the codes without them
     REST: tl.constexpr = WIDTH - 1
     HALF: tl.constexpr = (1 << REST) // 2
