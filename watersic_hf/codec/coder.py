@@ -62,6 +62,11 @@ class Path(NamedTuple):
     rows: int
     """Rows of a path; the next one starts after them."""
 
+    @property
+    def order_A(self) -> Tensor:
+        """The rows in the order of the path."""
+        return self.row_class_A.argsort(stable=True)
+
 
 def _path_codes(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return codes and quantizers, rows in the order of the path, and their classes.

@@ -82,6 +82,16 @@ def _column_means(codes_AN: np.ndarray, bound_N: np.ndarray) -> np.ndarray:
     return sum(block.sum(0) for _, block in _magnitudes(codes_AN, bound_N)) / len(codes_AN)
 
 
+def _column_bounds(codes_AN: np.ndarray) -> np.ndarray:
+    """Return the bound of the magnitudes of every column, found by iteration on a sample."""
+    A, N = codes_AN.shape
+    bound_N = np.full(N, 2.0**31)
+    sample_AN = codes_AN[:: max(1, A * N // SAMPLE)]
+    for _ in range(COL_ROUNDS):
+        bound_N = np.rint(COL_BOUND * _column_means(sample_AN, bound_N)) + 2
+    return bound_N
+
+
 def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """Return integers r_A, c_N such that a code has scale 2^((r_i + c_j) / resolution).
 
@@ -94,12 +104,9 @@ def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np
         codes_AN: codes, int32, not empty.
         resolution: number of classes per octave.
     """
-    A, N = codes_AN.shape
+    A = len(codes_AN)
     log_scale, magnitude = _magnitude_curve()
-    bound_N = np.full(N, 2.0**31)
-    sample_AN = codes_AN[:: max(1, A * N // SAMPLE)]
-    for _ in range(COL_ROUNDS):
-        bound_N = np.rint(COL_BOUND * _column_means(sample_AN, bound_N)) + 2
+    bound_N = _column_bounds(codes_AN)
     mean_N = _column_means(codes_AN, bound_N)
     level_N = np.interp(mean_N, magnitude, log_scale).clip(*SCALE_RANGE)
     col_class_N = np.rint(resolution * level_N).astype(np.int64)
@@ -241,12 +248,9 @@ def _trellis_magnitude_curve() -> tuple[np.ndarray, np.ndarray]:
 
 def _trellis_column_classes(codes_AN: np.ndarray, row_class_A: np.ndarray) -> np.ndarray:
     """Return integers c_N such that codes have the scale 2^((row class + c) / resolution)."""
-    A, N = codes_AN.shape
+    A = len(codes_AN)
     log_scale, magnitude = _trellis_magnitude_curve()
-    bound_N = np.full(N, 2.0**31)
-    sample_AN = codes_AN[:: max(1, A * N // SAMPLE)]
-    for _ in range(COL_ROUNDS):
-        bound_N = np.rint(COL_BOUND * _column_means(sample_AN, bound_N)) + 2
+    bound_N = _column_bounds(codes_AN)
     mean_N = _column_means(codes_AN, bound_N)
     count_R = np.bincount(row_class_A)
     low, high = (int(TRELLIS_RESOLUTION * end) for end in SCALE_RANGE)

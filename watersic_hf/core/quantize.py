@@ -154,9 +154,9 @@ def quantize_weight(
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
     measured = moments.select(live_N).scale_rows(emphasis_A1)
     live_moments = measured.or_identity()
-    lattice = block_step, search if settings.lattice == "trellis" else None
+    search = search if settings.lattice == "trellis" else None
     layer, damping = _whitened_layer(
-        live_AN, live_moments, live_N, settings.damping, lattice, name=name
+        live_AN, live_moments, live_N, settings.damping, block_step, search, name=name
     )
     if bits is None:
         run = layer.code(layer.lattice_step(float(step_for_rate(live_AN, layer.chol, rate))))
@@ -193,12 +193,12 @@ def _whitened_layer(
     live_moments: Moments,
     live_N: Tensor,
     damping: float | None,
-    lattice: tuple[BlockStep, PathSearch | None],
+    block_step: BlockStep,
+    search: PathSearch | None,
     *,
     name: str,
 ) -> tuple[WhitenedLayer, float]:
     """Return the lattice problem of a weight without dead columns, and its damping."""
-    block_step, search = lattice
     cov = live_moments.layer_cov
     damping = damping or damping_for(cov, live_moments.tokens)
     chol, damping = damped_cholesky(cov, damping, tokens=live_moments.tokens, name=name)

@@ -67,7 +67,7 @@ def _tile_rows(payload_B: Tensor, header: codec.Header) -> Iterator[slice | Tens
     band, order_A = header.geometry.band_rows, None
     if header.trellis:
         path = codec.read_path(payload_B)
-        band, order_A = path.rows, path.row_class_A.argsort(stable=True)
+        band, order_A = path.rows, path.order_A
     band *= max(1, SCRATCH_BYTES // (4 * max(1, header.cols) * band))
     for start in range(0, header.rows, band):
         rows = slice(start, min(start + band, header.rows))

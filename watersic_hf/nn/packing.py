@@ -98,7 +98,7 @@ def pack_codes(codes_AN: Tensor, path: Path | None = None) -> PackedCodes:
     row_order_R, column_order_C = sort_by_magnitude(codes_AN, band)
     trellis = fits(path, band, rows)
     if trellis:
-        row_order_R[:rows] = path.row_class_A.to(codes_AN.device).argsort(stable=True)
+        row_order_R[:rows] = path.order_A.to(codes_AN.device)
     bands, states, after_3C = [], [], None
     for start, order_r in enumerate(row_order_R[:rows].split(band)):
         codes_rC = pad_to_tiles(codes_AN[order_r], column_order_C, band)

@@ -131,7 +131,7 @@ def encode_codes(codes_AN: Tensor, path: Path | None = None) -> PrefixCodes:
     row_order_R, column_order_C = sort_by_magnitude(codes_AN, band)
     trellis = fits(path, band, rows)
     if trellis:
-        row_order_R[:rows] = path.row_class_A.to(codes_AN.device).argsort(stable=True)
+        row_order_R[:rows] = path.order_A.to(codes_AN.device)
     bands, tiles = len(row_order_R) // band, len(column_order_C) // TILE
     target = min(max(rows * columns / STREAMS, STREAM_COLUMNS[0]), STREAM_COLUMNS[1])
     tiles_per_segment = math.ceil(tiles / max(1, round(tiles * TILE / target)))
