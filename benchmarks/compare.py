@@ -259,18 +259,28 @@ class Judge:
 
 
 class CachedLogits:
-    """A model that computes the logits of every window once and keeps them, in its own dtype."""
+    """A model that keeps logits in its own dtype, as far as they fit, and computes them once.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        limit: bytes of logits to keep; those of further windows are computed every time.
+    """
+
+    def __init__(self, model: nn.Module, *, limit: int = 4 << 30) -> None:
         self.model = model
         self.device = model.device
+        self.limit = limit
         self.logits: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         key = tuple(input_ids.flatten().tolist())
-        if key not in self.logits:
-            self.logits[key] = self.model(input_ids=input_ids, use_cache=use_cache).logits
-        return SimpleNamespace(logits=self.logits[key])
+        if key in self.logits:
+            return SimpleNamespace(logits=self.logits[key])
+        logits = self.model(input_ids=input_ids, use_cache=use_cache).logits
+        if self.limit >= logits.nbytes:
+            self.logits[key] = logits
+            self.limit -= logits.nbytes
+        return SimpleNamespace(logits=logits)
 
 
 def _show(arguments: argparse.Namespace) -> list[dict]:

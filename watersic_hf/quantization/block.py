@@ -101,7 +101,13 @@ class BlockQuantizer:
                 bias=linears[name].bias,
                 codes_AN=codes_AN,
             )
+            self._finish(name.removeprefix(f"{self.name}."))
             yield name
+
+    def _finish(self, layer: str) -> None:
+        """Have what a layer, which was replaced just now, returns count as final."""
+        if self.working.replay is not None:
+            self.working.replay.finish(layer)
 
     def _moments(
         self, group: InputGroup, behind: InputGroup | None, importance: list[Tensor] | None
@@ -174,6 +180,7 @@ class BlockQuantizer:
                     codes_AN=codes_AN,
                     module_class=PackedMatrix,
                 )
+                self._finish(layer.removeprefix(f"{self.name}."))
                 yield layer
         self._warn_of_rare_experts(name, experts, self.quantizer.reports[before:])
 

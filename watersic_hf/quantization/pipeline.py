@@ -24,6 +24,7 @@ from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks, copy_sharing_we
 from watersic_hf.streams.hooks import BlockView
 from watersic_hf.streams.processes import rank_and_size, shard
 from watersic_hf.streams.progress import Progress
+from watersic_hf.streams.replay import Replay
 from watersic_hf.streams.stacks import PassedStack, RunnableStack, runnable_stacks
 from watersic_hf.streams.stream import BlockStream, block_stream
 from watersic_hf.streams.topology import layers_of_blocks
@@ -209,10 +210,19 @@ class StackRun:
         if reuse_finished_block(number, run.journal, quantizer=quantizer, progress=progress):
             return
         with run.source.hold(name, block):
-            working, original = BlockView(stream=self.working, index=index, block=block), None
+            layers = [
+                n.removeprefix(f"{name}.") for n in layers_of_blocks([(name, block)], run.layers)
+            ]
+            limit = run.source.spare_memory(block) // (1 if self.original is None else 2)
+            replay = Replay(layers, pending=layers, limit=limit)
+            working = BlockView(stream=self.working, index=index, block=block, replay=replay)
+            original = None
             if self.original is not None:
                 original = BlockView(
-                    stream=self.original, index=index, block=copy_sharing_weights(block)
+                    stream=self.original,
+                    index=index,
+                    block=copy_sharing_weights(block),
+                    replay=Replay(layers, pending=(), limit=limit),
                 )
             block_quantizer = BlockQuantizer(
                 name=name,
@@ -221,9 +231,6 @@ class StackRun:
                 working=working,
                 original=original,
             )
-            layers = [
-                n.removeprefix(f"{name}.") for n in layers_of_blocks([(name, block)], run.layers)
-            ]
             if index == 0:
                 _warn_of_few_tokens(block, layers, tokens=sum(map(len, run.windows)))
             before = len(quantizer.reports)
@@ -247,7 +254,7 @@ class StackRun:
         if self.run.journal is not None:
             following = self.first + view.index + 1
             into = self.run.journal.states(role, following, self.run.batch_size)
-        view.stream.advance(view.index, view.block, into=into)
+        view.advance(into=into)
 
 
 def _batch_size(windows: int, batch_size: int) -> int:

@@ -5,7 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import get_max_memory
 from torch import Tensor, nn
+
+from watersic_hf.streams.processes import rank_and_size
+
+#: Fraction of the free memory that outputs of a block may take.
+SPARE_FRACTION = 0.25
 
 
 class ResidentBlocks:
@@ -36,6 +42,18 @@ class ResidentBlocks:
             yield
         finally:
             block.to(home)
+
+    def spare_memory(self, block: nn.Module) -> int:
+        """Return the bytes that outputs of a block that is held may take on its device."""
+        device = next(block.parameters()).device
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+        else:
+            memory = get_max_memory()
+            # where it is shared with an accelerator, it bears the name of that
+            free = memory.get("cpu", memory.get("mps", 0))
+        _, processes = rank_and_size()
+        return int(SPARE_FRACTION * free / processes)
 
     def stored(self, name: str, block: nn.Module) -> dict[str, Tensor]:
         """Return the tensors to store of a finished block, by name within it, while it is held."""

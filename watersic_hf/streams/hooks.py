@@ -4,15 +4,17 @@ Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 """
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from watersic_hf.core import CalibrationError
-from watersic_hf.streams.batches import model_inputs
+from watersic_hf.streams.batches import States, model_inputs
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.streams.calls import StopForwardError, to_device
+from watersic_hf.streams.replay import Replay
 from watersic_hf.streams.stream import BlockStream
 from watersic_hf.streams.topology import InputGroup
 
@@ -32,14 +34,40 @@ class BlockView:
 
     block: nn.Module
 
+    replay: Replay | None = None
+    """What answers modules of the block that have run before; None runs all of them."""
+
     @property
     def batches(self) -> int:
         """Number of batches of this process."""
         return len(self.stream.hidden)
 
     def run(self, batch: int, *, hidden: Tensor | None = None) -> Tensor:
-        """Run the block on one batch; see `BlockStream.run`."""
+        """Run the whole block on one batch; see `BlockStream.run`."""
         return self.stream.run(self.index, self.block, batch, hidden=hidden)
+
+    def run_on(self, batch: int, *, watched: Collection[str] = ()) -> Tensor:
+        """Run what has not run yet of the block on one batch.
+
+        Args:
+            batch: number of the batch.
+            watched: names of modules in the block whose calls are observed.
+        """
+        if self.replay is None:
+            return self.run(batch)
+        with self.replay.answering(self.block, batch, watched):
+            return self.run(batch)
+
+    def advance(self, *, into: States | None = None) -> None:
+        """Push the stream through the block; see `BlockStream.advance`."""
+        self.stream.advance(self.index, self.block, into=into, run=self._run_last)
+
+    def _run_last(self, batch: int) -> Tensor:
+        """Run the block on one batch for the last time."""
+        output = self.run_on(batch)
+        if self.replay is not None:
+            self.replay.forget(batch)
+        return output
 
 
 @dataclass
@@ -84,8 +112,9 @@ def group_record(view: BlockView, group: InputGroup, batch: int) -> GroupRecord:
         handles.append(other.register_forward_hook(record_parallel))
     layer = view.block.get_submodule(group.layers[0])
     handles.append(layer.register_forward_pre_hook(record_input))
+    watched = [group.layers[0], group.residual or "", group.parallel_layer or ""]
     try:
-        view.run(batch)
+        view.run_on(batch, watched=watched)
     except StopForwardError:
         pass
     finally:
@@ -117,7 +146,7 @@ def module_arguments(view: BlockView, name: str) -> list[tuple]:
     try:
         for batch in range(view.batches):
             with contextlib.suppress(StopForwardError):
-                view.run(batch)
+                view.run_on(batch, watched=[name])
     finally:
         handle.remove()
     return arguments

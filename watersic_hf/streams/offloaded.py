@@ -122,6 +122,10 @@ class OffloadedBlocks(ResidentBlocks):
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         return run(*args, **kwargs)
 
+    def spare_memory(self, block: nn.Module) -> int:
+        """Return 0: a model is read from the disk where memory is short."""
+        return 0
+
     def mapped(self, name: str) -> dict[str, Tensor]:
         """Return the original tensors of a block, mapped into memory, by name in the model."""
         tensors = self._weights[name].items()

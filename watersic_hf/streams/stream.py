@@ -4,7 +4,8 @@ Shapes: B = windows in a batch, T = tokens, D = width of the hidden states.
 """
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +59,14 @@ class BlockStream:
         hidden, args, kwargs = to_device(inputs, next(block.parameters()).device)
         return split_output(block(hidden, *args, **kwargs))[0]
 
-    def advance(self, index: int, block: nn.Module, *, into: States | None = None) -> None:
+    def advance(
+        self,
+        index: int,
+        block: nn.Module,
+        *,
+        into: States | None = None,
+        run: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """Replace the hidden states of all batches by the output of a block.
 
         Args:
@@ -66,10 +74,11 @@ class BlockStream:
             block: the block.
             into: container that the outputs are appended to and that becomes `hidden`; default:
                 they are written into the present one.
+            run: runs the block on the batch of a given number; default: the method `run`.
         """
+        run = functools.partial(self.run, index, block) if run is None else run
         for batch in range(len(self.hidden)):
-            hidden = self.hidden[batch]
-            output = self.run(index, block, batch, hidden=hidden).to(hidden.device)
+            output = run(batch).to(self.hidden[batch].device)
             if into is None:
                 self.hidden[batch] = output
             else:
