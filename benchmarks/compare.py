@@ -44,7 +44,6 @@ from watersic_hf.streams import decoder_blocks
 OURS = {
     "full": {},
     "scalar": {"lattice": "scalar"},
-    "trellis": {"lattice": "trellis"},
     "uniform allocation": {"allocation": "uniform"},
     "no row importance": {"row_importance": False},
     "no drift": {"drift": 0.0, "residual": False},

@@ -104,7 +104,7 @@ def test_the_docstring_describes_every_setting():
 def test_method_settings_are_selected_by_name():
     config = WaterSICConfig(damping=0.01, rescale=False, drift=0.25, mixing=True)
 
-    assert config.settings == LayerSettings(damping=0.01, rescale=False)
+    assert config.settings == LayerSettings(damping=0.01, rescale=False, lattice="trellis")
     assert config.calibration == CalibrationSettings(drift=0.25, mixing=True)
 
 

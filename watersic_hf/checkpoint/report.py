@@ -54,6 +54,10 @@ class LayerReport:
     table: bool = False
     """Whether the layer is a vocabulary matrix: an output head or an embedding.  Its bits are not
     part of the average of the layers."""
+    octaves: float | None = None
+    """Distance of the lattice step from that for Gaussian columns, in octaves, near which the
+    search in the next layer of the kind begins; None for vocabulary matrices, for weights of zeros,
+    and in reports of earlier versions."""
     stored_as: str | None = None
     """Name of the layer in the files that the report was saved with, if that is another name."""
 

@@ -36,6 +36,8 @@ from watersic_hf.core.zsic import BlockStep, zsic_block
 
 #: Fraction of the rows that the rate search uses, if that is more than `search_rows`.
 SEARCH_FRACTION = 0.1
+#: Largest fraction of the rows with which a search that starts near its end is worth a sample.
+SMALL_SAMPLE = 0.2
 #: What a weight can be rounded to; see `LayerSettings`.
 LATTICES = ("scalar", "trellis")
 #: Shannon rate of the coarsest useful step, which is taken if no step can meet the budget.
@@ -100,6 +102,9 @@ class QuantizedWeight:
     """Cost of the final codes by `charge`, bits per weight; None if the rate was given."""
     error: float
     """Mean square error of the output relative to the output; see `relative_output_error`."""
+    octaves: float | None = None
+    """Distance of the step from that for Gaussian columns, in octaves; None if no step was
+    searched."""
 
     def dequantize(self) -> Tensor:
         """Return the dequantized weight, float64."""
@@ -118,6 +123,7 @@ def quantize_weight(
     generator: torch.Generator | None = None,
     block_step: BlockStep = zsic_block,
     search: PathSearch | None = None,
+    octaves: float | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Quantize a weight to integer codes with one scale per row and per column.
@@ -137,6 +143,8 @@ def quantize_weight(
         generator: draws the sample of rows for the search; default: a generator with seed 0.
         block_step: function that quantizes a block of columns, see `zsic`; default: `zsic_block`.
         search: search through the trellis; required if that is the lattice of the settings.
+        octaves: `QuantizedWeight.octaves` of a similar weight, where the search begins; default:
+            at the step for Gaussian columns, on a sample of the rows.
         name: name of the layer, for messages.
 
     Raises:
@@ -144,7 +152,6 @@ def quantize_weight(
         ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     _check_request(bits, rate, charge, name)
-    _check_search(settings, search, name)
     _check_inputs(weight_AN, moments, name)
     # a column of weights that are all zero has codes of zero
     live_N = live_columns(moments.cov) & (weight_AN != 0).any(0)
@@ -154,15 +161,12 @@ def quantize_weight(
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
     measured = moments.select(live_N).scale_rows(emphasis_A1)
     live_moments = measured.or_identity()
-    search = search if settings.lattice == "trellis" else None
-    layer, damping = _whitened_layer(
-        live_AN, live_moments, live_N, settings.damping, block_step, search, name=name
+    steps = block_step, search
+    layer, damping = _whitened_layer(live_AN, live_moments, live_N, settings, *steps, name=name)
+    sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
+    run, octaves = _run(
+        layer, live_AN, bits, rate, charge=charge, sample=sample, octaves=octaves, name=name
     )
-    if bits is None:
-        run = layer.code(layer.lattice_step(float(step_for_rate(live_AN, layer.chol, rate))))
-    else:
-        sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
-        run = _search(layer, live_AN, bits, charge=charge, sample=sample, name=name)
     spacing_N = spacings(layer.chol, run.step)
     # free the memory for the rescaler
     del layer
@@ -185,6 +189,7 @@ def quantize_weight(
         damping=damping,
         bits=run.bits,
         error=relative_output_error(weight_AN, dequantized_AN, moments),
+        octaves=octaves,
     )
 
 
@@ -192,7 +197,7 @@ def _whitened_layer(
     live_AN: Tensor,
     live_moments: Moments,
     live_N: Tensor,
-    damping: float | None,
+    settings: LayerSettings,
     block_step: BlockStep,
     search: PathSearch | None,
     *,
@@ -200,11 +205,13 @@ def _whitened_layer(
 ) -> tuple[WhitenedLayer, float]:
     """Return the lattice problem of a weight without dead columns, and its damping."""
     cov = live_moments.layer_cov
-    damping = damping or damping_for(cov, live_moments.tokens)
+    damping = settings.damping or damping_for(cov, live_moments.tokens)
     chol, damping = damped_cholesky(cov, damping, tokens=live_moments.tokens, name=name)
     target_AN = whitened_target(live_AN, live_moments, chol, damping)
     trellis = None
-    if search is not None:
+    if settings.lattice == "trellis":
+        if search is None:
+            raise ValueError(f"{name}: the lattice is a trellis, so `search` is needed.")
         trellis = Trellis(search=search, path=row_path(row_power(target_AN)))
     layer = WhitenedLayer(
         target_AN=target_AN, chol=chol, live_N=live_N, block_step=block_step, trellis=trellis
@@ -212,22 +219,34 @@ def _whitened_layer(
     return layer, damping
 
 
-def _search(
+def _run(
     layer: WhitenedLayer,
     live_AN: Tensor,
-    bits: float,
+    bits: float | None,
+    rate: float | None,
     *,
-    charge: Charge,
+    charge: Charge | None,
     sample: Tensor,
+    octaves: float | None,
     name: str,
-) -> CodedLayer:
-    """Return the codes that cost `bits`; the search starts at the step for Gaussian columns."""
+) -> tuple[CodedLayer, float | None]:
+    """Return the codes at `rate`, or those that cost `bits`, and `QuantizedWeight.octaves`.
+
+    With `octaves` given, the search starts there, and a sample of the rows is used only if that is
+    much faster than all of them.
+    """
+    if bits is None:
+        step = layer.lattice_step(float(step_for_rate(live_AN, layer.chol, rate)))
+        return layer.code(step), None
     start, coarsest = (
         layer.lattice_step(float(step_for_budget(live_AN, layer.chol, rate)))
         for rate in (max(bits - layer.loss, COARSEST_RATE), COARSEST_RATE)
     )
+    sampled = octaves is None or len(sample) <= SMALL_SAMPLE * len(live_AN)
     search = LayerSearch(layer, charge, sample.to(live_AN.device))
-    return search.run(bits, start=start, coarsest=coarsest, name=name)
+    first = start * 2.0 ** (octaves or 0.0)
+    run = search.run(bits, start=first, coarsest=coarsest, sampled=sampled, name=name)
+    return run, math.log2(run.step / start)
 
 
 def _fit_scales(
@@ -326,11 +345,6 @@ def _check_request(
         raise ValueError(f"{name}: bits is {bits}; it must be positive and finite.")
     if rate is not None and not math.isfinite(rate):
         raise ValueError(f"{name}: rate is {rate}; it must be finite.")
-
-
-def _check_search(settings: LayerSettings, search: PathSearch | None, name: str) -> None:
-    if settings.lattice == "trellis" and search is None:
-        raise ValueError(f"{name}: the lattice is a trellis, so `search` is needed.")
 
 
 def _check_inputs(weight_AN: Tensor, moments: Moments, name: str) -> None:

@@ -244,13 +244,16 @@ class LayerSearch:
         self.sample_path = None if layer.path is None else layer.path.select(sample)
         self.runs: dict[float, CodedLayer] = {}
 
-    def run(self, bits: float, *, start: float, coarsest: float, name: str) -> CodedLayer:
+    def run(
+        self, bits: float, *, start: float, coarsest: float, sampled: bool, name: str
+    ) -> CodedLayer:
         """Return the run over all rows whose cost is closest to `bits`.
 
         Args:
             bits: stored bits per weight to spend.
             start: first step to try.
             coarsest: step to use if the fixed costs alone exceed `bits`.
+            sampled: whether to search on the sample first.
             name: name of the layer, for the log.
         """
         rows, columns = len(self.layer.target_AN), len(self.layer.live_N)
@@ -273,17 +276,18 @@ class LayerSearch:
             return self.runs[coarsest]
         # a tiny layer may be unable to spend its bits at any step that keeps the codes in int32
         finest = 2 * float(self.layer.target_AN.abs().max()) / LARGEST_CODE
-        step = search_step(
-            self.bits_of_sample,
-            bits,
-            start=start,
-            tolerance=SEARCH_TOLERANCE * bits,
-            finest=finest,
-        )
+        if sampled:
+            start = search_step(
+                self.bits_of_sample,
+                bits,
+                start=start,
+                tolerance=SEARCH_TOLERANCE * bits,
+                finest=finest,
+            )
         step = search_step(
             self.bits_of_all_rows,
             bits,
-            start=step,
+            start=start,
             tolerance=FINAL_TOLERANCE * bits,
             finest=finest,
             evaluations=FULL_RUNS,

@@ -21,8 +21,9 @@ BLOCK = 32
 #: Largest code magnitude that is allowed in int32.
 LARGEST_CODE = 2**30
 
-#: ``block_step(target_BA, chol_BB, step, codes_BA, shrinkage_B)``: see `zsic_block`.
-BlockStep = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
+#: ``block_step(target_BA, chol_BB, step, codes_BA, shrinkage_B, trellis=...)``: see `zsic_block`.
+#: It is called without the last argument if there is no trellis.
+BlockStep = Callable[..., None]
 
 
 def zsic_block(
@@ -82,7 +83,7 @@ def zsic(
             columns are then independent, and the recursion is plain rounding.
         step: lattice step c.
         block_step: function that quantizes up to `BLOCK` columns, with the contract of
-            `zsic_block`; default: `zsic_block`.  It is not used with a trellis.
+            `zsic_block`; default: `zsic_block`.  It gets a trellis as a keyword argument.
         trellis: chooses values instead of rounding; default: codes are rounded.
 
     Returns:
@@ -113,7 +114,7 @@ def zsic(
         work_NA = target_AN.T.clone(memory_format=torch.contiguous_format)
     else:
         work_NA = target_AN[order_A].T.contiguous()
-        block_step = functools.partial(zsic_block, trellis=trellis)
+        block_step = functools.partial(block_step, trellis=trellis)
     _quantize_columns(work_NA, chol, step, codes_NA, shrinkage_N, block_step)
     bad = not_finite(shrinkage_N)
     if bad:

@@ -8,12 +8,14 @@ import functools
 import logging
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from watersic_hf import codec
 from watersic_hf.core import BlockStep, PathSearch, zsic_block
+from watersic_hf.core.trellis import FIRST_LEVEL, PER_OCTAVE, Trellis, code_costs
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +57,60 @@ def block_step(device: torch.device) -> BlockStep:
     """Return the function with which `watersic_hf.core.zsic` quantizes a block of columns.
 
     Args:
-        device: device of the weight; CUDA devices use a kernel, unless the environment variable
-            `BACKEND_VARIABLE` says ``reference``.
+        device: device of the weight.  CUDA devices use a kernel, unless the environment variable
+            `BACKEND_VARIABLE` says ``reference``; CPUs use code that numba compiles, or torch
+            where numba is missing.
 
     Raises:
         ImportError: the backend is ``triton`` and Triton cannot be imported.
     """
     kernels = kernels_on(device, os.environ.get(BACKEND_VARIABLE, "auto"))
-    return zsic_block if kernels is None else kernels.zsic.quantize_block
+    if kernels is not None:
+        return functools.partial(_triton_step, kernels.zsic.quantize_block)
+    compiled = _compiled_zsic() if device.type == "cpu" else None
+    return zsic_block if compiled is None else functools.partial(_compiled_step, compiled)
+
+
+def _triton_step(
+    quantize_block: BlockStep, *arguments: Any, trellis: Trellis | None = None
+) -> None:
+    """Quantize a block with a kernel; the search through a trellis is a kernel per column."""
+    if trellis is None:
+        quantize_block(*arguments)
+    else:
+        zsic_block(*arguments, trellis=trellis)
+
+
+def _compiled_step(
+    kernels: ModuleType,
+    target_BA: Tensor,
+    chol_BB: Tensor,
+    step: float,
+    *out: Tensor,
+    trellis: Trellis | None = None,
+) -> None:
+    """Quantize a block with compiled code; the contract is that of `zsic_block`."""
+    chol = chol_BB.contiguous().numpy()
+    arguments = (target_BA.numpy(), chol, step, *(tensor.numpy() for tensor in out))
+    if trellis is None:
+        kernels.quantize_block(*arguments)
+        return
+    costs = trellis.level_A.numpy(), code_costs().numpy(), trellis.path.rows
+    kernels.quantize_block_by_path(*arguments, *costs, (float(PER_OCTAVE), FIRST_LEVEL))
+
+
+@functools.cache
+def _compiled_zsic() -> ModuleType | None:
+    try:
+        import watersic_kernels.cpu.zsic
+    except ImportError as error:
+        logger.warning(
+            "numba cannot be imported: %s. The recursion over columns runs in torch, several times "
+            "slower. Run `pip install numba`.",
+            error,
+        )
+        return None
+    return watersic_kernels.cpu.zsic
 
 
 def path_search(device: torch.device) -> PathSearch:

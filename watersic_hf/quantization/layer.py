@@ -1,5 +1,6 @@
 """Quantize one layer: the search for its step, the codes, the packed form, the report."""
 
+import functools
 import logging
 import time
 import zlib
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from watersic_hf.calibration.sensitivity import Sensitivity
 from watersic_hf.checkpoint import PackedLayer, layer_charge, pack_layer
-from watersic_hf.checkpoint.report import LayerReport, RunReport, describe_run
+from watersic_hf.checkpoint.report import LayerReport, RunReport, describe_run, location_of
 from watersic_hf.codec import decode
 from watersic_hf.core import (
     LayerSettings,
@@ -51,6 +52,8 @@ class LayerTask:
     """Weight of the squared error of every row; None if all rows count the same."""
     is_vocabulary: bool = False
     """Whether this is a vocabulary matrix, whose float64 copies would not fit in memory."""
+    octaves: float | None = None
+    """Where the search for the step begins; see `LayerReport.octaves`."""
 
 
 class QuantizedLayer(NamedTuple):
@@ -87,7 +90,9 @@ def quantize_and_pack(
     start = time.perf_counter()
     name, weight_AN, moments = task.name, task.weight_AN, task.moments
     rows, columns = weight_AN.shape
-    quantize = quantize_tall if task.is_vocabulary else quantize_weight
+    quantize = quantize_tall
+    if not task.is_vocabulary:
+        quantize = functools.partial(quantize_weight, octaves=task.octaves)
     quantized = quantize(
         weight_AN,
         moments,
@@ -129,6 +134,7 @@ def quantize_and_pack(
         seconds=time.perf_counter() - start,
         profile=profile,
         table=task.is_vocabulary,
+        octaves=quantized.octaves,
     )
     return QuantizedLayer(packed, quantized.codes_AN, report)
 
@@ -136,6 +142,12 @@ def quantize_and_pack(
 def identity_moments(weight_AN: Tensor) -> Moments:
     """Return the moments that a weight is quantized with without data: the identity covariance."""
     return Moments.identity(weight_AN.shape[1], device=weight_AN.device)
+
+
+def _kind_of(name: str) -> tuple[str, str]:
+    """Return what layers of one kind have in common: their stack, and their name in a block."""
+    location = location_of(name)
+    return location.stack, location.kind
 
 
 class LayerQuantizer:
@@ -172,6 +184,7 @@ class LayerQuantizer:
         self.journal = journal
         self.reports: list[LayerReport] = []
         self._row_importance: dict[str, Tensor] = {}
+        self._octaves: dict[tuple[str, str], float] = {}
         self._start = time.perf_counter()
 
     def use_sensitivities(
@@ -204,6 +217,8 @@ class LayerQuantizer:
         """Add the report of a quantized layer, and charge its bits to the budget."""
         self.budget.spend(report.name, report.bits)
         self.reports.append(report)
+        if report.octaves is not None:
+            self._octaves[_kind_of(report.name)] = report.octaves
 
     def quantize(
         self, name: str, weight_AN: Tensor, moments: LayerMoments
@@ -269,6 +284,7 @@ class LayerQuantizer:
             moments=moments(name) if callable(moments) else moments,
             bits=bits,
             row_importance_A=self._row_importance.get(name),
+            octaves=self._octaves.get(_kind_of(name)),
         )
         layer = quantize_and_pack(task, settings=self.settings, seed=self.seed)
         if self.journal is not None:

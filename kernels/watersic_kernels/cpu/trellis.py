@@ -16,24 +16,6 @@ from numpy import float64, int64, uint8
 UNREACHED = 1e300
 
 
-def search_path(
-    target_A: np.ndarray, level_A: np.ndarray, cost_KQV: np.ndarray, path_rows: int
-) -> np.ndarray:
-    """Return the values of the cheapest path, int32.
-
-    Args:
-        target_A: target of every row in units of the step, float64.
-        level_A: level of every row in `cost_KQV`, int64.  Levels below 0 count as 0; beyond the
-            last, codes cost nothing.
-        cost_KQV: cost of a code by level, quantizer and magnitude, in squared steps, float64; the
-            last magnitude stands for all larger ones.
-        path_rows: rows of a path; the next one starts after them.
-    """
-    values_A = np.empty(len(target_A), np.int32)
-    _search(target_A, level_A, cost_KQV, path_rows, values_A)
-    return values_A
-
-
 @numba.njit(cache=True, nogil=True, inline="always")
 def _cheapest(size, quantizer, price_V, priced):
     """Return the cheapest even and odd code for a target of some size: costs and magnitudes."""
@@ -69,8 +51,27 @@ def _butterfly(first, second, even, odd):
     return stay, leave, choice
 
 
+def search_path(
+    target_A: np.ndarray, level_A: np.ndarray, cost_KQV: np.ndarray, path_rows: int
+) -> np.ndarray:
+    """Return the values of the cheapest path, int32.
+
+    Args:
+        target_A: target of every row in units of the step, float64.
+        level_A: level of every row in `cost_KQV`, int64.  Levels below 0 count as 0; beyond the
+            last, codes cost nothing.
+        cost_KQV: cost of a code by level, quantizer and magnitude, in squared steps, float64; the
+            last magnitude stands for all larger ones.
+        path_rows: rows of a path; the next one starts after them.
+    """
+    values_A = np.empty(len(target_A), np.int32)
+    find_path(target_A, level_A, cost_KQV, path_rows, values_A)
+    return values_A
+
+
 @numba.njit(cache=True, nogil=True)
-def _search(target_A, level_A, cost_KQV, path_rows, values_A):
+def find_path(target_A, level_A, cost_KQV, path_rows, values_A):
+    """Find the cheapest path; `values_A` receives its values.  See `search_path`."""
     # for every row: which predecessor each state has, and the codes by quantizer and parity
     length = min(path_rows, len(target_A))
     choice_P = np.empty(length, uint8)
