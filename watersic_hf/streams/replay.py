@@ -92,11 +92,25 @@ class Replay:
         output = self._kept.get(batch, {}).get((name, call))
         return output if output is not None and output.is_intact() else None
 
-    def keep(self, batch: int, name: str, call: int, output: _Output) -> None:
-        """Keep an output, instead of those of the modules inside, if the limit allows it."""
+    def keep(
+        self, batch: int, name: str, call: int, output: _Output, *, before: Counter[str]
+    ) -> None:
+        """Keep an output, instead of those of the modules inside, if the limit allows it.
+
+        Args:
+            batch: number of the batch.
+            name: name of the module.
+            call: number of its call in the run.
+            output: what it returned.
+            before: calls of all modules before this one.
+        """
         kept = self._kept.setdefault(batch, {})
-        for key in [key for key in kept if key == (name, call) or key[0].startswith(f"{name}.")]:
-            self._bytes[batch] -= _size(kept.pop(key).value)
+        replaced = [(name, call)]
+        for inner, count in output.calls_within.items():
+            replaced += [(inner, before[inner] + number) for number in range(count)]
+        for key in replaced:
+            if key in kept:
+                self._bytes[batch] -= _size(kept.pop(key).value)
         size = _size(output.value)
         if self._bytes.total() + size <= self.limit:
             kept[name, call] = output
@@ -122,15 +136,15 @@ class _Run:
             if known is not None:
                 self.calls.update(known.calls_within)
                 return known.value
-            calls = self.calls.copy()
+            before = self.calls.copy()
             inputs = [(tensor, tensor._version) for tensor in _tensors((args, kwargs))]
             value = forward(*args, **kwargs)
             self.is_final = self.is_final and not self.replay.is_pending(name)
             unchanged = all(tensor._version == version for tensor, version in inputs)
             if keep and self.is_final and unchanged:
                 versions = [tensor._version for tensor in _tensors(value)]
-                output = _Output(value, versions, self.calls - calls)
-                self.replay.keep(self.batch, name, call, output)
+                output = _Output(value, versions, self.calls - before)
+                self.replay.keep(self.batch, name, call, output, before=before)
             return value
 
         return answered
