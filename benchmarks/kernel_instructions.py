@@ -187,7 +187,7 @@ def variants() -> dict[str, tuple]:
     constants = {"BAND": 128, "WINDOW": 11}
     found["prefix decode"] = (prefix._decode_kernel, constants, {"tiles_BT": "*i16"}, 1)
     found["prefix decode outliers"] = (prefix._decode_outliers_kernel, {"BAND": 128}, {}, 1)
-    found["fold"] = (product._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1}, {}, 4)
+    found["fold"] = (product._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1, "TF32": False}, {}, 4)
     found["rans decode"] = (rans._decode_kernel, {"TRELLIS": False}, {}, 1)
     found["rans decode trellis"] = (rans._decode_kernel, {"TRELLIS": True}, {}, 1)
     for kind in ("fp32", "fp64"):
@@ -198,7 +198,7 @@ def variants() -> dict[str, tuple]:
     constants = {"ROWS": trellis.ROWS}
     found["trellis prepare"] = (trellis._prepare_kernel, constants, {}, 4)
     found["trellis search"] = (trellis._search_kernel, constants, {}, 1)
-    found["finish"] = (product._finish_kernel, {"BLOCK_R": 256}, {}, 4)
+    found["finish"] = (product._finish_kernel, {"BLOCK_S": 16, "BLOCK_R": 64}, {}, 4)
     return found
 
 

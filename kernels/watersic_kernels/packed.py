@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.launch import on_device_of_tensors
 from watersic_kernels.paths import _add_path, quantizers, value_of
 from watersic_kernels.product import (
     GEMV_TOKENS,
@@ -39,15 +40,15 @@ EXPONENTS = 0xFF << 23
 PROGRAMS, GEMM_PROGRAMS = 4096, 512
 
 
+@on_device_of_tensors
 def packed_linear(
     x_MN: Tensor, layout: Sequence[Tensor], row_scale_A: Tensor, col_scale_N: Tensor
 ) -> Tensor:
     """Return ``x @ W.T``, M x A, in the dtype of x.
 
     Up to `GEMV_TOKENS` tokens, products and sums are float32.  For more tokens, codes and the
-    folded x are rounded to bfloat16 if x is bfloat16; up to `GEMM_TOKENS` tokens, they are rounded
-    to TF32 if x is float16.  Sums are float32 and always in the same order.  Reference:
-    `watersic_hf.nn.ops.coded_linear`.
+    folded x are rounded to bfloat16 if x is bfloat16, and to TF32 if x is float16.  Sums are
+    float32 and always in the same order.  Reference: `watersic_hf.nn.ops.coded_linear`.
 
     Args:
         x_MN: input, of a floating-point dtype, any strides.
@@ -70,7 +71,7 @@ def packed_linear(
     dtype = scratch_dtype(x_MN.dtype)
     if M <= GEMV_TOKENS:
         tokens = triton.next_power_of_2(M)
-        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
+        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype=torch.float32)
         tiles_per_split = triton.cdiv(tiles, max(1, PROGRAMS // bands))
         splits = triton.cdiv(tiles, tiles_per_split)
         sums_SMR = x_MN.new_empty(splits, tokens, rows, dtype=torch.float32)
@@ -87,12 +88,13 @@ def packed_linear(
     elif M <= GEMM_TOKENS:
         block = 16 if M <= 16 else 32
         tokens = triton.cdiv(M, block) * block
-        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype)
+        tf32 = x_MN.dtype == torch.float16
+        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype=dtype, tf32=tf32)
         tiles_per_split = triton.cdiv(tiles, max(1, GEMM_PROGRAMS // (bands * (tokens // block))))
         splits = triton.cdiv(tiles, tiles_per_split)
         sums_SMR = x_MN.new_empty(splits, tokens, rows, dtype=torch.float32)
         arguments = (folded_CM, *tensors, sums_SMR, *sizes, tokens, tiles_per_split)
-        precision = "tf32" if x_MN.dtype == torch.float16 else "ieee"
+        precision = "tf32" if tf32 else "ieee"
         _gemm_kernel[(bands, tokens // block, splits)](
             *arguments, BLOCK_M=block, BAND=band, PRECISION=precision, TRELLIS=trellis
         )
@@ -114,7 +116,7 @@ def packed_linear(
     return y_MA
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots", "entries", "tiles_per_split"])
 def _gemv_kernel(
     folded_CM,
     words_G,
@@ -155,6 +157,7 @@ def _gemv_kernel(
         tiles * 32,
         entries,
         BAND,
+        4 if TOKENS <= 2 else 1,
     )
     for t in range(first_tile, last_tile):
         first, width = _locate(tiles_BT + b * tiles + t, slots)
@@ -224,7 +227,7 @@ def _float(word, START: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr):
     return bits.to(tl.float32, bitcast=True) - ((1 << (23 - START)) + HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "slots", "entries", "tokens", "tiles_per_split"])
 def _gemm_kernel(
     folded_CM,
     words_G,
@@ -265,6 +268,7 @@ def _gemm_kernel(
         tiles * 32,
         entries,
         BAND,
+        1,
     )
     sums = tl.trans(outliers)
     for t in range(first_tile, last_tile):
@@ -309,7 +313,7 @@ def _tile(words, j, width, BAND: tl.constexpr):
     return (code.to(tl.int32, bitcast=True) & mask) - ((1 << width) >> 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "tiles", "slots"])
 def _decode_kernel(
     words_G,
     tiles_BT,
@@ -332,7 +336,7 @@ def _decode_kernel(
     tl.store(out, code.to(codes_RC.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "columns", "entries"])
 def _decode_outliers_kernel(
     outliers_O,
     outlier_first_BK,

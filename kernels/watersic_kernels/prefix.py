@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.launch import on_device_of_tensors
 from watersic_kernels.paths import quantizers, value_of
 from watersic_kernels.product import (
     GEMV_TOKENS,
@@ -37,6 +38,7 @@ PADDING = 18
 BLOCK_BITS = tl.constexpr(1 << 30)
 
 
+@on_device_of_tensors
 def prefix_linear(
     x_MN: Tensor,
     layout: Sequence[Tensor],
@@ -87,7 +89,7 @@ def prefix_linear(
     window = entries.bit_length() - 1
     if M <= GEMV_TOKENS and not trellis:
         tokens = triton.next_power_of_2(M)
-        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, torch.float32)
+        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype=torch.float32)
         sums_SMR = x_MN.new_empty(segments, tokens, bands * band, dtype=torch.float32)
         arguments = (folded_CM, *streams, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O))
         constants: dict[str, int] = {"TOKENS": tokens, "BAND": band, "WINDOW": window}
@@ -113,7 +115,7 @@ def prefix_linear(
     return y_MA
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "tiles_per_segment", "words", "last_table", "entries"])
 def _gemv_kernel(
     folded_CM,
     words_G,
@@ -157,6 +159,7 @@ def _gemv_kernel(
         tiles * 32,
         entries,
         BAND,
+        4 if TOKENS <= 2 else 1,
     )
     block, at, limit = _streams(
         words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND
@@ -197,7 +200,7 @@ def _add_tile(sums, x, table, block, at, w0, w1, w2, WINDOW: tl.constexpr, TOKEN
     return sums, at, w0, w1, w2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "tiles", "tiles_per_segment", "words", "last_table"])
 def _decode_kernel(
     words_G,
     first_BS,
@@ -233,7 +236,7 @@ def _decode_kernel(
             out += 2 * rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _values_kernel(state_BT3, codes_CR, start, BAND: tl.constexpr):
     # replaces the codes of a tile of a trellis in scratch memory by its values
     b = tl.program_id(0)
@@ -250,7 +253,7 @@ def _values_kernel(state_BT3, codes_CR, start, BAND: tl.constexpr):
     tl.store(address, value.to(codes_CR.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "columns", "entries"])
 def _decode_outliers_kernel(
     outliers_O,
     outlier_first_BK,

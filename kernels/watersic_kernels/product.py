@@ -8,7 +8,8 @@ column scales once, and `finish` multiplies the sums by the row scales once.  Th
 defined in `watersic_hf.nn.tiles`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -26,7 +27,14 @@ SCRATCH_BYTES = 256 << 20
 
 
 def fold(
-    x_MN: Tensor, column_order_C: Tensor, col_scale_N: Tensor, tokens: int, dtype: torch.dtype
+    x_MN: Tensor,
+    column_order_C: Tensor,
+    col_scale_N: Tensor,
+    tokens: int,
+    *,
+    dtype: torch.dtype,
+    tf32: bool = False,
+    by_token: bool = False,
 ) -> Tensor:
     """Return ``col_scale * x`` with columns in the order of the tiles, C x `tokens`.
 
@@ -36,15 +44,20 @@ def fold(
         col_scale_N: column scales.
         tokens: M rounded up as the caller needs it; the tokens beyond M are zero.
         dtype: dtype of the result.
+        tf32: whether to round to TF32, whose units would cut the other bits off; default: False.
+        by_token: whether the columns of a token are contiguous; default: the tokens of a column.
     """
     columns = len(column_order_C)
-    folded_CM = x_MN.new_empty(columns, tokens, dtype=dtype)
+    if by_token:
+        folded_CM = x_MN.new_empty(tokens, columns, dtype=dtype).T
+    else:
+        folded_CM = x_MN.new_empty(columns, tokens, dtype=dtype)
     block_m = min(tokens, 16)
     block_c = 1024 // block_m
     tensors = (x_MN, column_order_C, col_scale_N, folded_CM)
-    sizes = (*x_MN.shape, columns, *x_MN.stride(), tokens)
+    sizes = (*x_MN.shape, columns, *x_MN.stride(), *folded_CM.stride(), tokens)
     _fold_kernel[(triton.cdiv(columns, block_c), tokens // block_m)](
-        *tensors, *sizes, BLOCK_C=block_c, BLOCK_M=block_m
+        *tensors, *sizes, BLOCK_C=block_c, BLOCK_M=block_m, TF32=tf32
     )
     return folded_CM
 
@@ -58,11 +71,15 @@ def finish(sums_SMR: Tensor, row_order_R: Tensor, row_scale_A: Tensor, y_MA: Ten
         row_scale_A: row scales.
         y_MA: receives the outputs.
     """
-    block = 256
-    rows = len(row_order_R)
+    rows, splits = len(row_order_R), len(sums_SMR)
+    # with many splits, few rows per program: there are few tokens then
+    block_s = min(16, triton.next_power_of_2(splits))
+    block_r = 256 if splits == 1 else 64
     tensors = (sums_SMR, row_order_R, row_scale_A, y_MA)
-    sizes = (len(row_scale_A), len(sums_SMR), sums_SMR.stride(0), rows)
-    _finish_kernel[(len(y_MA), triton.cdiv(rows, block))](*tensors, *sizes, BLOCK_R=block)
+    sizes = (len(row_scale_A), splits, sums_SMR.stride(0), rows)
+    _finish_kernel[(len(y_MA), triton.cdiv(rows, block_r))](
+        *tensors, *sizes, BLOCK_S=block_s, BLOCK_R=block_r
+    )
 
 
 def through_scratch(
@@ -90,14 +107,27 @@ def through_scratch(
     """
     block = 16 if len(x_MN) <= 16 else 32
     tokens = triton.cdiv(len(x_MN), block) * block
-    wide = scratch_dtype(x_MN.dtype)
-    folded_MC = fold(x_MN, column_order_C, col_scale_N, tokens, wide).T
+    wide, tf32 = scratch_dtype(x_MN.dtype), x_MN.dtype == torch.float16
+    options = {"dtype": wide, "tf32": tf32, "by_token": True}
+    folded_MC = fold(x_MN, column_order_C, col_scale_N, tokens, **options).T
     band = len(row_order_R) // bands
     step = max(1, SCRATCH_BYTES // (wide.itemsize * band * len(column_order_C)))
     for first in range(0, bands, step):
         count = min(step, bands - first)
-        sums_MR = folded_MC @ decode(first, count)
+        with _float32_products("high" if tf32 else None):
+            sums_MR = folded_MC @ decode(first, count)
         finish(sums_MR[None], row_order_R[first * band :][: count * band], row_scale_A, y_MA)
+
+
+@contextmanager
+def _float32_products(precision: str | None) -> Iterator[None]:
+    """Have torch multiply float32 matrices with another precision, such as ``high`` for TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def scratch_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -105,7 +135,7 @@ def scratch_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "C", "tokens"])
 def _fold_kernel(
     x_MN,
     order_C,
@@ -116,9 +146,12 @@ def _fold_kernel(
     C,
     stride_m,
     stride_n,
+    out_stride_c,
+    out_stride_m,
     tokens,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -126,22 +159,40 @@ def _fold_kernel(
     real = (c < C) & (n >= 0) & (n < N)
     scale = tl.load(scale_N + n, real, other=0.0).to(tl.float32)
     here = real[:, None] & (m < M)[None, :]
-    x = tl.load(x_MN + m[None, :].to(tl.int64) * stride_m + n[:, None] * stride_n, here, other=0.0)
-    out = folded_CM + c[:, None] * tokens + m[None, :]
-    tl.store(out, x.to(tl.float32) * scale[:, None], (c < C)[:, None] & (m < tokens)[None, :])
+    # in 64 bits: long prompts have more than 2^31 inputs
+    m = m[None, :].to(tl.int64)
+    x = tl.load(x_MN + m * stride_m + n[:, None].to(tl.int64) * stride_n, here, other=0.0)
+    folded = x.to(tl.float32) * scale[:, None]
+    if TF32:
+        bits = folded.to(tl.int32, bitcast=True)
+        # to the nearest of the numbers whose last 13 bits are 0; of two, to the even one
+        bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+        folded = bits.to(tl.float32, bitcast=True)
+    out = folded_CM + c[:, None].to(tl.int64) * out_stride_c + m * out_stride_m
+    tl.store(out, folded, (c < C)[:, None] & (m < tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A", "splits", "rows"])
 def _finish_kernel(
-    sums_SMR, order_R, scale_A, y_MA, A, splits, stride_s, rows, BLOCK_R: tl.constexpr
+    sums_SMR,
+    order_R,
+    scale_A,
+    y_MA,
+    A,
+    splits,
+    stride_s,
+    rows,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     m = tl.program_id(0)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    sums = sums_SMR + m.to(tl.int64) * rows + r
-    for _ in range(splits):
-        total += tl.load(sums, r < rows, other=0.0)
-        sums += stride_s
+    total = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        sums = sums_SMR + s[:, None].to(tl.int64) * stride_s + m.to(tl.int64) * rows + r[None, :]
+        total += tl.load(sums, (s < splits)[:, None] & (r < rows)[None, :], other=0.0)
+    total = tl.sum(total, 0)
     a = tl.load(order_R + r, r < rows, other=0).to(tl.int32)
     real = (r < rows) & (a >= 0) & (a < A)
     scale = tl.load(scale_A + a, real, other=0.0).to(tl.float32)
@@ -164,18 +215,20 @@ def _add_outliers(
     columns,
     entries,
     BAND: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    # the outliers of the groups of columns that begin in some tiles; whatever the entries contain,
-    # only x is read
+    # the outliers of the groups of columns that begin in some tiles, so many of a row at once;
+    # whatever the entries contain, only x is read
     groups = tl.cdiv(columns, 256)
     for k in range(tl.cdiv(first_tile, 8), tl.cdiv(last_tile, 8)):
         entry, stop = _outliers_of(first_BK, count_BKr, b * groups + k, entries, BAND)
-        for i in range(tl.max(stop - entry)):
-            here = entry + i < stop
-            c, code = _outlier(tl.load(outliers_O + entry + i, here, other=0), k)
-            here &= c < columns
-            x = tl.load(folded_CM + c[None, :] * tokens + m[:, None], here[None, :], other=0.0)
-            sums += x.to(tl.float32) * code[None, :]
+        for first in range(0, tl.max(stop - entry), AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                here = entry + first + i < stop
+                c, code = _outlier(tl.load(outliers_O + entry + first + i, here, other=0), k)
+                here &= c < columns
+                x = tl.load(folded_CM + c[None, :] * tokens + m[:, None], here[None, :], other=0.0)
+                sums += x.to(tl.float32) * code[None, :]
     return sums
 
 

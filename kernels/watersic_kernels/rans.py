@@ -12,7 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.launch import on_device_of_tensors
 
+
+@on_device_of_tensors
 def decode_chunks(
     payload: Sequence[Tensor],
     codes_AN: Tensor,

@@ -17,12 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.launch import on_device_of_tensors
+
 #: Rows that a program processes at a time, where rows do not depend on each other.
 ROWS = 128
 #: Cost of a state that cannot be reached.
 UNREACHED = tl.constexpr(1e300)
 
 
+@on_device_of_tensors
 def search_path(target_A: Tensor, level_A: Tensor, cost_KQV: Tensor, path_rows: int) -> Tensor:
     """Return the values of the cheapest path, int32, on the device of the target.
 

@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from watersic_kernels.launch import on_device_of_tensors
+
 #: Rows that a program processes at a time.
 ROWS = 128
 #: How often a program polls for the others before it gives up: a few seconds.
 PATIENCE = 1 << 23
 
 
+@on_device_of_tensors
 def quantize_block(
     target_BA: Tensor,
     chol_BB: Tensor,
@@ -128,9 +131,10 @@ def _block_kernel(
 
 @triton.jit
 def _meet(arrived, expected, patience):
-    # release: whoever sees this program arrive also sees what it has written
+    # release: whoever sees this program arrive also sees what it has written; acquire: the last to
+    # arrive, which does not ask again, sees what the others have written
     tl.debug_barrier()
-    seen = tl.atomic_add(arrived, 1, sem="release", scope="gpu") + 1
+    seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") + 1
     asked = 0
     while (seen < expected) & (asked < patience):
         seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")

@@ -23,6 +23,9 @@ from watersic_hf.nn.layouts import LAYOUTS
 from watersic_hf.nn.packing import PackedCodes, unpack_rows
 from watersic_hf.nn.tiles import TiledCodes
 
+#: Tag of operators that wait for the device, which the capture of a CUDA graph does not allow.
+SYNCHRONISES = (torch.Tag.cudagraph_unsafe,)
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that autocast, where it is on, gives the input of a linear layer."""
@@ -211,7 +214,7 @@ def _coded_backward(ctx, grad_y):
 coded_linear.register_autograd(_coded_backward, setup_context=_setup_coded_context)
 
 
-@torch.library.custom_op("watersic::payload_rows", mutates_args=())
+@torch.library.custom_op("watersic::payload_rows", mutates_args=(), tags=SYNCHRONISES)
 def payload_rows(
     index: Tensor,
     payload_B: Tensor,
@@ -247,7 +250,7 @@ def _(index, payload_B, row_scale_A, col_scale_N, dtype):
     return row_scale_A.new_empty((*index.shape, col_scale_N.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("watersic::packed_rows", mutates_args=())
+@torch.library.custom_op("watersic::packed_rows", mutates_args=(), tags=SYNCHRONISES)
 def packed_rows(
     index: Tensor,
     layout: Sequence[Tensor],
