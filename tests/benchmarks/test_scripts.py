@@ -80,6 +80,14 @@ def test_kernels_speed_checks_products_before_timing(load, capsys):
     assert "times bf16" not in wrong
 
 
+def test_kernel_time_predicts_from_the_committed_instructions(load, capsys):
+    rows = load("kernel_time").main(["--shape", "256", "512", "--gpus", "H100"])
+
+    assert [row["form"] for row in rows] == ["packed", "packed, trellis", "entropy"]
+    assert all(row["us"] > 0 and 2.5 < row["bits held"] < 6 for row in rows)
+    assert "| 256 x 512 | packed, trellis |" in capsys.readouterr().out
+
+
 def test_on_gpu_dry_run_runs_all_parts(load, quantized_folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))))
 
