@@ -21,16 +21,16 @@ from watersic_kernels.cpu.tiles import (
     add_outliers,
     add_product,
     cut,
+    cut_values,
     inline_jit,
     jit,
     quantizers,
     spread,
     store_outliers,
     store_values,
-    values,
 )
 
-#: Planes of bytes: of parities, of quantizers, and of 8 words; the last four are read, not used.
+#: Planes of bytes: of two words of pairs, and of 8 words; the last four are read, but not used.
 PLANES = 4 + 4 + 32 + 4
 
 
@@ -66,7 +66,7 @@ def packed_linear(
 
 
 @inline_jit
-def _decode_tile(words_Sr, at, width, state_3, planes, quantizer_r, tile):
+def _decode_tile(words_Sr, at, width, state_3, planes, words_3r, tile):
     """Decode a tile of width 1 or more.
 
     Args:
@@ -74,27 +74,26 @@ def _decode_tile(words_Sr, at, width, state_3, planes, quantizer_r, tile):
         at: number of the first row of words of the tile.
         width: bits of a code.
         state_3: state of a trellis before the first row; empty without a trellis.
-        planes, quantizer_r: scratch memory for `PLANES` and for a word of every row.
+        planes, words_3r: scratch memory for `PLANES` and for three words of every row.
         tile: receives the codes, or the values of a trellis.
     """
-    parity, quantizer, codes = planes[:STEP], planes[STEP : 2 * STEP], planes[2 * STEP :]
+    pairs, codes = planes[: 2 * STEP], planes[2 * STEP :]
     trellis = len(state_3) > 0
     if trellis:
-        quantizers(words_Sr[at], state_3, quantizer_r)
+        quantizers(words_Sr[at], state_3, words_3r)
     bits = max(width - 1, 1) if trellis else width
-    for k in range(-1 if trellis else 0, width):
-        # the quantizers, and the parities, which are the first word, have planes of their own
-        own = trellis and k < 1
-        words_r = quantizer_r if k < 0 else words_Sr[at + k]
-        plane = 4 * (k < 0) if own else 8
-        spread(words_r, plane, 0 if own else 4 * (k - trellis), 1 if own else bits, planes)
-    if trellis and width == 1:
-        # codes 0 and -1 are codes of two bits, whose higher bit is the opposite of the lower
-        for i in range(STEP):
-            codes[i] = ~parity[i]
-    cut(codes, bits, int8(0) if trellis else int8(-(1 << width >> 1)), tile)
+    for k in range(-2 if trellis else 0, width):
+        if trellis and k == 0 and width > 1:
+            continue
+        # codes 0 and -1 of one bit are codes of two bits, the higher one the opposite of the lower
+        words_r = words_3r[max(k + 3, 0) % 3] if trellis and k < 1 else words_Sr[at + k]
+        plane = 8 if k >= 0 else 4 * (k + 2)
+        byte = 0 if k < 1 else 4 * (k - trellis)
+        spread(words_r, plane, byte, 1 if k < 0 else bits, planes)
     if trellis:
-        values(parity, quantizer, bits, tile)
+        cut_values(codes, pairs, bits, tile)
+    else:
+        cut(codes, bits, int8(-(1 << width >> 1)), tile)
 
 
 @jit
@@ -124,7 +123,7 @@ def _run(
     """
     band, decode = words_Sr.shape[1], len(x_MC) == 0
     planes, tile = np.empty(PLANES * ROWS, uint8), np.empty(TILE * ROWS, int8)
-    quantizer_r, running = np.empty(band, uint32), np.empty(MOST_ENTRIES + 1, float64)
+    words_3r, running = np.empty((3, band), uint32), np.empty(MOST_ENTRIES + 1, float64)
     widest = 8 - (state_BT3.shape[2] > 0)
     for b in range(first, stop):
         start = (b - base) * band
@@ -132,7 +131,7 @@ def _run(
             at, width = int64(tiles_BT[b, t] >> 4), int64(tiles_BT[b, t] & 15)
             if at < 0 or not 1 <= width <= widest or at > len(words_Sr) - width:
                 continue
-            _decode_tile(words_Sr, at, width, state_BT3[b, t], planes, quantizer_r, tile)
+            _decode_tile(words_Sr, at, width, state_BT3[b, t], planes, words_3r, tile)
             for c in range(TILE if decode else 0):
                 store_values(tile, out[t * TILE + c][start : start + band], c)
             for m in range(len(x_MC)):

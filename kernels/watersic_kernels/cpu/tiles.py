@@ -29,11 +29,11 @@ MOST_ENTRIES = 4 * GROUP * ROWS
 #: Bytes of four columns or planes.
 STEP = 4 * ROWS
 
-# by the width of codes, the first bit of code j in its byte, 7 minus that, and j itself: tables, as
-# LLVM would otherwise compute with integers of 64 bits, eight times as slowly
+# by the width of codes, the first bit of code j in its byte, 7 minus that, and that of its pair in
+# `quantizers`: tables, as LLVM would otherwise compute with 64 bits, eight times as slowly
 _SHIFT = (np.arange(9)[:, None] * np.arange(8) & 7).astype(uint8)
 _BACK = 7 - _SHIFT
-_PLACE = np.zeros((9, 1), uint8) + np.arange(8, dtype=uint8)
+_EVEN = np.zeros((9, 1), uint8) + (np.arange(8) & 6).astype(uint8)
 
 #: How all functions are compiled.  Products and sums may be fused, but not be reordered.
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
@@ -86,40 +86,54 @@ def cut(planes, width, low, tile):
 
 
 @inline_jit
-def quantizers(parity_r, state_3, quantizer_r):
-    """Compute the quantizers of all rows of a tile: a bit per column.
+def quantizers(parity_r, state_3, words_3r):
+    """Compute the quantizers of all rows of a tile, and pair them with the parities.
 
     Args:
-        parity_r: parities of the codes, uint32.
+        parity_r: parities of the codes, a bit per column, uint32.
         state_3: the state before the first row, int32.
-        quantizer_r: receives the quantizers, uint32.
+        words_3r: receives, uint32, the opposites of the parities, and the pairs of the even and of
+            the odd columns: two bits per column, the quantizer and above it the parity.
     """
+    quantizer_r, even_r, odd_r = words_3r[0], words_3r[1], words_3r[2]
     this, last, earlier = uint32(state_3[0]), uint32(state_3[1]), uint32(state_3[2])
     for r in range(len(parity_r)):
         quantizer_r[r] = this
         this, last, earlier = uint32(uint32(last ^ earlier) ^ parity_r[r]), this, last
+    low, high = uint32(0x55555555), uint32(0xAAAAAAAA)
+    for r in range(len(parity_r)):
+        p, q = parity_r[r], quantizer_r[r]
+        even_r[r] = uint32(uint32(q & low) | uint32(uint32(p & low) << uint32(1)))
+        odd_r[r] = uint32(uint32(uint32(q & high) >> uint32(1)) | uint32(p & high))
+        quantizer_r[r] = ~p
 
 
 @inline_jit
-def values(parity, quantizer, width, tile):
-    """Replace the codes of a tile, without their lowest bits, by the values of a trellis.
+def cut_values(planes, pairs, width, tile):
+    """Cut codes without their lowest bits out of planes, and replace them by values of a trellis.
 
     With k the code and Q the quantizer, ``g = 2 k + Q`` consists of bits that only need to be put
     together.  The value is g if g is negative, and otherwise ``g - 2 Q``, but at least 0.
 
     Args:
-        parity, quantizer: the parities of the codes and the quantizers, four planes, uint8.
+        planes: planes of bytes of the codes, uint8.
+        pairs: planes of the quantizers and parities, first of the even and then of the odd columns.
         width: bits of the codes, at most 6, which are raised by half of their range.
-        tile: the codes, int8; receives the values.
+        tile: receives the values, int8.
     """
-    zero, one, half = int8(0), uint8(1), int8(2 << width)
+    zero, half, mask = int8(0), int8(2 << width), uint8((1 << width) - 1)
     for j in range(8):
-        shift = uint8(_PLACE[width, j] & uint8(7))
+        shift = uint8(_SHIFT[width, j] & uint8(7))
+        back = uint8(_BACK[width, j] & uint8(7))
+        place = uint8(_EVEN[width, j] & uint8(7))
+        start, pair = STEP * (j * width >> 3 & 7), STEP * (j & 1)
         for i in range(STEP):
-            p = int8(uint8(parity[i] >> shift) & one)
-            q = int8(uint8(quantizer[i] >> shift) & one)
-            g = int8(int8(int8(tile[j * STEP + i] << 2) | int8(int8(p << 1) | q)) - half)
-            positive = int8(max(int8(max(g, zero) - int8(q << 1)), zero))
+            code = uint8(planes[start + i] >> shift)
+            code |= uint8(uint8(planes[start + STEP + i] << back) << uint8(1))
+            two = uint8(uint8(pairs[pair + i] >> place) & uint8(3))
+            g = int8(int8(uint8(uint8(code & mask) << uint8(2)) | two) - half)
+            twice = int8(uint8(two & uint8(1)) << uint8(1))
+            positive = int8(max(int8(max(g, zero) - twice), zero))
             tile[j * STEP + i] = int8(min(g, zero) + positive)
 
 
