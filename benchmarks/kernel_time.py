@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from cpu_products import PATH_ROWS, on_a_path
 from kernels_speed import codes_of
 
-from watersic_hf.codec import Path as TrellisPath
 from watersic_hf.nn import ops
 from watersic_hf.nn.tiles import TiledCodes
 
@@ -100,12 +99,8 @@ def laid_out(shape: tuple[int, int], form: str, bits: float) -> TiledCodes:
     codes_AN, *_ = codes_of(*shape, bits, "cpu")
     if lattice == "scalar":
         return ops.encode(codes_AN, residency)
-    from watersic_hf.codec.trellis import quantizers, value_of
-
     # any codes are those of a path
-    codes = codes_AN.int().numpy()
-    values_AN = torch.from_numpy(value_of(codes, quantizers(codes, 1024)))
-    path = TrellisPath(torch.zeros(shape[0], dtype=torch.int64), 1024)
+    values_AN, path = on_a_path(codes_AN, PATH_ROWS)
     return ops.encode(values_AN, residency, path)
 
 

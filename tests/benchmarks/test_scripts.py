@@ -88,6 +88,17 @@ def test_kernel_time_predicts_from_the_committed_instructions(load, capsys):
     assert "| 256 x 512 | packed, trellis |" in capsys.readouterr().out
 
 
+def test_cpu_products_are_compared_and_timed(load, capsys):
+    pytest.importorskip("numba")
+    speed = load("cpu_products")
+
+    rows = speed.main(["--shapes", "130x70", "--tokens", "1", "9", "--repeats", "1"])
+
+    assert [row["lattice"] for row in rows] == ["scalar"] * 2 + ["trellis"] * 2
+    assert all(row["times bf16"] > 0 and row["times f32"] > 0 for row in rows)
+    assert "| 130x70 | trellis | 9 | packed |" in capsys.readouterr().out
+
+
 def test_on_gpu_dry_run_runs_all_parts(load, quantized_folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))))
 

@@ -8,6 +8,7 @@ from torch import nn
 from watersic_hf import CheckpointError, WaterSICLinear, set_residency
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.nn import module_matches, replace_module
+from watersic_hf.testing import assert_close
 
 
 def make(rows=48, columns=32, *, bias=True, dtype=torch.float32):
@@ -30,8 +31,8 @@ def test_all_residencies_match_the_dense_layer(bias, dtype):
     for residency in ("packed", "entropy", "stored"):
         layer.set_residency(residency)
         assert layer.residency == residency
-        # one product in two orders of summation
-        torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+        # two orders of summation, and weights that are rounded to the dtype or not at all
+        assert_close(layer(x).detach(), expected.detach(), tolerance=5e-3)
     layer.set_residency("dense")
 
     assert torch.equal(layer(x), expected)

@@ -14,6 +14,7 @@ from watersic_hf import CheckpointError, WaterSICLinear
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.nn import WaterSICEmbedding, WaterSICTiedHead
 from watersic_hf.nn.linear import ops
+from watersic_hf.testing import assert_close
 
 FORMS = ("dense", "packed", "entropy", "stored")
 
@@ -220,7 +221,9 @@ def test_all_residencies_in_other_precisions(residency, dtype):
     y = layer(x)
     y.sum().backward()
 
-    torch.testing.assert_close(y, expected(x))
+    # in float16, kernels multiply with the weight before it is rounded
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-3
+    assert_close(y.detach(), expected(x).detach(), tolerance=tolerance)
     torch.testing.assert_close(x.grad, expected.weight.sum(0).expand(2, 3, 32))
 
 

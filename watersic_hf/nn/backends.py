@@ -19,8 +19,9 @@ from watersic_hf.core.trellis import FIRST_LEVEL, PER_OCTAVE, Trellis, code_cost
 
 logger = logging.getLogger(__name__)
 
-#: Implementations on CUDA: ``auto`` is Triton where it can be imported, and otherwise the
-#: reference, with a warning; ``reference`` has no kernels and is for comparison.
+#: Implementations of products: ``auto`` is Triton on CUDA and compiled code on CPUs where they can
+#: be imported, and otherwise the reference, with a warning; ``triton`` demands Triton on CUDA;
+#: ``reference`` has no kernels and is for comparison.
 BACKENDS = ("auto", "triton", "reference")
 #: Environment variable that sets the backend where no argument does.
 BACKEND_VARIABLE = "WATERSIC_BACKEND"
@@ -51,6 +52,39 @@ def triton_kernels(backend: str) -> ModuleType | None:
 def kernels_on(device: torch.device, backend: str) -> ModuleType | None:
     """Return the Triton kernels; None stands for the reference, which other devices always use."""
     return triton_kernels(backend) if device.type == "cuda" and backend != "reference" else None
+
+
+@functools.cache
+def cpu_kernels() -> ModuleType | None:
+    """Return the compiled products for CPUs, or None if numba cannot be imported."""
+    try:
+        import watersic_kernels.cpu.packed
+    except ImportError as error:
+        logger.warning(
+            "numba cannot be imported: %s. Products with weights in the residency `packed` decode "
+            "the whole weight with slow reference code at every call. Run `pip install numba`, or "
+            "use the residency `dense`.",
+            error,
+        )
+        return None
+    return watersic_kernels.cpu
+
+
+def product_kernels(x: Tensor, backend: str, *, compiled: bool) -> ModuleType | None:
+    """Return the kernels that multiply `x` with a compressed weight; None is the reference.
+
+    Args:
+        x: input of the layer.
+        backend: one of `BACKENDS`.
+        compiled: whether there are kernels for CPUs.
+
+    Raises:
+        ImportError: `backend` is ``triton``, x is on CUDA, and Triton cannot be imported.
+    """
+    # the compiled products compute in float32
+    if x.device.type == "cpu" and compiled and backend != "reference" and x.dtype != torch.float64:
+        return cpu_kernels()
+    return kernels_on(x.device, backend)
 
 
 def block_step(device: torch.device) -> BlockStep:

@@ -34,6 +34,9 @@ class Layout:
     multiply: Callable[..., Tensor]
     """Multiply with the kernels: ``multiply(kernels, x_MN, tensors, row_scale_A, col_scale_N)``."""
 
+    compiled: bool
+    """Whether there are kernels for CPUs; their module has the same functions as that of CUDA."""
+
 
 def _multiply_packed(kernels: ModuleType, x_MN: Tensor, *layer: Sequence[Tensor] | Tensor):
     return kernels.packed.packed_linear(x_MN, *layer)
@@ -49,12 +52,17 @@ def _multiply_prefix(kernels: ModuleType, x_MN: Tensor, *layer: Sequence[Tensor]
 #: Residencies that keep the codes in a layout of their own, and these layouts.
 LAYOUTS = {
     "packed": Layout(
-        codes=PackedCodes, encode=pack_codes, bands=unpack_bands, multiply=_multiply_packed
+        codes=PackedCodes,
+        encode=pack_codes,
+        bands=unpack_bands,
+        multiply=_multiply_packed,
+        compiled=True,
     ),
     "entropy": Layout(
         codes=prefix.PrefixCodes,
         encode=prefix.encode_codes,
         bands=prefix.decode_bands,
         multiply=_multiply_prefix,
+        compiled=False,
     ),
 }

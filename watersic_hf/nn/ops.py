@@ -6,7 +6,8 @@ Shapes: A = out_features, N = in_features, B = bytes of the payload, M = tokens,
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  On CUDA, `coded_linear`
-and `decode` have Triton kernels; `watersic_hf.nn.backends` chooses.
+and `decode` have Triton kernels, and on CPUs `coded_linear` has compiled ones for `packed`;
+`watersic_hf.nn.backends` chooses.
 """
 
 import functools
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from watersic_hf import codec
-from watersic_hf.nn.backends import kernels_on, triton_kernels
+from watersic_hf.nn.backends import kernels_on, product_kernels
 from watersic_hf.nn.bands import coded_bands, scale_codes, weight_tiles
 from watersic_hf.nn.layouts import LAYOUTS
 from watersic_hf.nn.packing import PackedCodes, unpack_rows
@@ -161,12 +162,11 @@ def coded_linear(
         raise ValueError(
             f"coded_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs (..., {N})"
         )
-    if x.is_cuda and backend != "reference":
-        kernels = triton_kernels(backend)
-        if kernels is not None:
-            multiply = LAYOUTS[residency].multiply
-            y_MA = multiply(kernels, x.reshape(-1, N), layout, row_scale_A, col_scale_N)
-            return y_MA.view(*x.shape[:-1], A)
+    kind = LAYOUTS[residency]
+    kernels = product_kernels(x, backend, compiled=kind.compiled)
+    if kernels is not None:
+        y_MA = kind.multiply(kernels, x.reshape(-1, N), layout, row_scale_A, col_scale_N)
+        return y_MA.view(*x.shape[:-1], A)
     y = x.new_empty((*x.shape[:-1], A))
     for rows, weight_rN in coded_bands(residency, layout, row_scale_A, col_scale_N, x.dtype):
         y[..., rows] = x @ weight_rN.T

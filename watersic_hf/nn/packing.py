@@ -5,10 +5,11 @@ Shapes: A = out_features (rows), N = in_features (columns), B = bands of rows, T
         G = words, O = outlier entries, U = rows asked for, j = columns of a tile, w = words of a
         row of a tile.
 
-All codes of a tile (`watersic_hf.nn.tiles`) have one width, 0 to 8 bits: the width that takes the
-fewest bits including outliers.  A code that does not fit is clipped, and the difference is an
-outlier.  Of the values of a trellis the codes are stored (`watersic_hf.nn.paths`).  These are
-clipped to a code of the same parity, and outliers are differences of values.
+All codes of a tile (`watersic_hf.nn.tiles`) have one width, 0 to 8 bits, or 7 with a trellis: the
+width that takes the fewest bits including outliers.  A code that does not fit is clipped, and the
+difference is an outlier.  Of the values of a trellis the codes are stored
+(`watersic_hf.nn.paths`).  These are clipped to a code of the same parity, and outliers are
+differences of values.
 """
 
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from watersic_hf.nn.tiles import (
     sort_by_magnitude,
 )
 
-#: Largest width of a tile, in bits.
+#: Largest width of a tile, in bits; that of a trellis is one less, so that values fit into a byte.
 MAX_WIDTH = 8
 
 #: Bits that an outlier is assumed to take: slightly more than one entry, as some need several.
@@ -215,7 +216,7 @@ def _pack_band(
     band, trellis = len(codes_rC), quantizer_rC is not None
     codes_rTj = codes_rC.view(band, -1, TILE)
     bits = []
-    for width in range(MAX_WIDTH + 1):
+    for width in range(MAX_WIDTH + 1 - trellis):
         outside_T = (_clipped(codes_rTj, *_range(width), trellis) != codes_rTj).sum((0, 2))
         bits.append(width * band * TILE + OUTLIER_BITS * outside_T)
     if trellis:

@@ -1,0 +1,235 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from watersic_hf.nn import backends, ops
+from watersic_hf.nn.packing import pack_codes
+from watersic_hf.testing import assert_close, trellis_values, uneven_codes
+
+pytest.importorskip("numba")
+from watersic_kernels.cpu import product
+from watersic_kernels.cpu.packed import packed_linear
+
+ROOT = Path(__file__).parents[2]
+
+#: By dtype of the activations: 1e-6 is for the sums in float32, the other one rounding of y.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+def layer(rows, columns, *, trellis, spread=1.5, path_rows=None):
+    """Codes or values of many widths with outliers, some columns empty: packed, and scales."""
+    if trellis:
+        path_rows = path_rows or rows
+        codes_AN, path = trellis_values(rows, columns, path_rows=path_rows, spread=spread)
+    else:
+        codes_AN, path = uneven_codes(rows, columns, spread=spread), None
+    generator = torch.Generator().manual_seed(rows)
+    row_scale_A = (torch.rand(rows, generator=generator) + 0.5).half()
+    col_scale_N = (torch.rand(columns, generator=generator) * 0.01).half()
+    return pack_codes(codes_AN, path), codes_AN, row_scale_A, col_scale_N
+
+
+def run(x, packed, *scales):
+    return packed_linear(x, [*packed.tensors().values()], *scales)
+
+
+def expected(x, codes_AN, row_scale_A, col_scale_N):
+    return x.double() @ (row_scale_A[:, None].double() * codes_AN * col_scale_N.double()).T
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("trellis", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (127, 31), (128, 64), (300, 127)])
+def test_product_for_ragged_sizes_and_all_token_counts(shape, trellis, dtype):
+    packed, *weight = layer(*shape, trellis=trellis)
+
+    for tokens in (*range(1, 10), 40):
+        x = torch.randn(tokens, shape[1]).to(dtype)
+
+        y = run(x, packed, *weight[1:])
+
+        assert y.dtype == dtype
+        assert_close(y, expected(x, *weight), tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("trellis", [False, True])
+def test_product_with_tiles_of_every_width(trellis, tokens):
+    packed, *weight = layer(300, 700, trellis=trellis, spread=4.0)
+    assert set((packed.tiles_BT & 15).flatten().tolist()) >= set(range(2, 9 - trellis))
+    x = torch.randn(tokens, 700)
+
+    assert_close(run(x, packed, *weight[1:]), expected(x, *weight), tolerance=1e-6)
+
+
+def test_product_with_several_paths():
+    packed, *weight = layer(500, 70, trellis=True, path_rows=128)
+    x = torch.randn(3, 70)
+
+    assert_close(run(x, packed, *weight[1:]), expected(x, *weight), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_strided_input_and_no_tokens(tokens):
+    packed, *weight = layer(70, 65, trellis=True)
+    x = torch.randn(65, tokens).T
+
+    assert_close(run(x, packed, *weight[1:]), expected(x, *weight), tolerance=1e-6)
+
+    assert run(x[:0], packed, *weight[1:]).shape == (0, 70)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 20])
+def test_threads_do_not_change_the_sums(tokens, monkeypatch):
+    packed, *weight = layer(700, 300, trellis=True)
+    x = torch.randn(tokens, 300)
+    monkeypatch.setattr(product, "ALONE", 0)
+    monkeypatch.setattr(product, "SCRATCH_BYTES", 4 * 300 * 300)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(run(x, packed, *weight[1:]))
+        finally:
+            torch.set_num_threads(before)
+
+    assert_close(found[0], expected(x, *weight), tolerance=1e-6)
+    if tokens <= product.FUSED_TOKENS:
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("trellis", [False, True])
+def test_the_operator_chooses_the_kernel_and_has_gradients(trellis, monkeypatch):
+    packed, *weight = layer(70, 65, trellis=trellis)
+    arguments = "packed", [*packed.tensors().values()], *weight[1:]
+    called = []
+    monkeypatch.setattr(
+        backends.cpu_kernels().packed,
+        "packed_linear",
+        lambda *given: called.append(given) or packed_linear(*given),
+    )
+    x = torch.randn(2, 3, 65, requires_grad=True)
+
+    y = ops.coded_linear(x, *arguments, "auto")
+    y.square().sum().backward()
+
+    assert len(called) == 1
+    other = x.detach().clone().requires_grad_()
+    reference = ops.coded_linear(other, *arguments, "reference")
+    reference.square().sum().backward()
+    assert len(called) == 1
+    assert_close(y.detach(), reference.detach(), tolerance=1e-6)
+    assert_close(x.grad, other.grad, tolerance=1e-6)
+    # float64 activations keep the precision of the reference
+    ops.coded_linear(x.detach().double(), *arguments, "auto")
+    assert len(called) == 1
+
+
+def in_a_process(code, **variables):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        **variables,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+#: Random tensors of a layout under numba's bounds checks, between guards: nothing outside the
+#: arrays is read, and nothing outside the results is written.
+FUZZ = """
+import numpy as np
+from watersic_kernels.cpu import packed
+from watersic_kernels.cpu.tiles import GROUP
+
+rng = np.random.default_rng(0)
+for trial in range(60):
+    band, bands = int(rng.choice([64, 128])), int(rng.integers(1, 4))
+    tiles = int(rng.integers(1, 12))
+    groups, trellis, entries = -(-tiles // 8), trial % 2, int(rng.integers(0, 900))
+    words = rng.integers(0, 1 << 32, (int(rng.integers(1, 30)), band)).astype(np.uint32)
+    entry = rng.integers(0, len(words), (bands, tiles)) << 4 | rng.integers(0, 16, (bands, tiles))
+    wild = rng.random((bands, tiles)) < 0.2
+    entry[wild] = rng.integers(-(1 << 31), 1 << 31, wild.sum())
+    state = rng.integers(-(1 << 31), 1 << 31, (bands, tiles, 3 * trellis)).astype(np.int32)
+    outliers = rng.integers(-(1 << 15), 1 << 15, entries).astype(np.int16)
+    first = rng.integers(-5, 1000, (bands, groups)).astype(np.int32)
+    limit = 1 << (31 if trial % 3 == 0 else 3)
+    count = rng.integers(-limit, limit, (bands, groups, band)).astype(np.int32)
+    tokens = trial % 4
+    x = rng.standard_normal((tokens, groups * GROUP)).astype(np.float32)
+    rows = tokens or 32 * tiles
+    found = []
+    for poison in (0x7F, 0xFF):
+        # memory that the kernel may get as scratch memory
+        garbage = [np.full(size, poison, np.uint8) for size in (4096, 5632, 1 << 17)]
+        del garbage
+        guarded = np.zeros((rows + 2, bands * band), np.float32)
+        out = guarded[1:-1]
+        packed._run(
+            words, entry.astype(np.int32), state, outliers, first, count, x, 0, bands, 0, out
+        )
+        assert (guarded[0] == 0).all() and (guarded[-1] == 0).all()
+        assert np.isfinite(out).all()
+        found.append(out)
+    assert (found[0] == found[1]).all()
+print("done")
+"""
+
+
+def test_random_layouts_touch_nothing_outside_the_arrays(tmp_path):
+    done = in_a_process(FUZZ, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
+
+    assert done.stdout.strip() == "done", done.stderr
+
+
+FORK = """
+import os
+import torch
+from watersic_hf.nn.packing import pack_codes
+from watersic_hf.testing import uneven_codes
+from watersic_kernels.cpu import product
+from watersic_kernels.cpu.packed import packed_linear
+
+torch.set_num_threads(2)
+product.ALONE = 0
+codes_AN = uneven_codes(500, 64)
+layout = [*pack_codes(codes_AN).tensors().values()]
+arguments = torch.ones(1, 64), layout, torch.ones(500), torch.ones(64)
+expected = packed_linear(*arguments)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(packed_linear(*arguments), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_multiplies():
+    assert in_a_process(FORK).stdout.strip() == "done"
+
+
+def test_without_numba_the_reference_is_used_and_says_so():
+    code = """
+import sys
+sys.modules["numba"] = None
+import torch
+from watersic_hf.nn import ops
+from watersic_hf.testing import uneven_codes
+codes_AN = uneven_codes(40, 30)
+layer = [*ops.encode(codes_AN, "packed").tensors().values()], torch.ones(40), torch.ones(30)
+for _ in range(2):
+    y = ops.coded_linear(torch.ones(1, 30), "packed", *layer, "auto")
+assert torch.allclose(y, codes_AN.sum(1).float())
+"""
+
+    done = in_a_process(code)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("numba cannot be imported") == 1
