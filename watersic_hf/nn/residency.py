@@ -52,7 +52,7 @@ def choose_residency(
     """
     device = layers[0].device
     if device.type != "cuda":
-        return "dense", f"kernels for compressed weights run on CUDA, not on {device.type}"
+        return "dense", f"no compressed form is faster than dense weights on {device.type}"
     if free is None:
         free, _ = torch.cuda.mem_get_info(device)
         # memory that torch has freed but keeps in its cache is available to us
