@@ -104,6 +104,7 @@ def paths_of_one_width(
     state_BT3,
     sums_SMR,
     tiles,
+    exponents,
     WIDTH: tl.constexpr,
     BAND: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -117,7 +118,7 @@ def paths_of_one_width(
         x = folded_CM + t * (32 * TOKENS)
         parity = tl.load(words)
         quantizer = paths.quantizers(parity, state_BT3 + t * 3, r[None, :], 1)
-        sums = paths._add_path(sums, x, words, parity, quantizer, WIDTH, BAND, TOKENS)
+        sums = paths._add_path(sums, x, words, parity, quantizer, exponents, WIDTH, BAND, TOKENS)
     tl.store(sums_SMR + m[:, None] * BAND + r[None, :], sums)
 
 

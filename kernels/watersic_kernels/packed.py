@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from watersic_kernels.launch import on_device_of_tensors
-from watersic_kernels.paths import _add_path, quantizers, value_of
+from watersic_kernels.paths import _add_path, as_float, quantizers, value_of
 from watersic_kernels.product import (
     GEMV_TOKENS,
     TILE,
@@ -169,7 +169,9 @@ def _gemv_kernel(
         for WIDTH in tl.static_range(1, 9):
             if width == WIDTH:
                 if TRELLIS:
-                    sums = _add_path(sums, x, words, parity, quantizer, WIDTH, BAND, TOKENS)
+                    sums = _add_path(
+                        sums, x, words, parity, quantizer, exponents, WIDTH, BAND, TOKENS
+                    )
                 else:
                     sums = _add_tile(sums, x, words, exponents, WIDTH, BAND, TOKENS)
     rows = tl.num_programs(0) * BAND
@@ -191,10 +193,8 @@ def _locate(tile, slots):
 def _add_tile(
     sums, x, words, exponents, WIDTH: tl.constexpr, BAND: tl.constexpr, TOKENS: tl.constexpr
 ):
-    # sums[m, r] += code[r, j] * x[j, m].  A code u at bit s <= 23 - WIDTH of a word becomes a float
-    # without a shift or a conversion: with the exponent of 2^(23-s) above it, it is the float
-    # 2^(23-s) + u.  `exponents` has all exponent bits set; as the compiler does not know its value,
-    # it sets the exponent once per word and not once per code
+    # sums[m, r] += code[r, j] * x[j, m].  `exponents` has all exponent bits set, for `as_float`; as
+    # the compiler does not know its value, it sets the exponent once per word, not once per code
     MASK: tl.constexpr = (1 << WIDTH) - 1
     HALF: tl.constexpr = (1 << WIDTH) // 2
     before = tl.zeros((1, BAND), tl.uint32)
@@ -207,11 +207,11 @@ def _add_tile(
                 if j * WIDTH < 32 * k:
                     # the code begins in the previous word
                     both = (before >> (32 + j * WIDTH - 32 * k)) | (word << (32 * k - j * WIDTH))
-                    code = _float(both | exponents, 0, MASK, HALF)
+                    code = as_float(both | exponents, 0, MASK, HALF)
                 elif j * WIDTH - 32 * k + WIDTH <= 23:
-                    code = _float(low, j * WIDTH - 32 * k, MASK, HALF)
+                    code = as_float(low, j * WIDTH - 32 * k, MASK, HALF)
                 else:
-                    code = _float(high, j * WIDTH - 32 * k - 16, MASK, HALF)
+                    code = as_float(high, j * WIDTH - 32 * k - 16, MASK, HALF)
                 if TOKENS == 1:
                     sums += tl.load(x + j) * code
                 else:
@@ -219,12 +219,6 @@ def _add_tile(
                     sums += tl.load(x + j * TOKENS + m) * code
         before = word
     return sums
-
-
-@triton.jit
-def _float(word, START: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr):
-    bits = word & ((MASK << START) | ((150 - START) << 23))
-    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - START)) + HALF)
 
 
 @triton.jit(do_not_specialize=["tiles", "slots", "entries", "tokens", "tiles_per_split"])

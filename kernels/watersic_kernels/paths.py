@@ -49,44 +49,85 @@ def value_of(code, quantizer):
 
 
 @triton.jit
+def as_float(word, START: tl.constexpr, MASK: tl.constexpr, HALF: tl.constexpr):
+    """Return ``u - HALF`` as float32, where u are the bits of a word from START on, up to bit 22.
+
+    Neither a shift nor a conversion is needed: all exponent bits of the word are set, and those of
+    2^(23 - START) are kept above u, which makes the float 2^(23 - START) + u.
+    """
+    bits = word & ((MASK << START) | ((150 - START) << 23))
+    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - START)) + HALF)
+
+
+@triton.jit
 def _add_path(
     sums,
     x,
     words,
     parity,
     quantizer,
+    exponents,
     WIDTH: tl.constexpr,
     BAND: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     # as the tiles of codes, for the values of a trellis: the first word has the lowest bits of the
-    # codes, the others the codes without them
+    # codes, the others the codes without them.  All floats are integers below 2^24, so exact
     REST: tl.constexpr = WIDTH - 1
+    MASK: tl.constexpr = (1 << REST) - 1
     HALF: tl.constexpr = (1 << REST) // 2
+    parity = parity.to(tl.uint32, bitcast=True)
+    quantizer = quantizer.to(tl.uint32, bitcast=True)
+    low_p = parity | exponents
+    high_p = (parity >> 16) | exponents
+    low_q = quantizer | exponents
+    high_q = (quantizer >> 16) | exponents
     if REST == 0:
         for j in tl.static_range(32):
-            code = -((parity >> j) & 1)
-            sums = _add_value(sums, x, j, code, quantizer, TOKENS)
+            p, q = _two_bits(low_p, high_p, low_q, high_q, j)
+            sums = _add_value(sums, x, j, _raised(j) - p, q, TOKENS)
     before = tl.zeros((1, BAND), tl.uint32)
     for k in tl.static_range(REST):
         word = tl.load(words + (k + 1) * BAND).to(tl.uint32, bitcast=True)
+        low = word | exponents
+        high = (word >> 16) | exponents
         for j in tl.static_range(32):
             if j * REST + REST > 32 * k and j * REST + REST <= 32 * k + 32:
+                p, q = _two_bits(low_p, high_p, low_q, high_q, j)
                 if j * REST < 32 * k:
                     # the code begins in the previous word
-                    rest = (before >> (32 + j * REST - 32 * k)) | (word << (32 * k - j * REST))
+                    both = (before >> (32 + j * REST - 32 * k)) | (word << (32 * k - j * REST))
+                    rest = as_float(both | exponents, 0, MASK, HALF + _raised(j) // 2)
+                elif j * REST - 32 * k + REST <= 23:
+                    rest = as_float(low, j * REST - 32 * k, MASK, HALF + _raised(j) // 2)
                 else:
-                    rest = word >> (j * REST - 32 * k)
-                rest = (rest & ((1 << REST) - 1)).to(tl.int32)
-                code = 2 * (rest - HALF) + ((parity >> j) & 1)
-                sums = _add_value(sums, x, j, code, quantizer, TOKENS)
+                    rest = as_float(high, j * REST - 32 * k - 16, MASK, HALF + _raised(j) // 2)
+                sums = _add_value(sums, x, j, 2 * rest + p, q, TOKENS)
         before = word
     return sums
 
 
+@triton.constexpr_function
+def _raised(j):
+    """Return what `_two_bits` leaves in the float of bit j, so that one subtraction is saved."""
+    return 1 << (23 - (j if j <= 22 else j - 16))
+
+
+@triton.jit
+def _two_bits(low_p, high_p, low_q, high_q, j: tl.constexpr):
+    # bit j of two words as floats: of the first, raised by `_raised`; of the second, 0 or 1
+    if j <= 22:
+        p = as_float(low_p, j, 1, -_raised(j))
+        q = as_float(low_q, j, 1, 0)
+    else:
+        p = as_float(high_p, j - 16, 1, -_raised(j))
+        q = as_float(high_q, j - 16, 1, 0)
+    return p, q
+
+
 @triton.jit
 def _add_value(sums, x, j: tl.constexpr, code, quantizer, TOKENS: tl.constexpr):
-    value = value_of(code, (quantizer >> j) & 1).to(tl.float32)
+    value = 2 * code - tl.minimum(tl.maximum(code, -quantizer), quantizer)
     if TOKENS == 1:
         return sums + tl.load(x + j) * value
     else:
