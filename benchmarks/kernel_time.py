@@ -60,8 +60,8 @@ FORMS = {
 READING = 0.9
 #: What the longest part takes grows by this factor, since the others do not hide behind it wholly.
 OVERLAP = 1.15
-#: Microseconds per kernel in a graph, and kernels of a product beside the first: fold and finish.
-LAUNCH, LAUNCHES = 2.0, 2
+#: Microseconds per kernel in a graph, and kernels of a product: it lies between fold and finish.
+LAUNCH, LAUNCHES = 2.0, 3
 #: Microseconds of an iteration over outliers: an entry, then the input that it multiplies.
 ITERATION = 0.5
 #: Entries of a row that are read at once; `AT_ONCE` of the kernels with one token.
@@ -90,7 +90,7 @@ def microseconds(gpu: Gpu, form: str, layout: TiledCodes, instructions: dict) ->
     }
     if FORMS[form][0] == "entropy":
         parts["lookups"] = weights / 64 * CONFLICTS / (gpu.processors * 1e3 * gpu.gigahertz)
-    return parts | {"total": OVERLAP * max(parts.values()) + LAUNCHES * LAUNCH + LAUNCH}
+    return parts | {"total": OVERLAP * max(parts.values()) + LAUNCHES * LAUNCH}
 
 
 def laid_out(shape: tuple[int, int], form: str, bits: float) -> TiledCodes:

@@ -44,7 +44,7 @@ def _exclusive_or(a, b):
 
 @triton.jit
 def value_of(code, quantizer):
-    """Return the values of codes, int32: ``2 k - Q sign(k)``."""
+    """Return the values of codes, ``2 k - Q sign(k)``: integers, or floats that hold them."""
     return 2 * code - tl.minimum(tl.maximum(code, -quantizer), quantizer)
 
 
@@ -127,7 +127,7 @@ def _two_bits(low_p, high_p, low_q, high_q, j: tl.constexpr):
 
 @triton.jit
 def _add_value(sums, x, j: tl.constexpr, code, quantizer, TOKENS: tl.constexpr):
-    value = 2 * code - tl.minimum(tl.maximum(code, -quantizer), quantizer)
+    value = value_of(code, quantizer)
     if TOKENS == 1:
         return sums + tl.load(x + j) * value
     else:
