@@ -6,7 +6,8 @@ from watersic_hf import WaterSICLinear, codec, set_residency
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.core import Moments, quantize_weight
 from watersic_hf.core.trellis import Path, Trellis
-from watersic_hf.nn import block_step, ops, path_search
+from watersic_hf.nn import block_step, path_search
+from watersic_hf.nn.decoding import decode
 from watersic_hf.testing import assert_close, random_layer
 
 pytestmark = [
@@ -118,4 +119,4 @@ def test_trellis_on_the_gpu_matches_the_cpu(path_rows):
     values_AN = torch.empty(rows, columns, dtype=torch.int32)
     values_AN[row_class_A.argsort(stable=True)] = found_NA.T
     payload = codec.encode(values_AN, path=codec.Path(row_class_A, path_rows))
-    assert torch.equal(ops.decode(payload, cuda, "triton").cpu(), values_AN)
+    assert torch.equal(decode(payload, cuda, "triton").cpu(), values_AN)

@@ -4,7 +4,7 @@ import torch
 
 from watersic_hf import codec
 from watersic_hf.codec.trellis import quantizers, value_of
-from watersic_hf.nn import ops
+from watersic_hf.nn.decoding import decode_with
 from watersic_kernels.rans import decode_chunks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,7 +154,7 @@ def test_operator_returns_the_values_in_the_order_of_the_weight(shape):
     expected_AN, path = trellis(*shape)
     payload = codec.encode(expected_AN, path=path)
 
-    found_AN = ops._decode_with(decode_chunks, payload, torch.device(DEVICE))
+    found_AN = decode_with(decode_chunks, payload, torch.device(DEVICE))
 
     assert torch.equal(found_AN.cpu(), expected_AN)
 
@@ -169,4 +169,4 @@ def test_operator_reports_the_damaged_chunk(monkeypatch):
     monkeypatch.setattr(codec.EncodedCodes, "check_chunks", lambda *_: None)
 
     with pytest.raises(codec.CodecError, match="chunk 2 is damaged"):
-        ops._decode_with(decode_chunks, payload, torch.device(DEVICE))
+        decode_with(decode_chunks, payload, torch.device(DEVICE))

@@ -33,9 +33,20 @@ def coded_bands(
 
 
 def weight_tiles(
-    payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
+    payload_B: Tensor,
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    dtype: torch.dtype,
+    wanted_A: Tensor | None = None,
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """Yield the dense weight of a payload as `coded_bands` does.
+
+    Args:
+        payload_B: the payload.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
+        dtype: dtype of the weight.
+        wanted_A: whether a row is wanted, on the CPU; default: all are.
 
     Raises:
         ValueError: the payload holds a matrix of another shape.
@@ -50,6 +61,11 @@ def weight_tiles(
             f"but the scales are those of a {A} x {N} layer"
         )
     for rows in _tile_rows(payload_B, header):
+        if wanted_A is not None:
+            rows = torch.arange(A)[rows] if isinstance(rows, slice) else rows
+            rows = rows[wanted_A[rows]]
+            if not len(rows):
+                continue
         if isinstance(rows, slice):
             codes_rN = codec.decode(payload_B, rows=rows)
         else:
@@ -57,6 +73,36 @@ def weight_tiles(
             rows = rows.to(row_scale_A.device)
         codes_rN = codes_rN.to(row_scale_A.device)
         yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
+
+
+def weight_part(
+    payload_B: Tensor,
+    scales: tuple[Tensor, Tensor],
+    rows_r: Tensor,
+    columns: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return some rows and columns of the dense weight of a payload, on the scales' device.
+
+    Args:
+        payload_B: the payload.
+        scales: row scales and column scales of the whole weight.
+        rows_r: indices of rows, int64, on the CPU; none twice.
+        columns: slice with step 1.
+        dtype: dtype of the weight.
+
+    Raises:
+        ValueError: the payload holds a matrix of another shape.
+        CodecError: the payload is damaged.
+    """
+    row_scale_A, col_scale_N = scales
+    place_A = torch.full((len(row_scale_A),), -1)
+    place_A[rows_r] = torch.arange(len(rows_r))
+    part_rn = row_scale_A.new_empty((len(rows_r), len(col_scale_N[columns])), dtype=dtype)
+    for rows, tile in weight_tiles(payload_B, *scales, dtype, wanted_A=place_A >= 0):
+        place_r = place_A[rows if isinstance(rows, slice) else rows.cpu()]
+        part_rn[place_r.to(part_rn.device)] = tile[:, columns]
+    return part_rn
 
 
 def _tile_rows(payload_B: Tensor, header: codec.Header) -> Iterator[slice | Tensor]:

@@ -12,6 +12,7 @@ from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs
 from watersic_hf.nn import ops
 from watersic_hf.nn.backends import BACKENDS
 from watersic_hf.nn.bands import scale_codes
+from watersic_hf.nn.decoding import decode
 from watersic_hf.nn.residency import RESIDENCIES, ResidencyInputs, choose_residency
 from watersic_hf.nn.source import Source
 
@@ -291,7 +292,7 @@ class PackedMatrix(nn.Module):
     def _encode(self, residency: str) -> dict[str, Tensor]:
         """Encode the codes in the layout of a residency; return its tensors by name."""
         try:
-            codes_AN = ops.decode(self.weight.data, self.row_scale.device, self.backend)
+            codes_AN = decode(self.weight.data, self.row_scale.device, self.backend)
         except ValueError as error:
             raise CheckpointError(f"the stored weight cannot be decoded: {error}") from error
         return ops.encode(codes_AN, residency, codec.read_path(self.weight.data)).tensors()

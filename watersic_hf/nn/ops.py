@@ -6,7 +6,7 @@ Shapes: A = out_features, N = in_features, B = bytes of the payload, M = tokens,
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
 The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  On CUDA, `coded_linear`
-and `decode` have Triton kernels, and on CPUs `coded_linear` has compiled ones for `packed`;
+has Triton kernels, and on CPUs compiled ones for `packed`;
 `watersic_hf.nn.backends` chooses.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from watersic_hf import codec
-from watersic_hf.nn.backends import kernels_on, product_kernels
+from watersic_hf.nn.backends import product_kernels
 from watersic_hf.nn.bands import coded_bands, scale_codes, weight_tiles
 from watersic_hf.nn.layouts import LAYOUTS
 from watersic_hf.nn.packing import PackedCodes, unpack_rows
@@ -214,6 +215,48 @@ def _coded_backward(ctx, grad_y):
 coded_linear.register_autograd(_coded_backward, setup_context=_setup_coded_context)
 
 
+@torch.library.custom_op("watersic::joined_linear", mutates_args=())
+@_as_given
+def joined_linear(
+    x: Tensor, kinds: str, tensors: Sequence[Tensor], rows: int, backend: str
+) -> Tensor:
+    """Return the products with several weights side by side, in the dtype of `x`: (..., rows).
+
+    One operator, so that no compiler takes the concatenation apart.
+
+    Args:
+        x: input, (..., N).
+        kinds: residencies of the weights, separated by commas.
+        tensors: the tensors of `watersic_hf.nn.forms.Form` of all weights.
+        rows: number of outputs; those beyond the weights are zero.
+        backend: one of `BACKENDS`.
+
+    Raises:
+        ValueError: the last dimension of `x` is not N.
+    """
+    y = x.new_empty((*x.shape[:-1], rows))
+    first, rest = 0, list(tensors)
+    for kind in kinds.split(","):
+        count = {"dense": 1, "stored": 3}.get(kind) or len(LAYOUTS[kind].codes.names()) + 2
+        found, rest = rest[:count], rest[count:]
+        if kind == "dense":
+            part = F.linear(x, found[0].to(x.dtype))
+        elif kind == "stored":
+            part = dequant_linear(x, *found)
+        else:
+            *layout, row_scale_r, col_scale_N = found
+            part = coded_linear(x, kind, layout, row_scale_r, col_scale_N, backend)
+        y[..., first : first + part.shape[-1]] = part
+        first += part.shape[-1]
+    y[..., first:] = 0
+    return y
+
+
+@joined_linear.register_fake
+def _(x, kinds, tensors, rows, backend):
+    return x.new_empty((*x.shape[:-1], rows))
+
+
 @torch.library.custom_op("watersic::payload_rows", mutates_args=(), tags=SYNCHRONISES)
 def payload_rows(
     index: Tensor,
@@ -269,44 +312,6 @@ def packed_rows(
 @packed_rows.register_fake
 def _(index, layout, row_scale_A, col_scale_N, dtype):
     return row_scale_A.new_empty((*index.shape, col_scale_N.shape[0]), dtype=dtype)
-
-
-def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
-    """Return the codes of a payload, or the values of its trellis, A x N, int32, on a device.
-
-    CUDA devices decode the payload themselves.
-
-    Raises:
-        CodecError: the payload is damaged.
-        ImportError: `backend` is ``triton`` and Triton cannot be imported.
-    """
-    kernels = kernels_on(device, backend)
-    if kernels is None:
-        return codec.decode(payload_B).to(device)
-    return _decode_with(kernels.rans.decode_chunks, payload_B, device)
-
-
-def _decode_with(
-    decode_chunks: Callable[..., Tensor], payload_B: Tensor, device: torch.device
-) -> Tensor:
-    """Decode a payload with the kernel, which also works on a CPU in Triton's interpreter."""
-    parts = codec.take_apart(payload_B)
-    codes_AN = torch.empty(parts.header.rows, parts.header.cols, dtype=torch.int32, device=device)
-    order_A = parts.order_A
-    good_C = decode_chunks(
-        [tensor.to(device) for tensor in parts.tensors],
-        codes_AN if order_A is None else codes_AN.T,
-        rows_per_lane=parts.header.rows_per_lane,
-        cols_per_chunk=parts.header.cols_per_chunk,
-        escape_words=parts.header.escape_words,
-        order_N=None if order_A is None else order_A.to(device),
-    )
-    bad_C = (good_C == 0).nonzero().flatten()
-    if len(bad_C):
-        raise codec.CodecError(
-            f"payload: chunk {int(bad_C[0])} is damaged: decoding it ended in a wrong state"
-        )
-    return codes_AN
 
 
 def encode(codes_AN: Tensor, residency: str, path: codec.Path | None = None) -> TiledCodes:

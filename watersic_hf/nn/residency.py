@@ -36,7 +36,10 @@ class ResidencyInputs:
 
 
 def choose_residency(
-    layers: Sequence[ResidencyInputs], *, free: int | None = None
+    layers: Sequence[ResidencyInputs],
+    *,
+    free: int | None = None,
+    fraction: float = MEMORY_FRACTION,
 ) -> tuple[str, str]:
     """Choose one residency for layers that share a device.
 
@@ -46,6 +49,7 @@ def choose_residency(
     Args:
         layers: the layers on one device; at least one.
         free: free memory of the device in bytes; default: as the device reports it.
+        fraction: fraction of it that the weights may take.
 
     Returns:
         The residency, and the reason for it, as a clause for the log.
@@ -65,10 +69,10 @@ def choose_residency(
         "packed": stored + PACKED_BITS * weights / 8,
         "entropy": stored + ENTROPY_BITS * weights / 8,
     }
-    fitting = (form for form, size in sizes.items() if size <= MEMORY_FRACTION * free)
+    fitting = (form for form, size in sizes.items() if size <= fraction * free)
     residency = next(fitting, "entropy")
     needed = ", ".join(f"{form} {size / 1e9:.2f}" for form, size in sizes.items())
     return residency, (
-        f"the weights would take (GB) {needed}, and {MEMORY_FRACTION:.0%} of the free "
+        f"the weights would take (GB) {needed}, and {fraction:.0%} of the free "
         f"{free / 1e9:.2f} GB is available to them"
     )
