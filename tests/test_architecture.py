@@ -52,13 +52,26 @@ ALLOWED = {
             "watersic_hf.calibration",
             "watersic_hf.quantization",
         },
-        {"torch", "tqdm", "transformers", "accelerate", "huggingface_hub", "peft", "filelock"},
+        {
+            "torch",
+            "tqdm",
+            "transformers",
+            "accelerate",
+            "huggingface_hub",
+            "peft",
+            "filelock",
+            "gguf",
+        },
     ),
-    "watersic_hf.evaluation": (BELOW_EVALUATION, {"torch", "numpy", "tqdm", "lm_eval"}),
+    "watersic_hf.evaluation": (
+        BELOW_EVALUATION,
+        {"torch", "numpy", "tqdm", "lm_eval", "transformers"},
+    ),
     "watersic_hf.finetuning": (
         {*BELOW_EVALUATION, "watersic_hf.evaluation"},
         {"torch", "tqdm", "transformers"},
     ),
+    "watersic_hf.vllm_plugin": ({*FOUNDATIONS, "watersic_hf.integration"}, {"torch", "vllm"}),
     # displays what the files of a model say: no tensor, no model
     "watersic_hf.report": ({"watersic_hf.core", "watersic_hf.checkpoint"}, set()),
 }

@@ -4,6 +4,7 @@ import ast
 import builtins
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 import sys
@@ -174,7 +175,12 @@ def test_paths_in_documentation_exist(path):
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
 def test_names_in_docstrings_are_those_of_the_code(path):
-    module = importlib.import_module(module_of(path))
+    needs_vllm = re.search(r"^(from|import) vllm", path.read_text(encoding="utf-8"), re.MULTILINE)
+    if needs_vllm and importlib.util.find_spec("vllm") is None:
+        # its names are then looked up in the code alone
+        module = ModuleType(module_of(path))
+    else:
+        module = importlib.import_module(module_of(path))
     texts = {text.removesuffix("()") for text in quoted(path, single=True)}
     names = {text for text in texts if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", text)}
 

@@ -1,0 +1,73 @@
+"""Start engines of vLLM one after another, each in a process of its own, and write what they say.
+
+Run as a script: ``engine.py CASES RESULTS``, two JSON files.  vLLM keeps state that a second engine
+in one process trips over, and its import takes long; so each engine is a fork of this process.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def run(case: dict) -> dict:
+    """Return the greedy tokens of an engine and their log-probabilities, or its error."""
+    from vllm import LLM, SamplingParams
+
+    options = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "enforce_eager": True}
+    try:
+        engine = LLM(model=case["model"], **options | case.get("options", {}))
+        if case.get("call") == "reload":
+            engine.collective_rpc("reload_weights")
+        settings = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True)
+        extra = {}
+        if case.get("lora"):
+            from vllm.lora.request import LoRARequest
+
+            extra["lora_request"] = LoRARequest("adapter", 1, case["lora"])
+        prompts = [{"prompt_token_ids": ids} for ids in case["prompts"]]
+        outputs = engine.generate(prompts, settings, use_tqdm=False, **extra)
+    except BaseException:
+        return {"error": traceback.format_exc()}
+    found = []
+    for output in outputs:
+        (completion,) = output.outputs
+        tokens = list(completion.token_ids)
+        log_probabilities = [
+            completion.logprobs[i][token].logprob for i, token in enumerate(tokens)
+        ]
+        found.append({"tokens": tokens, "log_probabilities": log_probabilities})
+    return {"outputs": found}
+
+
+def main() -> None:
+    """Run all cases."""
+    import vllm  # noqa: F401
+
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = {}
+    for name, case in cases.items():
+        part = Path(f"{sys.argv[2]}.{name}")
+        child = os.fork()
+        if child == 0:
+            try:
+                os.environ |= case.get("environment", {})
+                part.write_text(json.dumps(run(case)))
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+        results[name] = json.loads(part.read_text())
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
