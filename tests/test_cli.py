@@ -426,3 +426,54 @@ def test_a_closed_pipe_is_not_an_error(quantized):
 
     assert inspect.returncode == 0
     assert b"rror" not in complaint
+
+
+def run_program(*arguments):
+    command = [sys.executable, "-m", "watersic_hf.cli", "run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_run_knows_the_format_in_a_file_a_module_and_a_console_script(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys, helper\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known\n"
+        "print('watersic' in known, sys.argv[1:], __name__)\n"
+        "sys.exit(3)\n"
+    )
+    (tmp_path / "helper.py").write_text("")
+
+    done = run_program(str(script), "--json", "-m", "x")
+
+    assert done.stdout.strip() == "True ['--json', '-m', 'x'] __main__"
+    assert done.returncode == 3
+    assert "usage: python -m json.tool" in run_program("-m", "json.tool", "--help").stdout
+    assert "Transformers" in run_program("transformers", "--help").stdout
+
+
+def test_run_shows_the_errors_of_the_program(tmp_path):
+    (tmp_path / "program.py").write_text("raise KeyError('lost')")
+
+    assert "Traceback" in run_program(str(tmp_path / "program.py")).stderr
+    missing = run_program("no-such-program")
+    assert "no console script, file or module no-such-program" in missing.stderr
+    assert missing.returncode == 1
+
+
+def test_serve_is_a_command_of_vllm(llama_folder, monkeypatch, capsys):
+    monkeypatch.delenv("WATERSIC_RESIDENCY", raising=False)
+    command = ["serve", str(llama_folder), "--port", "8001", "--residency", "packed", "--print"]
+
+    assert main(command) == 0
+
+    out = capsys.readouterr().out
+    assert out.startswith("WATERSIC_RESIDENCY=packed ")
+    assert f"--model {llama_folder} --port 8001" in out
+
+
+def test_serve_without_vllm_says_what_to_install(llama_folder, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    assert main(["serve", str(llama_folder)]) == 1
+
+    assert "pip install vllm" in capsys.readouterr().err

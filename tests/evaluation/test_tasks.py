@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -159,3 +160,17 @@ def test_tasks_without_lm_eval_name_the_missing_package(dense, tokenizer, monkey
 
     with pytest.raises(ImportError, match=r'pip install "watersic-hf\[eval\]"'):
         evaluate_tasks(dense, tokenizer, ["hellaswag"])
+
+
+def test_the_harness_itself_runs_in_a_process_that_knows_the_format(
+    quantized_folder, quiz, tmp_path
+):
+    command = [sys.executable, "-m", "watersic_hf.cli", "run", "lm_eval", "--model", "hf"]
+    options = ["--model_args", f"pretrained={quantized_folder}", "--device", "cpu"]
+    options += ["--tasks", str(quiz), "--output_path", str(tmp_path / "results.json")]
+
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = tmp_path.glob("results*.json")
+    assert "quiz" in json.loads(file.read_text())["results"]

@@ -22,6 +22,9 @@ from watersic_hf.core import ColumnProfile
 #: Name of the report next to the weights: a line of JSON for the run, and one per quantized layer.
 REPORT_FILE = "watersic_report.jsonl"
 
+#: A model is broken whose KL is both so many times the expected one, and so many bits per token.
+BROKEN_RATIO, BROKEN_BITS = 5, 0.1
+
 #: Packages whose versions are reported.
 _PACKAGES = ("watersic-hf", "torch", "transformers", "safetensors", "numpy")
 
@@ -86,6 +89,34 @@ class RunReport:
     """Processor, number of threads, and the GPU if there is one."""
     versions: dict[str, str]
     """Versions of Python and of the main packages, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """Comparison of a saved model with its original, on a little text that calibration never saw.
+
+    KL is KL(original || quantized) in bits per token.
+    """
+
+    tokens: int
+    """Number of predicted tokens."""
+    kl_mean: float
+    kl_median: float
+    kl_p90: float
+    """90th percentile over the tokens."""
+    kl_expected: float
+    """KL that the errors of the layers let expect; see `watersic_hf.evaluation.check`."""
+    top1_agreement: float
+    """Fraction of tokens for which both models predict the same most likely token."""
+    text: str
+    """What the saved model writes; empty if it was not asked to."""
+    outstanding: tuple[str, ...] = ()
+    """Layers that differ most from the original, if the model is broken."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether the model is much worse than the errors of its layers let expect."""
+        return not self.kl_mean <= max(BROKEN_RATIO * self.kl_expected, BROKEN_BITS)
 
 
 class LayerLocation(NamedTuple):
@@ -201,7 +232,7 @@ def write_report(
 
 def read_report(folder: str | os.PathLike) -> list[LayerReport]:
     """Return the reports of the layers in a model's folder; an empty list if it has no report."""
-    return [layer_report(row) for row in _rows(folder) if "run" not in row]
+    return [layer_report(row) for row in _rows(folder) if "name" in row]
 
 
 def with_reports(
@@ -224,6 +255,18 @@ def with_reports(
 def read_run(folder: str | os.PathLike) -> RunReport | None:
     """Return the report of the run in a model's folder; None if it has none."""
     return next((RunReport(**row["run"]) for row in _rows(folder) if "run" in row), None)
+
+
+def add_check(folder: str | os.PathLike, check: CheckReport) -> None:
+    """Add the comparison with the original to the report in a model's folder."""
+    with (Path(folder) / REPORT_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"check": asdict(check)}) + "\n")
+
+
+def read_check(folder: str | os.PathLike) -> CheckReport | None:
+    """Return the comparison with the original in a model's folder; None if there was none."""
+    row = next((row["check"] for row in _rows(folder) if "check" in row), None)
+    return None if row is None else CheckReport(**row | {"outstanding": tuple(row["outstanding"])})
 
 
 def _rows(folder: str | os.PathLike) -> list[dict[str, Any]]:

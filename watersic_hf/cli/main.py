@@ -5,10 +5,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from watersic_hf.cli import demo, diff, evaluate, finetune, inspect, quantize, verify
+from watersic_hf.cli import (
+    audit,
+    demo,
+    diff,
+    evaluate,
+    finetune,
+    inspect,
+    quantize,
+    run,
+    serve,
+    verify,
+)
 
 #: In the order of the help page.  Each has ``add_parser(commands, common)`` and ``run(arguments)``.
-COMMANDS = (quantize, finetune, evaluate, inspect, verify, diff, demo)
+COMMANDS = (quantize, finetune, evaluate, inspect, verify, diff, audit, serve, run, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,11 +3,19 @@
 import argparse
 import json
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from watersic_hf.checkpoint import average_bits, model_size
+from watersic_hf.checkpoint import (
+    CheckReport,
+    LayerReport,
+    add_check,
+    average_bits,
+    model_size,
+)
+from watersic_hf.checkpoint.report import REPORT_FILE
 from watersic_hf.cli.options import (
     add_setting,
     add_source_options,
@@ -68,6 +76,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", help="maximum size of a weight file (default: 5GB)"
     )
     parser.add_argument(
+        "--no-check",
+        dest="check",
+        action="store_false",
+        help="do not load the saved model again and compare it with the original on a little text",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="only estimate memory, disk and time, from the model's config.json",
@@ -112,23 +126,66 @@ def run(arguments: argparse.Namespace) -> None:
         )
         if rank_and_size()[0] > 0:
             return
+    check = _check(arguments) if arguments.check else None
     page = write_folder_page(arguments.out)
-    stored, size = average_bits(reports), model_size(arguments.out)
     if arguments.json:
-        print_json(
-            {
-                "bits": config.bits,
-                "stored": stored,
-                "model_parameters": size.parameters,
-                "model_bits": size.bits,
-                "layers": [asdict(report) for report in reports],
-            }
+        _print_as_json(arguments, config, reports, check)
+    else:
+        _print_summary(arguments, config, reports, page)
+        _print_check(check)
+    if check is not None and check.broken:
+        layers = ", ".join(check.outstanding) or "no single one"
+        raise RuntimeError(
+            f"{arguments.out} is broken: its KL to the original is {check.kl_mean:.2f} bits per "
+            f"token, and {check.kl_expected:.2f} is expected. Layers that stand out: {layers}. "
+            f"Please report this, with {arguments.out}/{REPORT_FILE}."
         )
-        return
+
+
+def _check(arguments: argparse.Namespace) -> CheckReport | None:
+    """Compare the saved model with its original, and note the result in its report and card."""
+    from watersic_hf.evaluation import check_folder
+    from watersic_hf.integration import ModelSource
+    from watersic_hf.integration.saving import add_check_to_card
+
+    original = ModelSource(name=arguments.model, **source_options(arguments))
+    check = check_folder(arguments.out, original)
+    if check is not None:
+        add_check(arguments.out, check)
+        add_check_to_card(arguments.out, check)
+    return check
+
+
+def _print_as_json(
+    arguments: argparse.Namespace,
+    config: WaterSICConfig,
+    reports: Sequence[LayerReport],
+    check: CheckReport | None,
+) -> None:
+    size = model_size(arguments.out)
+    print_json(
+        {
+            "bits": config.bits,
+            "stored": average_bits(reports),
+            "model_parameters": size.parameters,
+            "model_bits": size.bits,
+            "check": None if check is None else asdict(check),
+            "layers": [asdict(report) for report in reports],
+        }
+    )
+
+
+def _print_summary(
+    arguments: argparse.Namespace,
+    config: WaterSICConfig,
+    reports: Sequence[LayerReport],
+    page: Path,
+) -> None:
+    size = model_size(arguments.out)
     layers = [report for report in reports if not report.table]
     print(
         f"{arguments.out}: {len(layers)} layers, {sum(r.weights for r in layers):,} weights, "
-        f"{stored:.4f} stored bits per weight (target: {config.bits:g})"
+        f"{average_bits(reports):.4f} stored bits per weight (target: {config.bits:g})"
     )
     for matrix in (report for report in reports if report.table):
         print(
@@ -139,6 +196,19 @@ def run(arguments: argparse.Namespace) -> None:
         f"whole model: {size.parameters:,} parameters, {size.bits:.4f} bits per parameter, "
         f"{size.nbytes:,} bytes; details: {page}"
     )
+
+
+def _print_check(check: CheckReport | None) -> None:
+    if check is None:
+        return
+    print(
+        f"check on {check.tokens} tokens: KL to the original {check.kl_mean:.3f} bits per token "
+        f"(median {check.kl_median:.3f}, 90th percentile {check.kl_p90:.3f}; from the errors of "
+        f"the layers, {check.kl_expected:.3f} is expected), same most likely token: "
+        f"{check.top1_agreement:.1%}"
+    )
+    if check.text:
+        print(f"it writes: {check.text!r}")
 
 
 def _config(arguments: argparse.Namespace) -> WaterSICConfig:

@@ -1,5 +1,6 @@
-"""Evaluation of a quantized model: perplexity, divergence from the original, tasks, speed."""
+"""Evaluation of a quantized model: perplexity, divergence from its original, tasks, speed."""
 
+from watersic_hf.evaluation.check import check_folder
 from watersic_hf.evaluation.perplexity import (
     Evaluation,
     evaluate,
@@ -11,6 +12,7 @@ from watersic_hf.evaluation.tasks import evaluate_tasks
 
 __all__ = [
     "Evaluation",
+    "check_folder",
     "evaluate",
     "evaluate_tasks",
     "evaluation_text",

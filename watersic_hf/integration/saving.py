@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from watersic_hf.calibration import describe
 from watersic_hf.checkpoint import (
     CheckpointError,
+    CheckReport,
     LayerReport,
     average_bits,
     average_error,
@@ -42,6 +43,12 @@ model = {loader}.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 ```
 
+Served with [vLLM](https://docs.vllm.ai), with watersic-hf installed beside it:
+
+```bash
+vllm serve {repo}
+```
+
 Weights quantized with [WaterSIC](https://arxiv.org/abs/2603.04956): every input column has its own
 step size, the rounding error of a column is fed back into the columns after it, and the integer
 codes are entropy coded.
@@ -63,6 +70,12 @@ _KINDS = """
 {rows}
 
 Layer by layer: `watersic_report.jsonl`, or `watersic inspect FOLDER --html page.html`.
+"""
+
+_CHECK = """
+Loaded again and compared with the original on {tokens} tokens of text that calibration never saw:
+KL {mean:.3f} bits per token (median {median:.3f}, 90th percentile {p90:.3f}; {expected:.3f} is
+expected from the errors of the layers); the same most likely token for {top1:.1%}.
 """
 
 
@@ -115,6 +128,24 @@ def model_card(
     if reports:
         body += _KINDS.format(rows="\n".join(_kind_rows(layers)))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def add_check_to_card(folder: str | os.PathLike, check: CheckReport) -> None:
+    """Add the comparison with the original to the card in a model's folder."""
+    card = Path(folder) / "README.md"
+    broken = ""
+    if check.broken:
+        layers = ", ".join(f"`{name}`" for name in check.outstanding) or "no single one"
+        broken = f"\n**This model is broken.** Layers that stand out: {layers}.\n"
+    text = _CHECK.format(
+        tokens=check.tokens,
+        mean=check.kl_mean,
+        median=check.kl_median,
+        p90=check.kl_p90,
+        expected=check.kl_expected,
+        top1=check.top1_agreement,
+    )
+    card.write_text(f"{card.read_text(encoding='utf-8')}{text}{broken}", encoding="utf-8")
 
 
 def _kind_rows(reports: Sequence[LayerReport]) -> Iterator[str]:

@@ -7,12 +7,13 @@ from there when their block is held; others are converted once, into a folder.
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.selection import Selection
@@ -44,22 +45,54 @@ def open_on_disk(
     """
     empty = source.empty_model(model_config)
     selection = Selection.of(empty, config)
-    towers = tuple(f"{tower}." for tower in selection.towers)
-    layers = [layer for layer in selection.linear if not layer.startswith(towers)]
-    names = [block for stack in block_stacks(empty, layers) for block, _ in stack]
-    stacks = {block.rpartition(".")[0] for block in names}
-    with _without_offload_remark():
-        model = source.load_model(
-            model_config,
-            dtype=dtype,
-            device_map=_blocks_on_disk(empty, stacks),
-            offload_folder=str(folder),
-        )
+    names = _blocks(empty, selection)
+    model = _load(source, empty, names, model_config=model_config, dtype=dtype, folder=folder)
     if model.all_tied_weights_keys != empty.all_tied_weights_keys:
         # the files hold two matrices where the configuration ties them
         empty.all_tied_weights_keys = model.all_tied_weights_keys
         selection = Selection.of(empty, config)
     return model, selection, {block: model.get_submodule(block) for block in names}
+
+
+def load_from_disk(source: ModelSource, config: WaterSICConfig, *, folder: Path) -> nn.Module:
+    """Return a model, quantized or not, each of whose layers is read from the disk when it runs.
+
+    Args:
+        source: where the model is.
+        config: how it is quantized, or shall be.
+        folder: for tensors that are not in the files as the model has them.
+    """
+    model_config = AutoConfig.from_pretrained(source.name, **source.options)
+    empty = source.empty_model(model_config)
+    names = _blocks(empty, Selection.of(empty, config))
+    return _load(source, empty, names, model_config=model_config, dtype="auto", folder=folder)
+
+
+def _blocks(empty: nn.Module, selection: Selection) -> list[str]:
+    """Return the names of the blocks of a model."""
+    towers = tuple(f"{tower}." for tower in selection.towers)
+    layers = [layer for layer in selection.linear if not layer.startswith(towers)]
+    return [block for stack in block_stacks(empty, layers) for block, _ in stack]
+
+
+def _load(
+    source: ModelSource,
+    empty: nn.Module,
+    blocks: Sequence[str],
+    *,
+    model_config: Any,
+    dtype: Any,
+    folder: Path,
+) -> nn.Module:
+    """Load a model with its blocks on the disk; `empty` is the same model on meta."""
+    stacks = {block.rpartition(".")[0] for block in blocks}
+    with _without_offload_remark():
+        return source.load_model(
+            model_config,
+            dtype=dtype,
+            device_map=_blocks_on_disk(empty, stacks),
+            offload_folder=str(folder),
+        )
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from watersic_hf.checkpoint import (
+    CheckReport,
     LayerLocation,
     LayerReport,
     RunReport,
     kinds_of,
     location_of,
+    read_check,
     read_report,
     read_run,
     with_reports,
@@ -75,6 +77,7 @@ class Facts:
     """Calibration tokens; 0 = quantized without data, or not recorded."""
     settings: dict[str, Any]
     run: RunReport | None
+    check: CheckReport | None = None
 
     @property
     def error(self) -> float | None:
@@ -120,6 +123,7 @@ def read_facts(folder: str | os.PathLike, found: Mapping[str, Any]) -> Facts:
         tokens=max((report.tokens for report in reports), default=0),
         settings={k: v for k, v in settings.items() if k not in _NO_SETTINGS},
         run=read_run(folder),
+        check=read_check(folder),
     )
 
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from watersic_hf.checkpoint import inspect_checkpoint
+from watersic_hf.checkpoint import CheckReport, inspect_checkpoint
 from watersic_hf.report.facts import Facts, LayerFacts, read_facts
 from watersic_hf.report.plots import (
     bits_by_block,
@@ -147,6 +147,11 @@ def _tiles(facts: Facts) -> str:
         ("quantized weights", _count(totals["weights"]), f"{totals['layers']:,} layers"),
         ("mean output error", _optional(facts.error, ".3g"), "relative, weighted by size"),
         ("calibration tokens", f"{facts.tokens:,}" if facts.tokens else "none", None),
+        (
+            "KL to the original",
+            None if facts.check is None else f"{facts.check.kl_mean:.3g} bits",
+            None if facts.check is None else _checked(facts.check),
+        ),
         ("run time", None if run is None else _duration(run.seconds), None),
         (
             "peak memory",
@@ -155,11 +160,19 @@ def _tiles(facts: Facts) -> str:
         ),
     ]
     cells = [
-        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd><small>{note or ''}</small></div>"
+        f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd>"
+        f"<small>{html.escape(note or '')}</small></div>"
         for name, value, note in tiles
         if value
     ]
     return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _checked(check: CheckReport) -> str:
+    """Return what a comparison with the original says, in a few words."""
+    if check.broken:
+        return f"BROKEN: {check.kl_expected:.3g} expected; {', '.join(check.outstanding)}"
+    return f"per token, on {check.tokens} tokens; {check.kl_expected:.3g} expected"
 
 
 # -- figures ----------------------------------------------------------------------------------
