@@ -15,31 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from kernels_speed import codes_of
+from kernels_speed import PATH_ROWS, codes_of, on_a_path
 from torch import Tensor
 from torch.nn import functional as F
 
-from watersic_hf.codec import Path as TrellisPath
-from watersic_hf.codec.trellis import quantizers, value_of
 from watersic_hf.nn import ops
 from watersic_hf.nn.bands import scale_codes
 from watersic_hf.testing import assert_close
 
 TIMES = ("ms, f32", "times f32", "ms, bf16", "times bf16")
 COLUMNS = ("layer", "lattice", "M", "form", "bits held", *TIMES)
-#: Rows of a path of the trellis.
-PATH_ROWS = 1024
-
-
-def on_a_path(codes_AN: Tensor, path_rows: int) -> tuple[Tensor, TrellisPath]:
-    """Return the values of a trellis with these codes, and their path: by the size of the rows."""
-    size_A = codes_AN.float().square().mean(1).clamp(min=1e-3)
-    path = TrellisPath((8 * size_A.log2() / 2).round().long(), path_rows)
-    ordered_AN = codes_AN[path.order_A].int().numpy()
-    values_AN = torch.empty(codes_AN.shape, dtype=torch.int32)
-    found_AN = value_of(ordered_AN, quantizers(ordered_AN, path_rows))
-    values_AN[path.order_A] = torch.from_numpy(found_AN)
-    return values_AN, path
 
 
 def seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:

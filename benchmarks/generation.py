@@ -1,9 +1,11 @@
 """Measure tokens per second, time to the first token and peak memory for every residency.
 
-    python benchmarks/generation.py MODEL [--residencies dense packed entropy] [--json FILE]
+    python benchmarks/generation.py [MODEL] [--residencies dense packed entropy] [--json FILE]
 
-MODEL is a folder written by `watersic quantize`.  On a CUDA device every residency generates with
-and without CUDA graphs (a static cache and torch.compile's ``reduce-overhead`` mode).
+MODEL is a folder written by `watersic quantize`; without one, some blocks of the shape of
+Llama-3-8B with random codes are taken, which need no download.  On a CUDA device every residency
+generates with and without CUDA graphs (a static cache and torch.compile's ``reduce-overhead``
+mode).
 ``--dry-run`` generates a few tokens on any machine and prints no times.
 """
 
@@ -15,12 +17,42 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from kernels_speed import codes_of
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import watersic_hf  # noqa: F401  (registers the format)
-from watersic_hf import WaterSICConfig, WaterSICRuntime
+from watersic_hf import WaterSICConfig, WaterSICLinear, WaterSICRuntime, set_residency
+from watersic_hf.checkpoint import pack_layer
+from watersic_hf.nn import replace_module
 
 COLUMNS = ("residency", "graphs", "tokens/s", "first token ms", "peak GB")
+
+
+def random_model(blocks: int, hidden: int, device: str) -> torch.nn.Module:
+    """Return blocks of the shape of Llama-3-8B, or of a smaller width, with random codes."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=max(1, hidden // 512),
+        eos_token_id=None,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for name, layer in list(model.model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            codes_AN, *scales = codes_of(layer.out_features, layer.in_features, 3.0, device)
+            packed = pack_layer(codes_AN, *scales, name=name)
+            quantized = WaterSICLinear.from_packed(packed, dtype=torch.bfloat16, device=device)
+            replace_module(model.model.layers, name, quantized)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = torch.randn(parameter.shape, dtype=torch.bfloat16, device=device) / 50
+                setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model.eval()
 
 
 def load(folder: str, residency: str, device: str) -> torch.nn.Module:
@@ -67,7 +99,9 @@ def measure(model: torch.nn.Module, prompt_T: torch.Tensor, count: int, graphs: 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder of the quantized model")
+    parser.add_argument("model", nargs="?", help="folder of the quantized model")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of the random model")
+    parser.add_argument("--hidden-size", type=int, default=4096, help="width of the random model")
     parser.add_argument("--residencies", nargs="+", default=["dense", "packed", "entropy"])
     parser.add_argument("--prompt", type=int, default=128, help="length of the prompt in tokens")
     parser.add_argument("--tokens", type=int, default=128, help="number of tokens to generate")
@@ -80,8 +114,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|")
     rows = []
+    made = None
+    if arguments.model is None:
+        made = random_model(arguments.blocks, arguments.hidden_size, device)
     for residency in arguments.residencies:
-        model = load(arguments.model, residency, device)
+        if made is None:
+            model = load(arguments.model, residency, device)
+        else:
+            set_residency(made, residency)
+            model = made
         vocabulary = model.config.get_text_config().vocab_size
         prompt_T = torch.arange(arguments.prompt, device=device) % vocabulary
         for graphs in (False, True) if device == "cuda" else (False,):
@@ -89,12 +130,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             found = measure(model, prompt_T, arguments.tokens, graphs)
             rows.append(row if arguments.dry_run else row | found)
             print("| " + " | ".join(str(rows[-1].get(c, "")) for c in COLUMNS) + " |", flush=True)
+            if arguments.json:
+                # after every row, so that a run that is stopped keeps what it has
+                text = json.dumps(rows, indent=1) + "\n"
+                Path(arguments.json).write_text(text, encoding="utf-8")
         del model
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 
 

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpu_products import PATH_ROWS, on_a_path
-from kernels_speed import codes_of
+from kernels_speed import PATH_ROWS, codes_of, on_a_path
 
 from watersic_hf.nn import ops
 from watersic_hf.nn.tiles import TiledCodes

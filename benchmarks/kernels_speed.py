@@ -3,21 +3,25 @@
     python benchmarks/kernels_speed.py [--layers llama-8b ...] [--tokens 1 8 ...] [--json FILE]
 
 Every product is compared with that of the dense weight before it is timed; if they differ, its row
-says so and has no times.  `copy` is the bandwidth at which the weight was read, as a fraction of
-the device's copy bandwidth, which is measured in the same run.  bitsandbytes (NF4), torchao,
-GemLite and GPTQModel's Marlin (4 bits) are also timed where they can be imported.  ``--dry-run``
+says so and has no times.  `graph us` is the time in a CUDA graph, over copies of the weight that no
+cache can hold.  `copy` is the bandwidth at which the weight was read, as a fraction of the device's
+copy bandwidth, which is measured in the same run.  bitsandbytes (NF4), torchao, GemLite and
+GPTQModel's Marlin (4 bits) are also timed where they can be imported.  ``--dry-run``
 runs a small layer on any machine, without times (on a CPU with TRITON_INTERPRET=1).
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from watersic_hf.codec import Path as TrellisPath
+from watersic_hf.codec.trellis import quantizers, value_of
 from watersic_hf.nn import ops
 from watersic_hf.nn.bands import scale_codes
 from watersic_hf.nn.prefix_tables import prefix_tables
@@ -26,6 +30,7 @@ from watersic_hf.testing import assert_close
 
 #: Rows and columns of the linear layers of models; layers that share an input count as one.
 LAYERS = {
+    "first": {"down": (4096, 14336), "square": (8192, 8192), "o": (4096, 4096)},
     "llama-1b": {"qkv": (3072, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
     "llama-8b": {
         "qkv": (6144, 4096),
@@ -43,11 +48,18 @@ LAYERS = {
     "small": {"small": (192, 320)},
 }
 
+#: Rows of a path of the trellis.
+PATH_ROWS = 1024
+
 #: Weights that share a scale in the other packages.
 GROUP = 128
 
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)
-COLUMNS = ("layer", "M", "form", "bits held", "us", "bf16 us", "times bf16", "copy")
+#: Most tokens of products that are also timed in a graph.
+GRAPH_TOKENS = 64
+COLUMNS = ("layer", "M", "form", "bits held", "us", "graph us", "bf16 us", "times bf16", "copy")
+#: Bytes that rotating copies of a weight take together, more than any cache.
+ROTATING_BYTES = 256 << 20
 
 
 def codes_of(rows: int, columns: int, bits: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,15 +79,42 @@ def codes_of(rows: int, columns: int, bits: float, device: str) -> tuple[Tensor,
     return codes_AN.round_().short(), row_scale_A, col_scale_N
 
 
-def ours(residency: str, coded: TiledCodes, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+@dataclass(frozen=True)
+class Product:
+    """A product with a weight in some form, `run(x_MN, *tensors)`."""
+
+    run: Callable[..., Tensor]
+    tensors: Sequence[Tensor]
+    nbytes: int
+    """Bytes that the weight takes."""
+    tolerance: float
+    """Relative error that is accepted."""
+    weight_AN: Tensor
+    """The dense weight, bfloat16."""
+
+
+def on_a_path(codes_AN: Tensor, path_rows: int) -> tuple[Tensor, TrellisPath]:
+    """Return the values of a trellis with these codes, and their path: by the size of the rows."""
+    size_A = codes_AN.float().square().mean(1).clamp(min=1e-3)
+    path = TrellisPath((8 * size_A.log2() / 2).round().long(), path_rows)
+    ordered_AN = codes_AN[path.order_A].int().numpy()
+    values_AN = torch.empty(codes_AN.shape, dtype=torch.int32)
+    found_AN = value_of(ordered_AN, quantizers(ordered_AN, path_rows))
+    values_AN[path.order_A] = torch.from_numpy(found_AN)
+    return values_AN, path
+
+
+def ours(residency: str, coded: TiledCodes, trellis: bool) -> Callable[..., Tensor]:
     """Return the product with our kernel; the operator would run the reference on a CPU."""
     from watersic_kernels import packed, prefix
 
-    arguments = ([*coded.tensors().values()], *scales)
     if residency == "packed":
-        return lambda x_MN: packed.packed_linear(x_MN, *arguments)
-    tables_TW = prefix_tables(scales[0].device).entries_TW
-    return lambda x_MN: prefix.prefix_linear(x_MN, *arguments, tables_TW=tables_TW)
+        return lambda x_MN, *tensors: packed.packed_linear(x_MN, tensors[:-2], *tensors[-2:])
+    device = coded.words_G.device
+    tables_TW = prefix_tables(device, trellis).entries_TW
+    return lambda x_MN, *tensors: prefix.prefix_linear(
+        x_MN, tensors[:-2], *tensors[-2:], tables_TW=tables_TW
+    )
 
 
 def bitsandbytes(weight_AN: Tensor) -> nn.Module:
@@ -153,63 +192,82 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source))
 
 
+def graph_microseconds(product: Product, x_MN: Tensor) -> float:
+    """Return the time of one product in a CUDA graph, over copies that no cache can hold."""
+    count = max(2, ROTATING_BYTES // product.nbytes)
+    copies = [[tensor.clone() for tensor in product.tensors] for _ in range(count)]
+    product.run(x_MN, *copies[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for tensors in copies:
+            product.run(x_MN, *tensors)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(10):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * start.elapsed_time(end) / (10 * count)
+
+
 def forms(
     shape: tuple[int, int], bits: float, device: str, others: bool
-) -> tuple[Tensor, dict[str, tuple[Callable[[Tensor], Tensor], int, float]]]:
-    """Return the dense weight and, by form, the product, the bytes held, and the tolerated error.
+) -> Iterator[tuple[str, Product]]:
+    """Yield the products with a layer in every form, by name.
 
     The other packages round the weight themselves, so their errors are not checked.
     """
     codes_AN, *scales = codes_of(*shape, bits, device)
-    found = {}
-    for residency in ops.LAYOUTS:
-        coded = ops.encode(codes_AN, residency)
-        found[residency] = (ours(residency, coded, scales), coded.nbytes, 1e-2)
+    values_AN, path = on_a_path(codes_AN.cpu(), PATH_ROWS)
+    for lattice, given_AN, its_path in (
+        ("", codes_AN, None),
+        (", trellis", values_AN.to(device), path),
+    ):
+        weight_AN = scale_codes(given_AN, *scales, torch.bfloat16)
+        for residency in ops.LAYOUTS:
+            coded = ops.encode(given_AN, residency, its_path)
+            run = ours(residency, coded, its_path is not None)
+            tensors = [*coded.tensors().values(), *scales]
+            yield f"{residency}{lattice}", Product(run, tensors, coded.nbytes, 1e-2, weight_AN)
     weight_AN = scale_codes(codes_AN, *scales, torch.bfloat16)
     for name, make in OTHERS.items() if others else ():
         try:
             # 4.5 bits per weight, with everything that a group adds
-            found[name] = (make(weight_AN), weight_AN.numel() * 9 // 16, float("inf"))
+            nbytes = weight_AN.numel() * 9 // 16
+            yield name, Product(make(weight_AN), (), nbytes, float("inf"), weight_AN)
         except Exception as error:
             print(f"{name}: not timed, {type(error).__name__}: {error}".splitlines()[0])
-    return weight_AN, found
 
 
-def measure(
-    run: Callable[[Tensor], Tensor],
-    nbytes: int,
-    tolerance: float,
-    weight_AN: Tensor,
-    tokens: int,
-    copied: float | None,
-) -> dict:
+def measure(product: Product, tokens: int, copied: float | None) -> dict:
     """Return the row of one form.
 
     Args:
-        run: the product.
-        nbytes: bytes that the weight takes.
-        tolerance: relative error of the product that is accepted.
-        weight_AN: the dense weight.
+        product: the product.
         tokens: rows of the input.
         copied: the device's copy bandwidth in bytes per millisecond; None takes no times.
     """
+    weight_AN = product.weight_AN
     # Triton's interpreter has no bfloat16 products
     dtype = torch.bfloat16 if weight_AN.is_cuda else torch.float32
     x_MN = torch.randn(tokens, weight_AN.shape[1], device=weight_AN.device).to(dtype)
-    row = {"bits held": round(8 * nbytes / weight_AN.numel(), 2)}
+    row = {"bits held": round(8 * product.nbytes / weight_AN.numel(), 2)}
     try:
-        assert_close(run(x_MN), x_MN @ weight_AN.to(dtype).T, tolerance=tolerance)
+        y_MA = product.run(x_MN, *product.tensors)
+        assert_close(y_MA, x_MN @ weight_AN.to(dtype).T, tolerance=product.tolerance)
     except AssertionError as error:
         return row | {"us": f"WRONG: {error}"}
     if copied is None:
         return row | {"us": "right, not timed"}
-    ours_ms = milliseconds(lambda: run(x_MN))
+    ours_ms = milliseconds(lambda: product.run(x_MN, *product.tensors))
     dense_ms = milliseconds(lambda: F.linear(x_MN, weight_AN))
+    row |= {"us": round(1e3 * ours_ms, 1), "bf16 us": round(1e3 * dense_ms, 1)}
+    if product.tensors and tokens <= GRAPH_TOKENS:
+        row["graph us"] = round(graph_microseconds(product, x_MN), 1)
     return row | {
-        "us": round(1e3 * ours_ms, 1),
-        "bf16 us": round(1e3 * dense_ms, 1),
         "times bf16": round(dense_ms / ours_ms, 2),
-        "copy": round(nbytes / ours_ms / copied, 2),
+        "copy": round(product.nbytes / ours_ms / copied, 2),
     }
 
 
@@ -236,17 +294,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     rows = []
     for model in arguments.layers:
         for name, shape in LAYERS[model].items():
-            weight_AN, found = forms(shape, arguments.bits, device, not arguments.dry_run)
-            for tokens in arguments.tokens:
-                for form, parts in found.items():
+            for form, product in forms(shape, arguments.bits, device, not arguments.dry_run):
+                for tokens in arguments.tokens:
                     row = {"layer": f"{model} {name} {shape[0]} x {shape[1]}", "M": tokens}
-                    row |= {"form": form} | measure(*parts, weight_AN, tokens, copied)
-                    rows.append(row)
-                    print(
-                        "| " + " | ".join(str(row.get(c, "")) for c in COLUMNS) + " |", flush=True
-                    )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                    rows.append(row | {"form": form} | measure(product, tokens, copied))
+                    cells = (str(rows[-1].get(column, "")) for column in COLUMNS)
+                    print("| " + " | ".join(cells) + " |", flush=True)
+                    if arguments.json:
+                        # after every row, so that a run that is stopped keeps what it has
+                        text = json.dumps(rows, indent=1) + "\n"
+                        Path(arguments.json).write_text(text, encoding="utf-8")
     return rows
 
 

@@ -71,11 +71,13 @@ def test_kernels_speed_checks_products_before_timing(load, capsys):
 
     rows = speed.main(["--dry-run", "--tokens", "1"])
 
-    assert [row["form"] for row in rows] == ["packed", "entropy"]
+    forms = ["packed", "entropy", "packed, trellis", "entropy, trellis"]
+    assert [row["form"] for row in rows] == forms
     assert all(3 < row["bits held"] < 5 for row in rows)
     assert all(row["us"] == "right, not timed" for row in rows)
     assert "| small small 192 x 320 | 1 | entropy |" in capsys.readouterr().out
-    wrong = speed.measure(lambda x: 2 * x[:, :3], 1, 1e-2, torch.eye(3, 4), 1, copied=1.0)
+    product = speed.Product(lambda x: 2 * x[:, :3], (), 1, 1e-2, torch.eye(3, 4))
+    wrong = speed.measure(product, 1, copied=1.0)
     assert wrong["us"].startswith("WRONG: ")
     assert "times bf16" not in wrong
 
@@ -99,16 +101,47 @@ def test_cpu_products_are_compared_and_timed(load, capsys):
     assert "| 130x70 | trellis | 9 | packed |" in capsys.readouterr().out
 
 
-def test_on_gpu_dry_run_runs_all_parts(load, quantized_folder, tmp_path, capfd, monkeypatch):
+def test_on_gpu_dry_run_runs_all_parts(load, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))))
+    script = load("on_gpu")
 
-    rows = load("on_gpu").main([str(quantized_folder), "--out", str(tmp_path), "--dry-run"])
+    first = script.main(["first", "--out", str(tmp_path), "--dry-run"])
+    second = script.main(["second", "--out", str(tmp_path), "--dry-run"])
 
-    residencies = [row["residency"] for row in rows if "residency" in row]
+    assert [row["M"] for row in first] == [1, 70] * 4
+    residencies = [row["residency"] for row in second if "residency" in row]
     assert residencies == ["dense", "packed", "entropy"]
-    assert [row["M"] for row in rows if "M" in row] == [1, 1, 70, 70]
-    assert "kernels: done, zsic: done, generation: done" in capfd.readouterr().out
-    assert load("generation").COLUMNS[0] == "residency"
+    out = capfd.readouterr().out
+    assert "kernels: done" in out
+    assert "zsic: done" in out
+    assert "generation: done" in out
+
+
+def test_parts_of_on_gpu_fit_into_the_time_of_their_command(load):
+    script = load("on_gpu")
+
+    for which, minutes in (("first", 8), ("second", 4)):
+        assert sum(part.seconds for part in script.parts(which, False)) <= 60 * minutes
+
+
+def test_a_part_that_fails_or_takes_too_long_keeps_its_rows(load, tmp_path):
+    script = load("on_gpu")
+    code = "import sys, time; open(sys.argv[-1], 'w').write('[1]'); {}"
+
+    for action, ending in (
+        ("sys.exit(3)", "failed with status 3"),
+        ("time.sleep(60)", "after 5 s"),
+    ):
+        command = [sys.executable, "-c", code.format(action)]
+        end, rows = script.run(script.Part("part", 5, command, rows=True), tmp_path)
+        assert ending in end
+        assert rows == [1]
+
+
+def test_generation_of_a_folder(load, quantized_folder, capsys):
+    rows = load("generation").main([str(quantized_folder), "--dry-run"])
+
+    assert [row["residency"] for row in rows] == ["dense", "packed", "entropy"]
 
 
 def test_output_hashes_are_reproducible(load, capsys, monkeypatch):

@@ -60,7 +60,14 @@ def main() -> None:
         if child == 0:
             try:
                 os.environ |= case.get("environment", {})
-                part.write_text(json.dumps(run(case)))
+                # what its workers write, too
+                log = Path(f"{part}.log")
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+                os.dup2(2, 1)
+                found = run(case)
+                if "error" in found:
+                    found["error"] += log.read_text()
+                part.write_text(json.dumps(found))
             finally:
                 sys.stdout.flush()
                 os._exit(0)

@@ -5,6 +5,8 @@ from watersic_hf.nn.packing import pack_codes
 from watersic_hf.testing import assert_close, trellis_values
 from watersic_kernels.packed import packed_linear
 
+# they also run on a CPU, in Triton's interpreter
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

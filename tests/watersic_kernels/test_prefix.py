@@ -7,6 +7,8 @@ from watersic_hf.testing import assert_close, trellis_values
 from watersic_kernels import prefix
 from watersic_kernels.prefix import prefix_linear
 
+# they also run on a CPU, in Triton's interpreter
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

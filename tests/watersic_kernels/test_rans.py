@@ -7,6 +7,8 @@ from watersic_hf.codec.trellis import quantizers, value_of
 from watersic_hf.nn.decoding import decode_with
 from watersic_kernels.rans import decode_chunks
 
+# they also run on a CPU, in Triton's interpreter
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 64
 

@@ -9,6 +9,8 @@ from watersic_kernels.trellis import ROWS, search_path
 pytest.importorskip("numba")
 reference = pytest.importorskip("watersic_kernels.cpu.trellis")
 
+# they also run on a CPU, in Triton's interpreter
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

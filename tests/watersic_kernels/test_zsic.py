@@ -5,6 +5,8 @@ from watersic_hf.core.zsic import zsic, zsic_block
 from watersic_hf.testing import assert_close, random_layer
 from watersic_kernels.zsic import ROWS, _block_kernel, quantize_block
 
+# they also run on a CPU, in Triton's interpreter
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 8
 

@@ -4,7 +4,6 @@ vLLM joins layers with the same input, such as q, k and v, in one module, and na
 a shard id.  It hands over the tensors of a checkpoint one by one, whole, in any order.
 """
 
-import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
@@ -35,6 +34,8 @@ class Arrivals:
 
     def title(self, shard_id: Hashable) -> str:
         """Return the name of a stored layer, for messages."""
+        if len(self._layers) == 1:
+            return self._layers[0]
         index = {"q": 0, "k": 1, "v": 2}.get(shard_id, shard_id)
         if isinstance(index, int) and index < len(self._layers):
             return self._layers[index]
@@ -179,14 +180,9 @@ def numbered_rows(parts: Iterator[tuple[int, int]], rows: int) -> list[int]:
 
 def loader_of(take: Callable[..., None], field: str) -> Loader:
     """Return a weight loader that hands a tensor and its shard id to `take`."""
-    return functools.partial(_load, take, field)
 
+    # a function, as vLLM looks at the names of loaders
+    def load(param: nn.Parameter, tensor: Tensor, shard_id: Hashable = None) -> None:
+        take(field, tensor, shard_id)
 
-def _load(
-    take: Callable[..., None],
-    field: str,
-    param: nn.Parameter,
-    tensor: Tensor,
-    shard_id: Hashable = None,
-) -> None:
-    take(field, tensor, shard_id)
+    return load
