@@ -39,10 +39,10 @@ class WaterSICRuntime:
 
     residency: str = field(default_factory=lambda: os.environ.get(_RESIDENCY_VARIABLE, "auto"))
     """Form of the weights in memory: ``dense`` (decoded once at load, runs at the speed of the
-    dense model), ``packed`` (fixed-width codes, CUDA only), ``entropy`` (a prefix code of about the
-    stored size, CUDA only), ``stored`` (only the stored bytes, decoded in every forward pass), or
-    ``auto``, which chooses ``dense`` unless a CUDA device lacks the memory for it. The environment
-    variable ``WATERSIC_RESIDENCY`` sets the default."""
+    dense model), ``packed`` (fixed-width codes, with kernels for CUDA and CPUs), ``entropy`` (a
+    prefix code of about the stored size, with kernels for CUDA), ``stored`` (only the stored bytes,
+    decoded in every forward pass), or ``auto``, which chooses ``dense`` unless a CUDA device lacks
+    the memory for it. The environment variable ``WATERSIC_RESIDENCY`` sets the default."""
 
     backend: str = field(default_factory=lambda: os.environ.get(BACKEND_VARIABLE, "auto"))
     """Implementation of products with ``packed`` and ``entropy`` weights on CUDA: ``triton``,
