@@ -23,7 +23,8 @@ def run_engine(folder: str, residency: str | None, tokens: int, dtype: str) -> d
     """Start an engine in this process; return the seconds to load, and tokens per second."""
     from vllm import LLM, SamplingParams
 
-    options = {"dtype": dtype, "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True}
+    options = {"dtype": dtype, "max_model_len": PROMPT_TOKENS + tokens + 1, "max_num_seqs": 8}
+    options["enforce_eager"] = True
     if residency is not None:
         options["additional_config"] = {"watersic": {"residency": residency}}
     start = time.perf_counter()

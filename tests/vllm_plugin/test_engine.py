@@ -17,7 +17,7 @@ vllm = pytest.importorskip("vllm")
 ENGINE = Path(__file__).with_name("engine.py")
 PROMPTS = [[5, 80, 17, 200], [0, 33, 34, 35, 36, 37, 38], [101], [250, 3, 3, 9, 12, 300]]
 
-TWO, STAGES = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+TWO = {"tensor_parallel_size": 2}
 # two ranks on one NUMA node
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
@@ -26,17 +26,14 @@ RUNS = {
     "llama": ("llama", "dense", {}),
     "llama-packed-two": ("llama", "packed", TWO),
     "llama-packed-compiled": ("llama", "packed", {"enforce_eager": False}),
-    "llama-packed-stages": ("llama", "packed", STAGES),
-    "tied-dense-two": ("tied", "dense", TWO),
     "tied-packed-two": ("tied", "packed", TWO),
-    "tied-entropy": ("tied", "entropy", {}),
     "tied-stored": ("tied", "stored", {}),
     "phi3-dense-two": ("phi3", "dense", TWO),
     "phi3-packed-two": ("phi3", "packed", TWO),
     "moe-packed": ("moe", "packed", {}),
     "moe-dense-two": ("moe", "dense", TWO),
     "gpt2-packed": ("gpt2", "packed", {}),
-    "finetuned": ("finetuned", "dense", {}),
+    "finetuned-entropy": ("finetuned", "entropy", {}),
     "llama-packed-adapter": ("llama", "packed", {"enable_lora": True, "max_lora_rank": 8}),
 }
 
@@ -56,7 +53,7 @@ def case_of(folder, residency, options):
         "model": str(folder),
         "prompts": PROMPTS,
         "options": {**extra, **options},
-        "environment": TWO_RANKS if (TWO | STAGES).keys() & options.keys() else {},
+        "environment": TWO_RANKS if TWO.keys() & options.keys() else {},
     }
 
 
