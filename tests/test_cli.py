@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -350,6 +351,7 @@ def test_commands_and_options(capsys):
                 "--dtype",
                 "--device-map",
                 "--max-shard-size",
+                "--no-check",
                 "--dry-run",
                 "--processes",
             ]
@@ -392,6 +394,9 @@ def test_commands_and_options(capsys):
         "inspect": sorted([*common, "--html"]),
         "diff": common,
         "verify": common,
+        "audit": common,
+        "serve": ["--help", "--print", "--residency"],
+        "run": ["--help", "--module"],
         "demo": sorted([*common, "--bits", "--model", "--out"]),
     }
 
@@ -469,6 +474,7 @@ def test_serve_is_a_command_of_vllm(llama_folder, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("WATERSIC_RESIDENCY=packed ")
     assert f"--model {llama_folder} --port 8001" in out
+    assert "WATERSIC_RESIDENCY" not in os.environ
 
 
 def test_serve_without_vllm_says_what_to_install(llama_folder, monkeypatch, capsys):

@@ -47,12 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
     arguments, options = _own_options().parse_known_args(arguments.options, arguments)
     # the module works with every distribution of vLLM, the console script with one of them
     command = [sys.executable, "-m", _SERVER, "--model", arguments.model, *options]
-    if arguments.residency is not None:
-        os.environ["WATERSIC_RESIDENCY"] = arguments.residency
+    residency = arguments.residency or os.environ.get("WATERSIC_RESIDENCY")
+    settings = {} if residency is None else {"WATERSIC_RESIDENCY": residency}
     if arguments.print:
-        residency = os.environ.get("WATERSIC_RESIDENCY")
-        settings = [f"WATERSIC_RESIDENCY={residency}"] if residency else []
-        print(shlex.join([*settings, *command]))
+        print(shlex.join([*(f"{name}={value}" for name, value in settings.items()), *command]))
         return
     if importlib.util.find_spec("vllm") is None:
         raise RuntimeError(
@@ -60,4 +58,4 @@ def run(arguments: argparse.Namespace) -> None:
             "`pip install vllm`, or serve with `watersic run transformers serve`."
         )
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, os.environ | settings)
