@@ -11,13 +11,11 @@ mode).
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from kernels_speed import codes_of
+from kernels_speed import codes_of, keep_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from watersic_hf import WaterSICConfig, WaterSICLinear, WaterSICRuntime, set_residency
@@ -130,10 +128,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             found = measure(model, prompt_T, arguments.tokens, graphs)
             rows.append(row if arguments.dry_run else row | found)
             print("| " + " | ".join(str(rows[-1].get(c, "")) for c in COLUMNS) + " |", flush=True)
-            if arguments.json:
-                # after every row, so that a run that is stopped keeps what it has
-                text = json.dumps(rows, indent=1) + "\n"
-                Path(arguments.json).write_text(text, encoding="utf-8")
+            keep_rows(arguments.json, rows)
         del model
         gc.collect()
         if device == "cuda":

@@ -178,6 +178,12 @@ OTHERS = {
 }
 
 
+def keep_rows(file: str | None, rows: Sequence[dict]) -> None:
+    """Write the rows so far to a file, if there is one: a run that is stopped keeps them."""
+    if file is not None:
+        Path(file).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
 def milliseconds(run: Callable[[], object]) -> float:
     """Return the median time, with caches flushed between runs."""
     from triton.testing import do_bench
@@ -300,10 +306,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
                     rows.append(row | {"form": form} | measure(product, tokens, copied))
                     cells = (str(rows[-1].get(column, "")) for column in COLUMNS)
                     print("| " + " | ".join(cells) + " |", flush=True)
-                    if arguments.json:
-                        # after every row, so that a run that is stopped keeps what it has
-                        text = json.dumps(rows, indent=1) + "\n"
-                        Path(arguments.json).write_text(text, encoding="utf-8")
+                    keep_rows(arguments.json, rows)
     return rows
 
 

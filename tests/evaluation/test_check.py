@@ -81,7 +81,7 @@ def test_a_broken_model_is_named_with_its_layer(original, quantized, tmp_path, m
     check = check_folder(tmp_path / "damaged", ModelSource(name=str(original)))
 
     assert check.broken
-    assert check.outstanding == (LAYER,)
+    assert check.suspects == (LAYER,)
     monkeypatch.setattr("watersic_hf.evaluation.check_folder", lambda *_: check)
     command = ["quantize", str(original), str(tmp_path / "new"), "--bits", "7", "--dataset", "none"]
     assert main(command) == 1

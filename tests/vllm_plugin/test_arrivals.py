@@ -8,7 +8,7 @@ import torch
 from watersic_hf.checkpoint import CheckpointError, pack_layer
 from watersic_hf.vllm_plugin.arrivals import (
     Arrivals,
-    numbered_rows,
+    missing_rows,
     part_of_columns,
     part_of_rows,
 )
@@ -78,7 +78,7 @@ def test_rows_without_a_weight_are_named():
     arrivals = Arrivals("model.qkv_proj", ["model.q_proj", "model.k_proj"])
 
     with pytest.raises(CheckpointError, match=r"model\.qkv_proj: 2 rows from 4 on .*model\.k_proj"):
-        arrivals.require_complete(numbered_rows(iter([(0, 4)]), 6))
+        arrivals.require_complete(missing_rows([(0, 4)], 6))
 
 
 @pytest.mark.parametrize(

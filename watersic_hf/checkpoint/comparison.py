@@ -20,6 +20,7 @@ from watersic_hf.checkpoint.files import (
 from watersic_hf.checkpoint.schema import (
     CheckpointError,
     PackedLayer,
+    layer_shape,
     stored_layers,
     validate_layer,
 )
@@ -139,8 +140,7 @@ class _Folder:
         if layer not in self.packed:
             return self.tensor(f"{layer}.weight").float()
         shapes = self.packed[layer]
-        rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
-        validate_layer(layer, shapes, rows, columns)
+        validate_layer(layer, shapes, *layer_shape(shapes))
         packed = PackedLayer(**{field: self.tensor(f"{layer}.{field}") for field in shapes})
         packed.verify(layer)
         scaled_AN = codec.decode(packed.weight) * packed.col_scale.float()

@@ -21,6 +21,7 @@ from watersic_hf.checkpoint.schema import (
     PACKED,
     CheckpointError,
     PackedLayer,
+    layer_shape,
     stored_layers,
     validate_layer,
 )
@@ -177,7 +178,7 @@ def _size(headers: Mapping[str, TensorHeader]) -> ModelSize:
     layers = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
     parameters = sum(math.prod(h.shape) for h in headers.values())
     for shapes in layers.values():
-        scales = [shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale")]
+        scales = layer_shape(shapes)
         parameters += math.prod(scales) - sum(scales) - shapes.get("weight", (0,))[0]
     return ModelSize(parameters=parameters, nbytes=sum(h.nbytes for h in headers.values()))
 
@@ -275,14 +276,8 @@ def _shapes(headers: Mapping[str, TensorHeader]) -> dict[str, dict[str, tuple[in
             "quantized model."
         )
     for name, shapes in layers.items():
-        validate_layer(name, shapes, *_layer_shape(shapes))
+        validate_layer(name, shapes, *layer_shape(shapes))
     return layers
-
-
-def _layer_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Return the shape of a layer's weight, given the shapes of its tensors."""
-    rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
-    return rows, columns
 
 
 def _layers(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, PackedLayer]]:
@@ -299,7 +294,7 @@ def _layers(headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, PackedLa
 def _row_of_headers(
     name: str, shapes: Mapping[str, tuple[int, ...]], headers: Mapping[str, TensorHeader]
 ) -> LayerRow:
-    rows, columns = _layer_shape(shapes)
+    rows, columns = layer_shape(shapes)
     weights = max(1, rows * columns)
     bits = 8 * sum(headers[f"{name}.{field}"].nbytes for field in shapes) / weights
     payload_bits = 8 * headers[f"{name}.weight"].nbytes / weights

@@ -110,7 +110,7 @@ class CheckReport:
     """Fraction of tokens for which both models predict the same most likely token."""
     text: str
     """What the saved model writes; empty if it was not asked to."""
-    outstanding: tuple[str, ...] = ()
+    suspects: tuple[str, ...] = ()
     """Layers that differ most from the original, if the model is broken."""
 
     @property
@@ -266,7 +266,7 @@ def add_check(folder: str | os.PathLike, check: CheckReport) -> None:
 def read_check(folder: str | os.PathLike) -> CheckReport | None:
     """Return the comparison with the original in a model's folder; None if there was none."""
     row = next((row["check"] for row in _rows(folder) if "check" in row), None)
-    return None if row is None else CheckReport(**row | {"outstanding": tuple(row["outstanding"])})
+    return None if row is None else CheckReport(**row | {"suspects": tuple(row["suspects"])})
 
 
 def _rows(folder: str | os.PathLike) -> list[dict[str, Any]]:

@@ -212,6 +212,15 @@ def stored_layers(
     return layers
 
 
+def layer_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Return the shape (A, N) of a layer's weight, given the shapes of its stored tensors.
+
+    A scale that is missing counts as empty.
+    """
+    rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
+    return rows, columns
+
+
 def validate_layer(
     name: str, found: Mapping[str, tuple[int, ...]], rows: int, columns: int
 ) -> None:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{row.parameters:,}",
                 f"{row.nbytes:,}",
                 f"{row.nbytes / total:.1%}",
-                f"{row.bits:.3f}" if row.parameters else "",
+                _bits(row.nbytes, row.parameters),
                 row.dtypes,
             )
             for row in found.rows

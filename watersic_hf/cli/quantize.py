@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_summary(arguments, config, reports, page)
         _print_check(check)
     if check is not None and check.broken:
-        layers = ", ".join(check.outstanding) or "no single one"
+        layers = ", ".join(check.suspects) or "no single one"
         raise RuntimeError(
             f"{arguments.out} is broken: its KL to the original is {check.kl_mean:.2f} bits per "
             f"token, and {check.kl_expected:.2f} is expected. Layers that stand out: {layers}. "

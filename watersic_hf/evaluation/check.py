@@ -42,7 +42,7 @@ IN_MEMORY_BYTES = 2 << 30
 _WINDOW, _NEW_TOKENS = 256, 16
 #: A layer stands out that differs from its original so many times as much as the median of its
 #: kind; so many of them are named.
-_OUTSTANDING, _NAMED = 3, 5
+_SUSPECT, _NAMED = 3, 5
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def check_folder(
     )
     if not check.broken:
         return check
-    return CheckReport(**vars(check) | {"outstanding": _outstanding(original.folder(), folder)})
+    return CheckReport(**vars(check) | {"suspects": _suspects(original.folder(), folder)})
 
 
 def _load(source: ModelSource, config: WaterSICConfig, scratch: Path) -> Any:
@@ -140,7 +140,7 @@ def _continuation(model: Any, tokenizer: Any, window_T: Tensor) -> str:
     return tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
-def _outstanding(original: Path, folder: str | os.PathLike) -> tuple[str, ...]:
+def _suspects(original: Path, folder: str | os.PathLike) -> tuple[str, ...]:
     """Return the layers that differ most from their originals, compared with others of a kind."""
     try:
         rows = compare_checkpoints(original, folder)["layers"]
@@ -156,5 +156,5 @@ def _outstanding(original: Path, folder: str | os.PathLike) -> tuple[str, ...]:
         row["name"]: row["difference"] / max(usual[kind], 1e-9)
         for kind, row in zip(names, rows, strict=True)
     }
-    found = sorted((name for name in ratio if ratio[name] > _OUTSTANDING), key=ratio.get)
+    found = sorted((name for name in ratio if ratio[name] > _SUSPECT), key=ratio.get)
     return tuple(found[::-1][:_NAMED])

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import get_safetensors_metadata, hf_hub_download
 from transformers import AutoConfig
 
-from watersic_hf.checkpoint import checkpoint_files, read_headers, stored_layers
+from watersic_hf.checkpoint import checkpoint_files, layer_shape, read_headers, stored_layers
 from watersic_hf.integration.examination import kind_of
 from watersic_hf.integration.names import names_in_model
 from watersic_hf.integration.source import ModelSource
@@ -161,9 +161,7 @@ def _audit_safetensors(files: Sequence[Path], folder: str | None) -> Audit:
     if parameters is None:
         # without the architecture, the scales of our own layers tell their size
         stored = stored_layers({name: (h.shape, h.dtype) for name, h in headers.items()})
-        sizes = {
-            n: [s.get(f, (0,))[0] for f in ("row_scale", "col_scale")] for n, s in stored.items()
-        }
+        sizes = {layer: layer_shape(shapes) for layer, shapes in stored.items()}
         tensors = [
             AuditedTensor(name=t.name, dtype=t.dtype, elements=_own(t, sizes), nbytes=t.nbytes)
             for t in tensors

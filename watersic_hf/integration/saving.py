@@ -135,7 +135,7 @@ def add_check_to_card(folder: str | os.PathLike, check: CheckReport) -> None:
     card = Path(folder) / "README.md"
     broken = ""
     if check.broken:
-        layers = ", ".join(f"`{name}`" for name in check.outstanding) or "no single one"
+        layers = ", ".join(f"`{name}`" for name in check.suspects) or "no single one"
         broken = f"\n**This model is broken.** Layers that stand out: {layers}.\n"
     text = _CHECK.format(
         tokens=check.tokens,

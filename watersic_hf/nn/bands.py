@@ -75,36 +75,6 @@ def weight_tiles(
         yield rows, scale_codes(codes_rN, row_scale_A[rows], col_scale_N, dtype)
 
 
-def weight_part(
-    payload_B: Tensor,
-    scales: tuple[Tensor, Tensor],
-    rows_r: Tensor,
-    columns: slice,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return some rows and columns of the dense weight of a payload, on the scales' device.
-
-    Args:
-        payload_B: the payload.
-        scales: row scales and column scales of the whole weight.
-        rows_r: indices of rows, int64, on the CPU; none twice.
-        columns: slice with step 1.
-        dtype: dtype of the weight.
-
-    Raises:
-        ValueError: the payload holds a matrix of another shape.
-        CodecError: the payload is damaged.
-    """
-    row_scale_A, col_scale_N = scales
-    place_A = torch.full((len(row_scale_A),), -1)
-    place_A[rows_r] = torch.arange(len(rows_r))
-    part_rn = row_scale_A.new_empty((len(rows_r), len(col_scale_N[columns])), dtype=dtype)
-    for rows, tile in weight_tiles(payload_B, *scales, dtype, wanted_A=place_A >= 0):
-        place_r = place_A[rows if isinstance(rows, slice) else rows.cpu()]
-        part_rn[place_r.to(part_rn.device)] = tile[:, columns]
-    return part_rn
-
-
 def _tile_rows(payload_B: Tensor, header: codec.Header) -> Iterator[slice | Tensor]:
     """Yield the rows of every tile, in ascending order.
 

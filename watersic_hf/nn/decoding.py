@@ -11,7 +11,7 @@ from torch import Tensor
 
 from watersic_hf import codec
 from watersic_hf.nn.backends import kernels_on
-from watersic_hf.nn.bands import SCRATCH_BYTES, scale_codes, weight_part
+from watersic_hf.nn.bands import SCRATCH_BYTES, scale_codes, weight_tiles
 
 
 def decode(payload_B: Tensor, device: torch.device, backend: str) -> Tensor:
@@ -79,12 +79,16 @@ def decode_weight(
         ImportError: `backend` is ``triton`` and Triton cannot be imported.
     """
     row_scale_A, col_scale_N = scales
-    device = row_scale_A.device
+    device, col_n = row_scale_A.device, col_scale_N[columns]
+    weight_rn = row_scale_A.new_empty((len(rows_r), len(col_n)), dtype=dtype)
     if kernels_on(device, backend) is None:
-        return weight_part(payload_B, scales, rows_r, columns, dtype)
+        place_A = torch.full((len(row_scale_A),), -1)
+        place_A[rows_r] = torch.arange(len(rows_r))
+        for rows, tile in weight_tiles(payload_B, *scales, dtype, wanted_A=place_A >= 0):
+            weight_rn[place_A[rows.cpu()].to(device)] = tile[:, columns]
+        return weight_rn
     codes_rn = decode_part(payload_B, rows_r, columns, device, backend)
-    row_r, col_n = row_scale_A[rows_r.to(device)], col_scale_N[columns]
-    weight_rn = codes_rn.new_empty(codes_rn.shape, dtype=dtype)
+    row_r = row_scale_A[rows_r.to(device)]
     for part in torch.arange(len(rows_r)).split(max(1, SCRATCH_BYTES // (4 * len(col_n)))):
         rows = slice(int(part[0]), int(part[-1]) + 1)
         weight_rn[rows] = scale_codes(codes_rn[rows], row_r[rows], col_n, dtype)

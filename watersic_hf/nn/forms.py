@@ -26,6 +26,12 @@ class Part:
     columns: slice
     """Columns of the stored matrix, with step 1."""
 
+    @classmethod
+    def whole(cls, shape: tuple[int, int]) -> "Part":
+        """Return the whole of a matrix of this shape."""
+        rows, columns = shape
+        return cls(rows_r=torch.arange(rows, device="cpu"), columns=slice(0, columns))
+
     def is_whole(self, shape: tuple[int, int]) -> bool:
         """Return whether this is the whole of a matrix of this shape, in its own order."""
         rows, columns = shape
@@ -73,13 +79,13 @@ def form_of(
         CheckpointError: the payload or a scale is damaged; the message names the layer.
     """
     packed.verify(name)
-    row_r = packed.row_scale[part.rows_r].to(device)
-    col_n = packed.col_scale[part.columns].to(device)
     try:
         if residency == "dense":
             scales = packed.row_scale.to(device), packed.col_scale.to(device)
             weight = decode_weight(packed.weight, scales, part.rows_r, part.columns, dtype, backend)
             return Form(residency=residency, tensors=(weight,))
+        row_r = packed.row_scale[part.rows_r].to(device)
+        col_n = packed.col_scale[part.columns].to(device)
         if residency == "stored" and part.is_whole(packed.shape):
             payload = packed.weight.to(device, copy=True)
             return Form(residency=residency, tensors=(payload, row_r, col_n))

@@ -5,9 +5,8 @@ Shapes: A = out_features, N = in_features, B = bytes of the payload, M = tokens,
 
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
-The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  On CUDA, `coded_linear`
-has Triton kernels, and on CPUs compiled ones for `packed`;
-`watersic_hf.nn.backends` chooses.
+The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  `coded_linear` has Triton
+kernels on CUDA, and compiled ones for `packed` on CPUs; `watersic_hf.nn.backends` chooses.
 """
 
 import functools

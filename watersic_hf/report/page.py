@@ -171,7 +171,7 @@ def _tiles(facts: Facts) -> str:
 def _checked(check: CheckReport) -> str:
     """Return what a comparison with the original says, in a few words."""
     if check.broken:
-        return f"BROKEN: {check.kl_expected:.3g} expected; {', '.join(check.outstanding)}"
+        return f"BROKEN: {check.kl_expected:.3g} expected; {', '.join(check.suspects)}"
     return f"per token, on {check.tokens} tokens; {check.kl_expected:.3g} expected"
 
 

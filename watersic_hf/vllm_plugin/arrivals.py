@@ -4,16 +4,24 @@ vLLM joins layers with the same input, such as q, k and v, in one module, and na
 a shard id.  It hands over the tensors of a checkpoint one by one, whole, in any order.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.checkpoint import CheckpointError, PackedLayer, tensor_specs, validate_layer
+from watersic_hf.checkpoint import (
+    CheckpointError,
+    PackedLayer,
+    layer_shape,
+    tensor_specs,
+    validate_layer,
+)
 from watersic_hf.nn.forms import Part
 
 #: Names and dtypes of the tensors of a stored layer.
 FIELDS = {name: dtype for name, (_, dtype) in tensor_specs(0, 0, 0).items()}
+#: Those that a dense layer does not have.
+SCALES = tuple(name for name in FIELDS if name != "weight")
 
 Loader = Callable[..., None]
 """A weight loader of vLLM: ``loader(param, tensor)`` or ``loader(param, tensor, shard_id)``."""
@@ -73,8 +81,7 @@ class Arrivals:
         """
         for shard_id, found in self._found.items():
             shapes = {field: tuple(tensor.shape) for field, tensor in found.items()}
-            rows, columns = (shapes.get(f, (0,))[0] for f in ("row_scale", "col_scale"))
-            validate_layer(self.title(shard_id), shapes, rows, columns)
+            validate_layer(self.title(shard_id), shapes, *layer_shape(shapes))
         if len(empty_rows):
             layers = " or ".join(self._layers)
             raise CheckpointError(
@@ -170,7 +177,7 @@ def _probe(
     return probe.data.flatten()
 
 
-def numbered_rows(parts: Iterator[tuple[int, int]], rows: int) -> list[int]:
+def missing_rows(parts: Iterable[tuple[int, int]], rows: int) -> list[int]:
     """Return the rows below `rows` that none of the parts, each a start and a length, has."""
     missing = torch.ones(rows, dtype=torch.bool)
     for start, length in parts:

@@ -16,6 +16,7 @@ from watersic_hf.checkpoint import (
     PACKED,
     CheckpointError,
     checkpoint_files,
+    layer_shape,
     read_headers,
     stored_layers,
 )
@@ -109,8 +110,7 @@ class WaterSICVllmConfig(QuantizationConfig):
         self.packed = {name: name for name in layers}
         self.has_head = any(name.endswith("lm_head.weight") for name in headers)
         for name, shapes in layers.items():
-            rows, columns = (shapes.get(field, (0,))[0] for field in ("row_scale", "col_scale"))
-            self.shapes[name] = rows, columns
+            self.shapes[name] = rows, columns = layer_shape(shapes)
             self.weights += rows * columns
             self.stored_bytes += shapes.get("weight", (0,))[0]
         in_blocks = re.compile(r"\.\d+\.")

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from watersic_hf.checkpoint import CheckpointError
 from watersic_hf.nn.forms import Part
-from watersic_hf.vllm_plugin.arrivals import FIELDS
+from watersic_hf.vllm_plugin.arrivals import SCALES
 from watersic_hf.vllm_plugin.linear import WaterSICLinearMethod
 
 
@@ -65,7 +65,7 @@ class WaterSICEmbeddingMethod(WaterSICLinearMethod):
         """Have a head use what an embedding loads."""
         self._tied = embed_tokens
         layer.weight = embed_tokens.weight
-        for field in FIELDS.keys() - {"weight"}:
+        for field in SCALES:
             delattr(layer, field)
         return layer
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -13,10 +12,10 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 
 from watersic_hf.checkpoint import PACKED, CheckpointError
 from watersic_hf.nn.forms import Part, form_of
-from watersic_hf.vllm_plugin.arrivals import Arrivals
+from watersic_hf.vllm_plugin.arrivals import FIELDS, Arrivals
 
 #: Names of the tensors of an expert's matrix, within the module of experts.
-_NAME = re.compile(rf"(?:.*\.)?{PACKED}\.(\d+)\.(\w+)\.(weight|row_scale|col_scale)")
+_NAME = re.compile(rf"(?:.*\.)?{PACKED}\.(\d+)\.(\w+)\.({'|'.join(FIELDS)})")
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -61,10 +60,9 @@ class WaterSICExpertsMethod(UnquantizedFusedMoEMethod):
             packed = arrivals.add(field, tensor)
             if packed is None:
                 continue
-            rows, columns = packed.shape
             weight_AN = form_of(
                 packed,
-                Part(rows_r=torch.arange(rows, device="cpu"), columns=slice(0, columns)),
+                Part.whole(packed.shape),
                 "dense",
                 dtype=layer.params_dtype,
                 device=layer.w13_weight.device,

@@ -15,10 +15,11 @@ from vllm.model_executor.utils import set_weight_attrs
 from watersic_hf.nn.forms import Form, JoinedForms, Part, form_of
 from watersic_hf.vllm_plugin.arrivals import (
     FIELDS,
+    SCALES,
     Arrivals,
     Loader,
     loader_of,
-    numbered_rows,
+    missing_rows,
     part_of_columns,
     part_of_rows,
 )
@@ -38,6 +39,9 @@ class WaterSICLinearMethod(LinearMethodBase):
         backend: implementation, one of `watersic_hf.nn.backends.BACKENDS`.
         layers: names of the stored layers that the module joins, in the order of its shards.
     """
+
+    #: Whether the module is an output head.
+    is_head = False
 
     def __init__(self, residency: str, backend: str, layers: Sequence[str]) -> None:
         self.residency, self.backend = residency, backend
@@ -76,13 +80,10 @@ class WaterSICLinearMethod(LinearMethodBase):
             weight = nn.Parameter(torch.empty(shape, dtype=params_dtype), requires_grad=False)
             layer.register_parameter("weight", weight)
             set_weight_attrs(weight, {"input_dim": 1, "output_dim": 0} | attributes)
-        for field in FIELDS.keys() - {"weight"}:
+        for field in SCALES:
             scale = nn.Parameter(torch.empty(0, dtype=FIELDS[field]), requires_grad=False)
             layer.register_parameter(field, scale)
             set_weight_attrs(scale, {"weight_loader": loader_of(self._take, field)})
-
-    #: Whether the module is an output head.
-    is_head = False
 
     def _take(self, field: str, tensor: Tensor, shard_id: Hashable) -> None:
         """Take a tensor of the checkpoint; a complete layer takes its form."""
@@ -133,7 +134,7 @@ class WaterSICLinearMethod(LinearMethodBase):
 
     def _empty_rows(self) -> list[int]:
         """Return the rows of the module that have no weight."""
-        return numbered_rows(self._parts, self._rows)
+        return missing_rows(self._parts, self._rows)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that everything has arrived, and join the forms.
@@ -145,7 +146,7 @@ class WaterSICLinearMethod(LinearMethodBase):
             return
         self._arrivals.require_complete(self._empty_rows())
         self._finished = True
-        for field in FIELDS.keys() - {"weight"}:
+        for field in SCALES:
             delattr(layer, field)
         if self.residency == "dense":
             self.dense.process_weights_after_loading(layer)

@@ -50,10 +50,9 @@ class DecodingMapper(WeightsMapper):
             arrivals = arriving.setdefault(layer, Arrivals(layer, [layer]))
             packed = arrivals.add(field, tensor)
             if packed is not None:
-                rows, columns = packed.shape
                 form = form_of(
                     packed,
-                    Part(rows_r=torch.arange(rows, device="cpu"), columns=slice(0, columns)),
+                    Part.whole(packed.shape),
                     "dense",
                     dtype=torch.get_default_dtype(),
                     device=torch.device("cpu"),
