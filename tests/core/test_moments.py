@@ -21,7 +21,7 @@ def test_moments_are_uncentred_means_over_all_batches():
     moments = sums.result()
 
     x, drifted, residual = x_TN.double(), drifted_TN.double(), residual_TA.double()
-    # products of up to 1024 tokens are summed in float32
+    # products of up to `TOKENS_PER_BLOCK` tokens are summed in float32
     assert_close(moments.cov, x.T @ x / 3000, tolerance=1e-6)
     assert_close(moments.drifted_cov_NN, drifted.T @ drifted / 3000, tolerance=1e-6)
     assert_close(moments.cross_cov_NN, x.T @ drifted / 3000, tolerance=1e-6)

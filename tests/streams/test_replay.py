@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from watersic_hf.streams.hooks import BlockView, group_inputs, group_record
+from watersic_hf.streams.outputs import FileStore, MemoryStore
 from watersic_hf.streams.replay import Replay
 from watersic_hf.streams.stream import BlockStream
 from watersic_hf.streams.topology import input_groups
@@ -58,9 +59,9 @@ def stream_of(batches=2):
     return BlockStream(hidden, [[((), {})]] * batches)
 
 
-def views(block, *, pending, limit=1 << 20):
+def views(block, *, pending, store=None):
     """The block with and without replay; both share its modules."""
-    replay = Replay(LAYERS, pending=pending, limit=limit)
+    replay = Replay(LAYERS, pending=pending, store=store or MemoryStore(1 << 20))
     return BlockView(stream_of(), 0, block, replay), BlockView(stream_of(), 0, block)
 
 
@@ -93,13 +94,19 @@ def walk(view, groups, *, replace=False):
     return [*seen, *view.stream.hidden]
 
 
+@pytest.fixture(params=["memory", "files"])
+def store(request, tmp_path):
+    yield MemoryStore(1 << 20) if request.param == "memory" else FileStore(tmp_path, streams=1)
+    assert not list(tmp_path.iterdir())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_seen_is_as_without_replay(kind, replace):
+def test_everything_seen_is_as_without_replay(kind, replace, store):
     torch.manual_seed(0)
     block = Block(**KINDS[kind])
-    with_replay, without = views(block, pending=LAYERS if replace else ())
+    with_replay, without = views(block, pending=LAYERS if replace else (), store=store)
     without = BlockView(without.stream, 0, copy.deepcopy(block))
     groups = input_groups(block, LAYERS, lambda: without.run(0), without.stream.hidden[0])
 
@@ -113,9 +120,9 @@ def test_everything_seen_is_as_without_replay(kind, replace):
 @torch.no_grad()
 @pytest.mark.parametrize("pending", [(), LAYERS])
 @pytest.mark.parametrize("kind", ["plain", "called twice"])
-def test_layers_run_once(kind, pending):
+def test_layers_run_once(kind, pending, store):
     block = Block(**KINDS[kind])
-    view, plain = views(block, pending=pending)
+    view, plain = views(block, pending=pending, store=store)
     groups = input_groups(block, LAYERS, lambda: plain.run(0), plain.stream.hidden[0])
     calls = count_calls(block)
 
@@ -134,7 +141,7 @@ def test_layers_run_once(kind, pending):
 def test_limit_of_memory():
     block = Block()
     for limit, wanted in ((0, 5), (3 * 4 * WIDTH * 4, 3), (1 << 20, 1)):
-        view, plain = views(block, pending=(), limit=limit)
+        view, plain = views(block, pending=(), store=MemoryStore(limit))
         view.stream.hidden = view.stream.hidden[:1]
         groups = input_groups(block, LAYERS, lambda p=plain: p.run(0), plain.stream.hidden[0])
         calls = count_calls(block)

@@ -53,7 +53,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "--limit", type=int, help="maximum number of questions per task (default: all)"
     )
     parser.add_argument("--batch-size", type=int, help="sequences per batch of a task (default: 1)")
-    parser.add_argument("--dtype", default="auto", help="dtype of the models (default: their own)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="dtype of the models (default: their own; float32 instead of half precision on CPUs "
+        "that are slow in it)",
+    )
     parser.add_argument("--device-map", help="device map of the models, as in from_pretrained")
     add_source_options(parser)
     parser.add_argument("--prompt", help="also print a greedy continuation of this text")
@@ -87,10 +92,15 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         generation_speed,
     )
     from watersic_hf.integration import ModelSource
+    from watersic_hf.streams.precision import in_fast_dtype
 
     def load(source: Any) -> Any:
         options = {"dtype": arguments.dtype, "device_map": arguments.device_map}
-        return AutoModelForCausalLM.from_pretrained(source.name, **source.options, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            source.name, **source.options, **options
+        ).eval()
+        chosen = arguments.dtype != "auto" or arguments.device_map
+        return model if chosen else in_fast_dtype(model)
 
     task_options = given_options(arguments, "few_shot", "limit", "batch_size")
     if task_options and not arguments.tasks:

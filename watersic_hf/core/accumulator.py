@@ -16,7 +16,7 @@ from torch import Tensor
 from watersic_hf.core.moments import CalibrationError, Moments, not_finite
 
 #: Number of tokens whose products are summed in float32 before they are added to the float64 sum.
-TOKENS_PER_BLOCK = 1024
+TOKENS_PER_BLOCK = 2048
 
 #: Minimum number of rows of a symmetric moment that are computed with one matrix product.
 PANEL = 256

@@ -198,14 +198,14 @@ class Whitening:
         With a step c, the errors of the weight have the covariance :math:`c^2 / 12 \cdot I` in the
         whitened domain.  A token's output then has the mean square error :math:`N c^2 / 12` times
         its leverage, in every row.  Without damping, the mean leverage over the calibration tokens
-        is 1.
+        is 1.  They are computed in float32, as weights of tokens need no more.
 
         Args:
             x_TN: inputs of the layer with all columns, any float dtype.
         """
-        live_TN = x_TN[:, self.live_N].double()
-        if self.chol.ndim == 1:
-            whitened_NT = (live_TN / self.chol).T
+        live_TN, chol = x_TN[:, self.live_N].float(), self.chol.float()
+        if chol.ndim == 1:
+            whitened_NT = (live_TN / chol).T
         else:
-            whitened_NT = torch.linalg.solve_triangular(self.chol, live_TN.T, upper=False)
-        return whitened_NT.square().sum(0) / max(1, len(whitened_NT))
+            whitened_NT = torch.linalg.solve_triangular(chol, live_TN.T, upper=False)
+        return whitened_NT.double().square().sum(0) / max(1, len(whitened_NT))

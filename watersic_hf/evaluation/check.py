@@ -30,6 +30,7 @@ from watersic_hf.evaluation.perplexity import SCRATCH_BYTES, evaluation_text, ev
 from watersic_hf.integration import ModelSource, WaterSICConfig
 from watersic_hf.integration.streaming import load_from_disk
 from watersic_hf.streams.batches import model_inputs
+from watersic_hf.streams.precision import in_fast_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _load(source: ModelSource, config: WaterSICConfig, scratch: Path) -> Any:
     if size > IN_MEMORY_BYTES:
         return load_from_disk(source, config, folder=scratch).eval()
     model_config = AutoConfig.from_pretrained(source.name, **source.options)
-    return source.load_model(model_config, dtype="auto").eval()
+    return in_fast_dtype(source.load_model(model_config, dtype="auto").eval())
 
 
 def _logits(model: Any, window_T: Tensor) -> Tensor:

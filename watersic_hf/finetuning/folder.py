@@ -17,6 +17,7 @@ from watersic_hf.integration import (
 )
 from watersic_hf.integration.run import window_length
 from watersic_hf.streams import position_limit
+from watersic_hf.streams.precision import computing_fast
 from watersic_hf.streams.torch_state import default_torch_state
 
 
@@ -86,9 +87,10 @@ def finetune_to_folder(
         seed=settings.seed,
         seen=_calibration_draw(model, dataset),
     )
-    report = finetune_scales(
-        model, original, windows, settings=settings, resume_folder=resume_folder
-    )
+    with computing_fast(model), computing_fast(original):
+        report = finetune_scales(
+            model, original, windows, settings=settings, resume_folder=resume_folder
+        )
     finetuning = f"{describe(dataset)}, {report.tokens:,} tokens, epoch {report.kept_epoch}"
     save_quantized(
         model,

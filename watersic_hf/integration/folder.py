@@ -24,6 +24,7 @@ from watersic_hf.integration.source import ModelSource
 from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
 from watersic_hf.streams.offloaded import OffloadedBlocks
+from watersic_hf.streams.precision import computing_fast
 from watersic_hf.streams.processes import barrier, rank_and_size
 from watersic_hf.streams.torch_state import default_torch_state
 
@@ -185,18 +186,23 @@ def _quantize(
         source, config, model_config=model_config, dtype=dtype, folder=converted
     )
     blocks_source = OffloadedBlocks(model, blocks, device, layers=selection)
-    with blocks_source.flow():
-        windows = model_windows(model, config, tokenizer_options=source.options)
-    identity = {
-        "model": fingerprint(source),
-        "dtype": str(model.dtype),
-        "settings": requested,
-        "windows": hashlib.sha256(b"".join(w.numpy().tobytes() for w in windows)).hexdigest(),
-        "versions": {p: version_of(p) for p in ("watersic-hf", "torch", "transformers")},
-    }
-    journal = Journal(work, identity, [len(window) for window in windows])
-    run = Run.begin(selection, config, journal=journal)
-    block_tensors = quantize_on_disk(model, selection, run, blocks_source, windows)
+    own_dtype = model.dtype
+    with computing_fast(model, device):
+        with blocks_source.flow():
+            windows = model_windows(model, config, tokenizer_options=source.options)
+        identity = {
+            "model": fingerprint(source),
+            "dtype": str(own_dtype),
+            "computed_in": str(model.dtype),
+            "settings": requested,
+            "windows": hashlib.sha256(b"".join(w.numpy().tobytes() for w in windows)).hexdigest(),
+            "versions": {p: version_of(p) for p in ("watersic-hf", "torch", "transformers")},
+        }
+        journal = Journal(work, identity, [len(window) for window in windows])
+        run = Run.begin(selection, config, journal=journal)
+        block_tensors = quantize_on_disk(
+            model, selection, run, blocks_source, windows, dtype=own_dtype
+        )
     attach_quantizer(model, selection, run, block_tensors)
     return model
 

@@ -41,6 +41,7 @@ from watersic_hf.quantization import (
 )
 from watersic_hf.streams import ResidentBlocks, decoder_blocks, position_limit
 from watersic_hf.streams.offloaded import OffloadedBlocks
+from watersic_hf.streams.precision import computing_fast
 from watersic_hf.streams.torch_state import default_torch_state, replace_inference_tensors
 
 logger = logging.getLogger(__name__)
@@ -172,15 +173,17 @@ def quantize_in_memory(model: nn.Module, selection: Selection, run: Run) -> None
         CalibrationError: a layer cannot be calibrated; the message names it.
     """
     replace_inference_tensors(model)
-    source = ResidentBlocks("cuda" if torch.cuda.is_available() else None)
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    source = ResidentBlocks(device)
     run.new = selection.new_layers(model)
     selection = selection.without(run.new)
-    windows = model_windows(model, run.config)
-    selection.open(model)
-    if run.config.zero_rows == "auto":
-        selection = _with_massive_rows(model, selection, run, windows, source)
-        zero_rows(model, selection.zero_rows)
-    _quantize_with_data(model, selection, run, windows, source)
+    with computing_fast(model, device):
+        windows = model_windows(model, run.config)
+        selection.open(model)
+        if run.config.zero_rows == "auto":
+            selection = _with_massive_rows(model, selection, run, windows, source)
+            zero_rows(model, selection.zero_rows)
+        _quantize_with_data(model, selection, run, windows, source)
 
 
 @default_torch_state()
@@ -190,6 +193,8 @@ def quantize_on_disk(
     run: Run,
     source: OffloadedBlocks,
     windows: list[torch.Tensor],
+    *,
+    dtype: torch.dtype,
 ) -> Callable[[], dict[str, torch.Tensor]]:
     """Quantize a model whose blocks are on the disk, as if it had been loaded with its quantizer.
 
@@ -201,6 +206,7 @@ def quantize_on_disk(
         run: the run that is begun; it has a journal.
         source: the blocks of the model.
         windows: calibration windows; none = quantize without data.
+        dtype: dtype of the decoded weights.
 
     Returns:
         A function that maps the tensors of the blocks into memory, by name in the model.
@@ -208,7 +214,6 @@ def quantize_on_disk(
     Raises:
         CalibrationError: a layer cannot be calibrated or quantized; the message names it.
     """
-    dtype = model.dtype
     selection.open(model, skip=tuple(f"{name}." for name in source.blocks))
     if not windows:
         _quantize_without_data(model, selection, run, source)

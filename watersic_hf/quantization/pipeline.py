@@ -22,6 +22,7 @@ from watersic_hf.quantization.settings import CalibrationSettings
 from watersic_hf.streams.batches import batch_numbers
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks, copy_sharing_weights
 from watersic_hf.streams.hooks import BlockView
+from watersic_hf.streams.outputs import FileStore, MemoryStore, OutputStore
 from watersic_hf.streams.processes import rank_and_size, shard
 from watersic_hf.streams.progress import Progress
 from watersic_hf.streams.replay import Replay
@@ -213,8 +214,7 @@ class StackRun:
             layers = [
                 n.removeprefix(f"{name}.") for n in layers_of_blocks([(name, block)], run.layers)
             ]
-            limit = run.source.spare_memory(block) // (1 if self.original is None else 2)
-            replay = Replay(layers, pending=layers, limit=limit)
+            replay = Replay(layers, pending=layers, store=self._output_store(block))
             working = BlockView(stream=self.working, index=index, block=block, replay=replay)
             original = None
             if self.original is not None:
@@ -222,7 +222,7 @@ class StackRun:
                     stream=self.original,
                     index=index,
                     block=copy_sharing_weights(block),
-                    replay=Replay(layers, pending=(), limit=limit),
+                    replay=Replay(layers, pending=(), store=self._output_store(block)),
                 )
             block_quantizer = BlockQuantizer(
                 name=name,
@@ -247,6 +247,14 @@ class StackRun:
                     reports=quantizer.reports[before:],
                     ends_stack=index + 1 == len(self.stack.blocks),
                 )
+
+    def _output_store(self, block: nn.Module) -> OutputStore:
+        """Return where one stream keeps the outputs of the modules of a block."""
+        streams = 1 if self.original is None else 2
+        memory = self.run.source.spare_memory(block)
+        if memory or self.run.journal is None:
+            return MemoryStore(memory // streams)
+        return FileStore(self.run.journal.folder, streams=streams)
 
     def _advance(self, role: str, view: BlockView) -> None:
         """Push a stream through a block; with a journal, its hidden states go to files there."""

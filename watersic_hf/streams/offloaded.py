@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from watersic_hf.checkpoint import CheckpointError, reading
 from watersic_hf.streams.blocks import ResidentBlocks
 from watersic_hf.streams.memory import return_large_tensors, trim_memory
+from watersic_hf.streams.precision import fast_dtype
 
 #: Bytes between two that are read to bring a file into the system's cache.
 _PAGE = 4096
@@ -35,8 +36,9 @@ class BlockLayers(Protocol):
 class OffloadedBlocks(ResidentBlocks):
     """The blocks of a model that accelerate loaded with them on the disk.
 
-    While nobody holds a block its weights are on meta.  While one is held, the one that is likely
-    to be next is read ahead into the system's file cache.
+    While nobody holds a block its weights are on meta.  In one that is held, they have the dtype
+    that the device computes in fast; the rest of the model is to have it, too (`computing_fast`).
+    Meanwhile, the block that is likely to be next is read ahead into the system's file cache.
 
     Args:
         model: the model; the hooks of accelerate are removed from it.
@@ -58,6 +60,8 @@ class OffloadedBlocks(ResidentBlocks):
         self.blocks = dict(blocks)
         self.layers = layers
         self._last = ""
+        # of the tensors of the block that is held, in the files
+        self._dtypes: dict[str, torch.dtype] = {}
         self._reader: threading.Thread | None = None
         self._weights = {name: _offloaded(block) for name, block in blocks.items()}
         remove_hook_from_module(model, recurse=True)
@@ -75,12 +79,15 @@ class OffloadedBlocks(ResidentBlocks):
         # experts are of another class while they are separate
         kinds = [type(module) for module in modules]
         try:
+            self._dtypes.clear()
             for tensor, (weights, key) in self._weights[name].items():
-                _set_tensor(block, tensor, self._read(f"{name}.{tensor}", weights, key))
+                value = self._read(f"{name}.{tensor}", weights, key)
+                self._dtypes[tensor] = value.dtype
+                _set_tensor(block, tensor, self._to_device(value))
             for module in modules:
                 for buffer, value in module._buffers.items():
                     if value is not None:
-                        module._buffers[buffer] = value.to(self.device)
+                        module._buffers[buffer] = self._to_device(value)
             self.layers.open(block, f"{name}.")
             self._read_ahead(name)
             yield
@@ -123,8 +130,8 @@ class OffloadedBlocks(ResidentBlocks):
         return run(*args, **kwargs)
 
     def spare_memory(self, block: nn.Module) -> int:
-        """Return 0: a model is read from the disk where memory is short."""
-        return 0
+        """Return the bytes that outputs of a block may take; 0 on a CPU, whose memory is short."""
+        return 0 if self.device.type == "cpu" else super().spare_memory(block)
 
     def mapped(self, name: str) -> dict[str, Tensor]:
         """Return the original tensors of a block, mapped into memory, by name in the model."""
@@ -134,14 +141,22 @@ class OffloadedBlocks(ResidentBlocks):
     def stored(self, name: str, block: nn.Module) -> dict[str, Tensor]:
         """Return what to store of a finished block, while it is held, by name within it."""
         self.layers.close(block, f"{name}.")
-        return block.state_dict()
+        tensors = block.state_dict()
+        for tensor, value in tensors.items():
+            # what was cast to compute with it
+            if value.dtype == torch.float32:
+                tensors[tensor] = value.to(self._dtypes.get(tensor, value.dtype))
+        return tensors
 
     def _read(self, tensor: str, weights: Mapping[str, Tensor], key: str) -> Tensor:
-        """Return a tensor in memory of its own, on the device of blocks."""
+        """Return a tensor, mapped into memory."""
         advice = "Download or copy the model's file again; what is finished is kept."
         with reading(tensor, advice):
-            value = weights[key]
-        return value.clone() if value.device == self.device else value.to(self.device)
+            return weights[key]
+
+    def _to_device(self, value: Tensor) -> Tensor:
+        """Return a copy of a tensor as the device of blocks computes with it."""
+        return value.to(self.device, fast_dtype(value.dtype, self.device), copy=True)
 
     def _read_ahead(self, name: str) -> None:
         """Read the block that is likely to follow into the system's file cache."""

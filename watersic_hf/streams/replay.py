@@ -7,25 +7,20 @@ is the same on the way to the next, apart from the layers that are quantized in 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
+
+from watersic_hf.streams.outputs import KeptOutput, OutputStore, tensors_in
 
 
-@dataclass(frozen=True)
-class _Output:
-    """What a module returned in one of its calls."""
+class _Answer(NamedTuple):
+    """What a module is answered with in one of its calls."""
 
-    value: Any
-    versions: list[int]
-    """Versions of its tensors, which tell whether the model has written into them since."""
+    output: KeptOutput
+    """What it returned."""
     calls_within: Counter[str]
     """Calls of modules inside this one, which it does not make when it is answered."""
-
-    def is_intact(self) -> bool:
-        """Whether the tensors hold what the module returned."""
-        return [tensor._version for tensor in _tensors(self.value)] == self.versions
 
 
 class Replay:
@@ -33,21 +28,22 @@ class Replay:
 
     Only modules with layers in them are answered: they take nearly all the time.  The output of a
     module is final, and kept, if no layer that is still to be replaced ran before it or in it.
-    Outputs are kept as they are, without a copy; one that the model writes into later, as some do
-    when they add to the residual stream, is computed again.
+    What the store has no place for is computed again, and so is an output in memory that the model
+    writes into later, as some do when they add to the residual stream.
 
     Args:
         layers: names of the layers within the block.
         pending: those that are still to be replaced; `finish` removes them.
-        limit: bytes of outputs that may be kept.  What exceeds them is computed again.
+        store: keeps the outputs.
     """
 
-    def __init__(self, layers: Iterable[str], *, pending: Iterable[str], limit: int) -> None:
+    def __init__(
+        self, layers: Iterable[str], *, pending: Iterable[str], store: OutputStore
+    ) -> None:
         self.layers = list(layers)
-        self.limit = limit
+        self._store = store
         self._pending = set(pending)
-        self._kept: dict[int, dict[tuple[str, int], _Output]] = {}
-        self._bytes: Counter[int] = Counter()
+        self._kept: dict[int, dict[tuple[str, int], _Answer]] = {}
 
     def finish(self, layer: str) -> None:
         """Have the outputs of a layer, which was replaced just now, count as final."""
@@ -55,8 +51,8 @@ class Replay:
 
     def forget(self, batch: int) -> None:
         """Drop the outputs of a batch."""
-        self._kept.pop(batch, None)
-        self._bytes.pop(batch, None)
+        for answer in self._kept.pop(batch, {}).values():
+            answer.output.drop()
 
     @contextmanager
     def answering(self, block: nn.Module, batch: int, watched: Collection[str]) -> Iterator[None]:
@@ -87,34 +83,35 @@ class Replay:
         """Whether a module is, or contains, a layer that is still to be replaced."""
         return _contains(name, self._pending)
 
-    def find(self, batch: int, name: str, call: int) -> _Output | None:
-        """Return the output of a module in one of its calls, if it is kept and intact."""
-        output = self._kept.get(batch, {}).get((name, call))
-        return output if output is not None and output.is_intact() else None
+    def find(self, batch: int, name: str, call: int) -> tuple[Any, Counter[str]] | None:
+        """Return what a module returned in one of its calls, and its calls within, if known."""
+        answer = self._kept.get(batch, {}).get((name, call))
+        value = None if answer is None else answer.output.read()
+        return None if value is None else (value, answer.calls_within)
 
     def keep(
-        self, batch: int, name: str, call: int, output: _Output, *, before: Counter[str]
+        self, batch: int, name: str, value: Any, *, before: Counter[str], after: Counter[str]
     ) -> None:
-        """Keep an output, instead of those of the modules inside, if the limit allows it.
+        """Keep an output, instead of those of the modules inside, if there is place for it.
 
         Args:
             batch: number of the batch.
             name: name of the module.
-            call: number of its call in the run.
-            output: what it returned.
-            before: calls of all modules before this one.
+            value: what it returned.
+            before: calls of all modules before it returned, without its own.
+            after: the same, with its own and those inside.
         """
         kept = self._kept.setdefault(batch, {})
-        replaced = [(name, call)]
-        for inner, count in output.calls_within.items():
-            replaced += [(inner, before[inner] + number) for number in range(count)]
-        for key in replaced:
-            if key in kept:
-                self._bytes[batch] -= _size(kept.pop(key).value)
-        size = _size(output.value)
-        if self._bytes.total() + size <= self.limit:
-            kept[name, call] = output
-            self._bytes[batch] += size
+        within = after - before
+        for inner, count in within.items():
+            for number in range(count):
+                answer = kept.pop((inner, before[inner] + number), None)
+                if answer is not None:
+                    answer.output.drop()
+        output = self._store.keep(value)
+        if output is not None:
+            within[name] -= 1
+            kept[name, before[name]] = _Answer(output, +within)
 
 
 class _Run:
@@ -131,20 +128,20 @@ class _Run:
 
         def answered(*args: Any, **kwargs: Any) -> Any:
             call = self.calls[name]
-            self.calls[name] += 1
             known = self.replay.find(self.batch, name, call) if keep else None
             if known is not None:
-                self.calls.update(known.calls_within)
-                return known.value
+                value, within = known
+                self.calls[name] += 1
+                self.calls.update(within)
+                return value
             before = self.calls.copy()
-            inputs = [(tensor, tensor._version) for tensor in _tensors((args, kwargs))]
+            self.calls[name] += 1
+            inputs = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
             value = forward(*args, **kwargs)
             self.is_final = self.is_final and not self.replay.is_pending(name)
             unchanged = all(tensor._version == version for tensor, version in inputs)
             if keep and self.is_final and unchanged:
-                versions = [tensor._version for tensor in _tensors(value)]
-                output = _Output(value, versions, self.calls - before)
-                self.replay.keep(self.batch, name, call, output, before=before)
+                self.replay.keep(self.batch, name, value, before=before, after=self.calls)
             return value
 
         return answered
@@ -153,19 +150,3 @@ class _Run:
 def _contains(name: str, layers: Iterable[str]) -> bool:
     """Whether a module is one of some layers, or contains one."""
     return any(layer == name or layer.startswith(f"{name}.") for layer in layers)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a structure of tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _size(value: Any) -> int:
-    """Return the bytes of the tensors in a structure."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
