@@ -4,8 +4,8 @@
 
 Every product is compared with that of the dense weight before it is timed.  `bf16` and `f32` are
 the times of `F.linear` in these dtypes, measured in turn with our product for activations of the
-same dtype, and divided by it.  The first product of all is timed on its own: it compiles the
-kernels, or loads them from the disk.
+same dtype, and divided by it.  A trellis is held as values, as on CPUs, and as codes, as on CUDA.
+The first product of all is timed on its own: it compiles the kernels, or loads them from the disk.
 """
 
 import argparse
@@ -90,12 +90,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     for shape in arguments.shapes:
         A, N = map(int, shape.split("x"))
         codes_AN, *scales = codes_of(A, N, arguments.bits, "cpu")
-        layers = {"scalar": (codes_AN, None), "trellis": on_a_path(codes_AN, PATH_ROWS)}
-        for lattice, (values_AN, path) in layers.items():
-            dense = {torch.float32: scale_codes(values_AN, *scales, torch.float32)}
+        values_AN, path = on_a_path(codes_AN, PATH_ROWS)
+        layers = {"scalar": (codes_AN, None), "trellis, values": (values_AN, None)}
+        layers["trellis, codes"] = values_AN, path
+        for lattice, (given_AN, its_path) in layers.items():
+            dense = {torch.float32: scale_codes(given_AN, *scales, torch.float32)}
             dense[torch.bfloat16] = dense[torch.float32].bfloat16()
             for form in arguments.forms:
-                encoded = ops.encode(values_AN, form, path)
+                encoded = ops.encode(given_AN, form, its_path)
                 coded = form, [*encoded.tensors().values()], *scales
                 for tokens in arguments.tokens:
                     repeats = arguments.repeats if tokens < 64 else 1

@@ -27,7 +27,7 @@ BELOW_EVALUATION = {
 ALLOWED = {
     "watersic_hf.core": (set(), {"torch"}),
     "watersic_hf.codec": (set(), {"torch", "numpy"}),
-    "watersic_kernels": (set(), {"torch", "triton", "numba", "numpy"}),
+    "watersic_kernels": (set(), {"torch", "triton", "numba", "llvmlite", "numpy"}),
     "watersic_hf.checkpoint": (
         {"watersic_hf.core", "watersic_hf.codec"},
         {"torch", "safetensors", "tqdm"},

@@ -30,8 +30,9 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
-    """Whether a function is compiled by Triton: its parameters are its launch interface."""
-    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    """Whether a function is compiled by Triton or numba: its parameters are its interface."""
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return any("jit" in name or name == "intrinsic" for name in decorators)
 
 
 def is_public_with_keywords(function: ast.FunctionDef) -> bool:

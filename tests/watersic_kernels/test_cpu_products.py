@@ -1,8 +1,10 @@
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from watersic_hf.nn.packing import pack_codes
 from watersic_hf.testing import assert_close, trellis_values, uneven_codes
 
 pytest.importorskip("numba")
-from watersic_kernels.cpu import product
+import numba
+
+from watersic_kernels.cpu import product, vectors
 from watersic_kernels.cpu.packed import packed_linear
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +87,57 @@ def test_strided_input_and_no_tokens(tokens):
     assert run(x[:0], packed, *weight[1:]).shape == (0, 70)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tokens_are_rounded_relative_to_the_largest_column_of_a_tile(parts):
+    # one column of the third tile is far larger than all others, and the fifth tile is zero
+    x_MC = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    x_MC[:, 70], x_MC[:, 128:160] = 1e6, 0
+
+    pairs_TVP, sum_TV, scale_TV, fixed_MC, unit_MK = product._integers(x_MC, parts)
+
+    low, high = pairs_TVP.astype(np.int16), pairs_TVP >> 16
+    columns = np.stack([part.reshape(8, -1, 4, 4) for part in (low, high)], 3).reshape(8, -1, 32)
+    assert (columns.sum(2) == sum_TV).all()
+    values = (columns * scale_TV.astype(np.float64)[..., None]).reshape(8, 3, parts, 32).sum(2)
+    error = np.abs(values.transpose(1, 0, 2) - x_MC.reshape(3, 8, 32)).max(2)
+    largest = np.abs(x_MC.reshape(3, 8, 32)).max(2)
+    # 2^-31 and what a scale in float32 adds
+    assert (error <= largest * (2.0**-16 * 1.001 if parts == 1 else 2.0**-24)).all()
+    assert np.abs(fixed_MC * unit_MK.repeat(256, 1) - x_MC).max() <= 1e6 * 2.0**-31
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_input_that_is_not_finite_shows_in_the_output(dtype, value):
+    packed, *weight = layer(130, 300, trellis=False)
+    x = torch.randn(2, 300).to(dtype)
+    x[1, 5] = value
+
+    y = run(x, packed, *weight[1:])
+
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an instruction of x86")
+def test_products_multiply_pairs_of_columns():
+    @numba.njit
+    def add(pairs, columns, sums):
+        vectors.add_rows(pairs, 0, columns, 0, 0, 1.0, sums, 0)
+
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, 256, (16, 128, 2)).astype(np.int16)
+    columns = rng.integers(-32767, 32768, (16, 2)).astype(np.int16)
+    sums = np.zeros(8, np.float32)
+
+    add(pairs.view(np.int32).ravel(), columns.view(np.int32).ravel(), sums)
+
+    expected = (pairs[:, :8].astype(np.int64) * columns[:, None]).sum((0, 2))
+    assert np.allclose(sums, expected, rtol=1e-6)
+    (assembly,) = add.inspect_asm().values()
+    assert assembly.count("pmaddwd") >= vectors.PAIRS
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 20])
 def test_threads_do_not_change_the_sums(tokens, monkeypatch):
     packed, *weight = layer(700, 300, trellis=True)
@@ -141,11 +196,32 @@ def in_a_process(code, **variables):
 
 
 #: Random tensors of a layout under numba's bounds checks, between guards: nothing outside the
-#: arrays is read, and nothing outside the results is written.
+#: arrays is read, and nothing outside the results is written.  What vectors read is not checked by
+#: numba: the words end where memory ends.
 FUZZ = """
+import ctypes
+import mmap
 import numpy as np
-from watersic_kernels.cpu import packed
+from watersic_kernels.cpu import packed, product
 from watersic_kernels.cpu.tiles import GROUP
+
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+
+
+def at_the_end_of_memory(array):
+    # a copy behind which the next byte cannot be read
+    pages = -(-array.nbytes // mmap.PAGESIZE) + 1
+    memory = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    kept.append(memory)
+    whole = np.frombuffer(memory, np.uint8)
+    last = ctypes.c_void_p(whole.ctypes.data + len(whole) - mmap.PAGESIZE)
+    assert libc.mprotect(last, mmap.PAGESIZE, 0) == 0
+    first = len(whole) - mmap.PAGESIZE - array.nbytes
+    copy = whole[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
 
 rng = np.random.default_rng(0)
 for trial in range(60):
@@ -156,18 +232,22 @@ for trial in range(60):
     entry = rng.integers(0, len(words), (bands, tiles)) << 4 | rng.integers(0, 16, (bands, tiles))
     wild = rng.random((bands, tiles)) < 0.2
     entry[wild] = rng.integers(-(1 << 31), 1 << 31, wild.sum())
-    state = rng.integers(-(1 << 31), 1 << 31, (bands, tiles, 3 * trellis)).astype(np.int32)
+    state = None
+    if trellis:
+        state = rng.integers(-(1 << 31), 1 << 31, (bands, tiles, 3)).astype(np.int32)
     outliers = rng.integers(-(1 << 15), 1 << 15, entries).astype(np.int16)
     first = rng.integers(-5, 1000, (bands, groups)).astype(np.int32)
     limit = 1 << (31 if trial % 3 == 0 else 3)
     count = rng.integers(-limit, limit, (bands, groups, band)).astype(np.int32)
+    words, outliers = at_the_end_of_memory(words), at_the_end_of_memory(outliers)
     tokens = trial % 4
     x = rng.standard_normal((tokens, groups * GROUP)).astype(np.float32)
+    x = product._integers(x, 1 + trial % 2)
     rows = tokens or 32 * tiles
     found = []
     for poison in (0x7F, 0xFF):
         # memory that the kernel may get as scratch memory
-        garbage = [np.full(size, poison, np.uint8) for size in (4096, 5632, 1 << 17)]
+        garbage = [np.full(size, poison, np.uint8) for size in (8192, 512, 1 << 20)]
         del garbage
         guarded = np.zeros((rows + 2, bands * band), np.float32)
         out = guarded[1:-1]

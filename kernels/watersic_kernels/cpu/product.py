@@ -3,7 +3,7 @@
 Shapes: M = tokens, A = out_features (rows), N = in_features (columns), R, C = rows and columns of
         all tiles, r = rows of some bands.
 
-All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``, computed in float32.
+All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``, with sums in float32.
 """
 
 import itertools
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from watersic_kernels.cpu.tiles import GROUP, jit
+from watersic_kernels.cpu.tiles import GROUP, TILE, digits
+from watersic_kernels.cpu.vectors import PAIRS
 
 #: Largest number of tokens for which the weight is decoded tile by tile inside the product; for
 #: more tokens it is decoded once, into scratch memory.
@@ -37,7 +38,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def linear(
-    run: Callable[[np.ndarray, int, int, int, np.ndarray], None],
+    run: Callable[[tuple[np.ndarray, ...], int, int, int, np.ndarray], None],
     x_MN: Tensor,
     orders_and_scales: Sequence[Tensor],
     *,
@@ -46,9 +47,10 @@ def linear(
     """Return ``x @ W.T``, M x A, in the dtype of x.
 
     Args:
-        run: ``run(x_MC, first, stop, base, out)`` adds the products of some bands with a few
-            tokens to the sums `out`, M x r, or, without tokens, their codes to `out`, C x r, whose
-            first rows are those of the band `base`.
+        run: ``run(tokens, first, stop, base, out)`` adds the products of some bands with a few
+            tokens, as `watersic_kernels.cpu.tiles.digits` writes them, to the sums `out`, M x r,
+            or, without tokens, their codes to `out`, C x r, whose first rows are those of the band
+            `base`.
         x_MN: input.
         orders_and_scales: the row of the weight for each row of the tiles, the same for the
             columns, the row scales and the column scales.
@@ -59,37 +61,61 @@ def linear(
     tokens, rows, columns = len(x_MN), len(row_order_R), len(column_order_C)
     if tokens == 0:
         return x_MN.new_empty(0, len(row_scale_A))
-    x_MC = np.zeros((tokens, -(-columns // GROUP) * GROUP), np.float32)
-    _fold(x_MN.float().numpy(), column_order_C.int().numpy(), col_scale_N.float().numpy(), x_MC)
-    y_MA = torch.zeros(tokens, len(row_scale_A))
-    finish = row_order_R.int().numpy(), row_scale_A.float().numpy(), y_MA.numpy()
+    # padding is behind all rows and columns
+    order_N = column_order_C[: len(col_scale_N)].int()
+    x_MC = torch.zeros(tokens, -(-columns // GROUP) * GROUP)
+    x_MC[:, : len(order_N)] = x_MN.float()[:, order_N] * col_scale_N.float()[order_N]
+    x_MC = x_MC.numpy()
+    order_A = row_order_R[: len(row_scale_A)].long()
+    scale_A = row_scale_A.float()[order_A]
     bands = rows // band
 
     def run_bands(x_MC: np.ndarray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        integers = _integers(x_MC, 2 if x_MN.dtype == torch.float32 else 1)
+
         def part(first: int, last: int) -> None:
-            run(x_MC, start + first, start + last, start, out)
+            run(integers, start + first, start + last, start, out)
 
         _in_parts(part, stop - start, columns * out.shape[1] * max(1, len(x_MC)))
         return out
 
     if tokens <= FUSED_TOKENS:
-        sums_MR = np.zeros((tokens, rows), np.float32)
-        _finish(run_bands(x_MC, 0, bands, sums_MR), 0, *finish)
-        return y_MA.to(x_MN.dtype)
-    step = max(1, SCRATCH_BYTES // (4 * band * columns))
-    for start in range(0, bands, step):
-        stop = min(start + step, bands)
-        codes_Cr = np.zeros((columns, (stop - start) * band), np.float32)
-        run_bands(x_MC[:0], start, stop, codes_Cr)
-        sums_Mr = torch.from_numpy(x_MC[:, :columns]) @ torch.from_numpy(codes_Cr)
-        _finish(sums_Mr.numpy(), start * band, *finish)
-    return y_MA.to(x_MN.dtype)
+        sums_MR = torch.from_numpy(run_bands(x_MC, 0, bands, np.zeros((tokens, rows), np.float32)))
+    else:
+        sums_MR = torch.empty(tokens, rows)
+        step = max(1, SCRATCH_BYTES // (4 * band * columns))
+        for start in range(0, bands, step):
+            stop = min(start + step, bands)
+            codes_Cr = np.zeros((columns, (stop - start) * band), np.float32)
+            run_bands(x_MC[:0], start, stop, codes_Cr)
+            sums_Mr = sums_MR[:, start * band : stop * band]
+            torch.mm(torch.from_numpy(x_MC[:, :columns]), torch.from_numpy(codes_Cr), out=sums_Mr)
+    y_MA = x_MN.new_empty(tokens, len(order_A))
+    y_MA[:, order_A] = (sums_MR[:, : len(order_A)] * scale_A).to(x_MN.dtype)
+    return y_MA
+
+
+def _integers(x_MC: np.ndarray, parts: int) -> tuple[np.ndarray, ...]:
+    """Return tokens as integers of one or two digits; see `watersic_kernels.cpu.tiles.digits`."""
+    tokens, columns = x_MC.shape
+    tiles, vectors = columns // TILE, parts * tokens
+    integers = (
+        np.empty((tiles, vectors, PAIRS), np.int32),
+        np.empty((tiles, vectors), np.int32),
+        np.empty((tiles, vectors), np.float32),
+        np.empty((tokens, columns), np.int64),
+        np.empty((tokens, columns // GROUP), np.float64),
+    )
+    digits(x_MC, *integers)
+    return integers
 
 
 def _in_parts(run: Callable[[int, int], None], bands: int, work: int) -> None:
     """Call ``run(first, stop)`` for parts of the bands, on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1, bands)
-    if threads < 2 or work < ALONE:
+    threads = 1
+    if work >= ALONE:
+        threads = min(torch.get_num_threads(), os.cpu_count() or 1, bands)
+    if threads < 2:
         run(0, bands)
         return
     parts = min(bands, PARTS * threads)
@@ -106,23 +132,3 @@ def _in_parts(run: Callable[[int, int], None], bands: int, work: int) -> None:
     share()
     for other in others:
         other.result()
-
-
-@jit
-def _fold(x_MN, order_C, scale_N, x_MC):
-    """Write the columns of x, multiplied by their scales, in the order of the tiles."""
-    for m in range(len(x_MN)):
-        for c in range(len(order_C)):
-            n = order_C[c]
-            if 0 <= n < len(scale_N):
-                x_MC[m, c] = x_MN[m, n] * scale_N[n]
-
-
-@jit
-def _finish(sums_Mr, first, order_R, scale_A, y_MA):
-    """Write the sums of some rows of the tiles from `first` on, multiplied by their scales."""
-    for m in range(len(sums_Mr)):
-        for r in range(sums_Mr.shape[1]):
-            a = order_R[first + r]
-            if 0 <= a < len(scale_A):
-                y_MA[m, a] = sums_Mr[m, r] * scale_A[a]

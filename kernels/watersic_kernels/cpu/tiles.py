@@ -1,39 +1,49 @@
-"""Tiles of fixed width as values, and their products with tokens, compiled for CPUs.
+"""Tiles of fixed width as values, tokens as integers, and outliers, compiled for CPUs.
 
-Shapes: M = tokens, r = rows of a band, 32 columns of a tile.
+Shapes: M = tokens, D = digits of a token, V = M D, C = columns of all tiles, T = tiles of a band,
+        K = groups of columns, r = rows of a band, 16 pairs of the 32 columns of a tile.
 
-A tile is decoded into bytes in the first-level cache, 32 columns of `ROWS` bytes each, so that the
-lanes of all vector instructions are rows: first the words are spread over planes of bytes, then the
-codes of every column are cut out of two planes, 32 rows per instruction.  The quantizers of a
-trellis follow row by row from words of 32 columns.  In a tile, column ``8 g + j`` is at place
-``4 j + g``: then the same bits of the bytes belong to four columns in a row.
+A tile is decoded into pairs of columns (`watersic_kernels.cpu.vectors`) in the first-level cache.
+The columns of a token are multiplied as integers with a scale per tile: for inputs of 16 bits as
+one digit, of 16 bits as well; for float32 as two digits of 30 bits together.  The largest column of
+a tile takes all of these bits, so that the error is at most 2^-16 or 2^-31 of it.
 
-All loops over rows have constant distances between the columns; otherwise LLVM does not vectorize
-them.  The functions are inlined into the one that calls them, as numba would optimize each of them
-again in all of its callers.  numba compiles a cached function again if its own file changes, not if
-this one does: after changes here, delete its files in `__pycache__`.
+The functions are inlined into the one that calls them, as numba would optimize each of them again
+in all of its callers.  numba compiles a cached function again if its own file changes, not if this
+one does: after changes here, delete its files in `__pycache__`.
 """
 
 import numba
 import numpy as np
-from numpy import float32, float64, int8, int64, uint8, uint32
+from numpy import float32, float64, int32, int64, uint32
+
+from watersic_kernels.cpu.vectors import (
+    LANES,
+    PAIRS,
+    ROWS,
+    add_rows,
+    decode_path_rows,
+    decode_rows,
+)
 
 #: Columns of a tile.
 TILE = 32
-#: Largest number of rows of a tile: the distance of columns and planes in scratch memory.
-ROWS = 128
 #: Columns of a group of outliers.
 GROUP = 256
 #: Largest number of outlier entries of a group: four for every code.
 MOST_ENTRIES = 4 * GROUP * ROWS
-#: Bytes of four columns or planes.
-STEP = 4 * ROWS
+#: Words of a line of the caches, and rows of words by which lines are loaded ahead: the words of a
+#: tile are read in several streams, which processors do not foresee.
+LINE, AHEAD = 16, 8
+#: Largest size of the integers that stand for the columns of a group beside its outliers.
+LARGEST = 1 << 30
+#: Largest digit of a column, the number of bits of the second digit, and half of its range.
+DIGIT, DIGIT_BITS, HALF = 32767, 15, 1 << 14
 
-# by the width of codes, the first bit of code j in its byte, 7 minus that, and that of its pair in
-# `quantizers`: tables, as LLVM would otherwise compute with 64 bits, eight times as slowly
-_SHIFT = (np.arange(9)[:, None] * np.arange(8) & 7).astype(uint8)
-_BACK = 7 - _SHIFT
-_EVEN = np.zeros((9, 1), uint8) + (np.arange(8) & 6).astype(uint8)
+#: Value of the high byte of an outlier entry: a signed digit, and the exponent of its base.
+_OUTLIER_VALUES = np.array(
+    [(byte - 256 * (byte > 127) >> 2) << 5 * (byte & 3) for byte in range(256)]
+)
 
 #: How all functions are compiled.  Products and sums may be fused, but not be reordered.
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
@@ -41,192 +51,178 @@ jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contrac
 inline_jit = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
-@inline_jit
-def spread(words_r, first, byte, width, planes):
-    """Spread the bytes of the words of all rows over planes.
+@jit
+def digits(x_MC, pairs_TVP, sum_TV, scale_TV, fixed_MC, unit_MK):
+    """Write tokens as integers.
 
-    The 32 columns are four groups of eight, and a group of codes of w bits takes w bytes of a row.
-    Byte n of group g goes to plane ``4 n + g``.
+    A tile or group with a value that is not finite gets NaN as its scale.
 
     Args:
-        words_r: a word of every row, uint32.
-        first: number of the first plane of the codes.
-        byte: number of the first byte of the word in its row.
+        x_MC: tokens, float32, columns in the order of the tiles and a multiple of `GROUP`.
+        pairs_TVP: receives the pairs of columns of each tile and digit, int32; the digits of a
+            token, one or two, follow each other, the higher one first.
+        sum_TV: receives the sums of all columns of a tile, int32.
+        scale_TV: receives the units of the digits, float32.
+        fixed_MC: receives the columns as integers of at most `LARGEST`, int64.
+        unit_MK: receives their units for every group of columns, float64.
+    """
+    parts = pairs_TVP.shape[1] // max(1, len(x_MC))
+    whole_32 = np.empty(TILE, int64)
+    for m in range(len(x_MC)):
+        for k in range(unit_MK.shape[1]):
+            columns = slice(k * GROUP, (k + 1) * GROUP)
+            unit_MK[m, k] = _to_integers(x_MC[m, columns], LARGEST, fixed_MC[m, columns])
+        for t in range(len(pairs_TVP)):
+            most = DIGIT if parts == 1 else DIGIT << DIGIT_BITS
+            unit = _to_integers(x_MC[m, t * TILE : (t + 1) * TILE], most, whole_32)
+            for v in range((m + 1) * parts - 1, m * parts - 1, -1):
+                # the last digit first; what it leaves is the one before
+                total = int64(0)
+                for i in range(PAIRS):
+                    c, pair = 8 * (i >> 2) + (i & 3), int64(0)
+                    for shift in (0, 16):
+                        rest = whole_32[c] + HALF >> DIGIT_BITS if v > m * parts else int64(0)
+                        digit = whole_32[c] - (rest << DIGIT_BITS)
+                        pair |= (digit & 0xFFFF) << shift
+                        total += digit
+                        whole_32[c] = rest
+                        c += 4
+                    pairs_TVP[t, v, i] = int32(uint32(pair))
+                sum_TV[t, v], scale_TV[t, v] = total, unit
+                unit *= 1 << DIGIT_BITS
+
+
+@jit
+def _to_integers(x_C, most, whole_C):
+    """Write numbers as integers of at most `most`; return their unit, float64."""
+    size, finite = float64(0), True
+    for c in range(len(x_C)):
+        size = max(size, float64(abs(x_C[c])))
+        finite &= np.isfinite(x_C[c])
+    inverse = most / size if finite and size > 0 else float64(0)
+    for c in range(len(x_C)):
+        whole_C[c] = int64(np.rint(x_C[c] * inverse)) if finite else int64(0)
+    return size / most if finite else np.nan
+
+
+@inline_jit
+def decode_tile(words_Sr, at, width, pairs):
+    """Decode a tile of width 1 or more; return by how much its codes are raised.
+
+    Args:
+        words_Sr: the words of the layer, uint32.
+        at: number of the first row of words of the tile.
         width: bits of a code.
-        planes: receives the bytes, uint8.
+        pairs: receives the pairs of all rows, int32, `ROWS` apart.
     """
-    for i in range(4):
-        group, n = (byte + i) // width, (byte + i) % width
-        start, shift = ROWS * (first + 4 * n + group), uint32(8 * i)
-        out = planes[start : start + ROWS]
-        for r in range(len(words_r)):
-            out[r] = uint8(words_r[r] >> shift)
+    band = words_Sr.shape[1]
+    for r in range(0, band, LANES):
+        decode_rows(words_Sr, at * band + r, band, width, pairs, r)
+    return 1 << width >> 1
 
 
 @inline_jit
-def cut(planes, width, low, tile):
-    """Cut the codes of a tile out of its planes.
+def decode_path_tile(words_Sr, at, width, state_3, quantizer_r, pairs):
+    """Decode a tile of a trellis; return by how much its values are raised.
 
     Args:
-        planes: planes of bytes, uint8.
-        width: bits of a code, from 1 to 8.
-        low: what is added to every code, int8.
-        tile: receives the codes, int8.
+        words_Sr, at, width, pairs: as for `decode_tile`.
+        state_3: state of the trellis before the first row, int32.
+        quantizer_r: scratch memory for a word of every row, uint32.
     """
-    mask = uint8((1 << width) - 1)
-    for j in range(8):
-        # the code may begin in one plane and end in the next
-        shift = uint8(_SHIFT[width, j] & uint8(7))
-        back = uint8(_BACK[width, j] & uint8(7))
-        start = STEP * (j * width >> 3 & 7)
-        for i in range(STEP):
-            code = uint8(planes[start + i] >> shift)
-            code |= uint8(uint8(planes[start + STEP + i] << back) << uint8(1))
-            tile[j * STEP + i] = int8(uint8(code & mask) + low)
+    band = words_Sr.shape[1]
+    quantizers(words_Sr[at], state_3, quantizer_r)
+    for r in range(0, band, LANES):
+        decode_path_rows(words_Sr, at * band + r, band, width, quantizer_r, r, pairs, r)
+    return 2 << max(width - 1, 1)
 
 
 @inline_jit
-def quantizers(parity_r, state_3, words_3r):
-    """Compute the quantizers of all rows of a tile, and pair them with the parities.
+def quantizers(parity_r, state_3, quantizer_r):
+    """Compute the quantizers of all rows of a tile, a bit per column.
 
     Args:
         parity_r: parities of the codes, a bit per column, uint32.
         state_3: the state before the first row, int32.
-        words_3r: receives, uint32, the opposites of the parities, and the pairs of the even and of
-            the odd columns: two bits per column, the quantizer and above it the parity.
+        quantizer_r: receives the quantizers, uint32.
     """
-    quantizer_r, even_r, odd_r = words_3r[0], words_3r[1], words_3r[2]
     this, last, earlier = uint32(state_3[0]), uint32(state_3[1]), uint32(state_3[2])
     for r in range(len(parity_r)):
         quantizer_r[r] = this
         this, last, earlier = uint32(uint32(last ^ earlier) ^ parity_r[r]), this, last
-    low, high = uint32(0x55555555), uint32(0xAAAAAAAA)
-    for r in range(len(parity_r)):
-        p, q = parity_r[r], quantizer_r[r]
-        even_r[r] = uint32(uint32(q & low) | uint32(uint32(p & low) << uint32(1)))
-        odd_r[r] = uint32(uint32(uint32(q & high) >> uint32(1)) | uint32(p & high))
-        quantizer_r[r] = ~p
 
 
 @inline_jit
-def cut_values(planes, pairs, width, tile):
-    """Cut codes without their lowest bits out of planes, and replace them by values of a trellis.
-
-    With k the code and Q the quantizer, ``g = 2 k + Q`` consists of bits that only need to be put
-    together.  The value is g if g is negative, and otherwise ``g - 2 Q``, but at least 0.
+def add_tile(pairs, half, pairs_VP, sum_V, scale_V, sums_MR, start, band):
+    """Add the products of a tile with all tokens to the sums of the rows.
 
     Args:
-        planes: planes of bytes of the codes, uint8.
-        pairs: planes of the quantizers and parities, first of the even and then of the odd columns.
-        width: bits of the codes, at most 6, which are raised by half of their range.
-        tile: receives the values, int8.
+        pairs: the pairs of the tile.
+        half: by how much its values are raised.
+        pairs_VP, sum_V, scale_V: the tokens' columns of this tile; see `digits`.
+        sums_MR: the sums, float32.
+        start: number of the first row of the band.
+        band: rows of the band.
     """
-    zero, half, mask = int8(0), int8(2 << width), uint8((1 << width) - 1)
-    for j in range(8):
-        shift = uint8(_SHIFT[width, j] & uint8(7))
-        back = uint8(_BACK[width, j] & uint8(7))
-        place = uint8(_EVEN[width, j] & uint8(7))
-        start, pair = STEP * (j * width >> 3 & 7), STEP * (j & 1)
-        for i in range(STEP):
-            code = uint8(planes[start + i] >> shift)
-            code |= uint8(uint8(planes[start + STEP + i] << back) << uint8(1))
-            two = uint8(uint8(pairs[pair + i] >> place) & uint8(3))
-            g = int8(int8(uint8(uint8(code & mask) << uint8(2)) | two) - half)
-            twice = int8(uint8(two & uint8(1)) << uint8(1))
-            positive = int8(max(int8(max(g, zero) - twice), zero))
-            tile[j * STEP + i] = int8(min(g, zero) + positive)
+    per_token = len(pairs_VP) // len(sums_MR)
+    for v in range(len(pairs_VP)):
+        first = int32(-half * sum_V[v])
+        to = v // per_token * sums_MR.shape[1] + start
+        for r in range(0, band, LANES):
+            add_rows(pairs, r, pairs_VP, v * PAIRS, first, scale_V[v], sums_MR, to + r)
 
 
 @inline_jit
-def add_product(tile, x_32, sums_r):
-    """Add the products of a tile with the columns of one token to the sums of the rows.
+def store_tile(pairs, half, codes_CR, first, start, band):
+    """Store the values of a tile as decoded codes, float32.
 
     Args:
-        tile: the values of the tile, of an integer type.
-        x_32: the token's columns, float32.
-        sums_r: the sums, float32.
+        pairs: the pairs of the tile.
+        half: by how much its values are raised.
+        codes_CR: receives the values.
+        first: number of the first column of the tile.
+        start: number of the first row of the band.
+        band: rows of the band.
     """
-    for r in range(len(sums_r)):
-        # four sums: the latency of a sum would be longer than the time that its terms take
-        a = x_32[0] * float32(tile[0 * ROWS + r])
-        b = x_32[8] * float32(tile[1 * ROWS + r])
-        c = x_32[16] * float32(tile[2 * ROWS + r])
-        d = x_32[24] * float32(tile[3 * ROWS + r])
-        a += x_32[1] * float32(tile[4 * ROWS + r])
-        b += x_32[9] * float32(tile[5 * ROWS + r])
-        c += x_32[17] * float32(tile[6 * ROWS + r])
-        d += x_32[25] * float32(tile[7 * ROWS + r])
-        a += x_32[2] * float32(tile[8 * ROWS + r])
-        b += x_32[10] * float32(tile[9 * ROWS + r])
-        c += x_32[18] * float32(tile[10 * ROWS + r])
-        d += x_32[26] * float32(tile[11 * ROWS + r])
-        a += x_32[3] * float32(tile[12 * ROWS + r])
-        b += x_32[11] * float32(tile[13 * ROWS + r])
-        c += x_32[19] * float32(tile[14 * ROWS + r])
-        d += x_32[27] * float32(tile[15 * ROWS + r])
-        a += x_32[4] * float32(tile[16 * ROWS + r])
-        b += x_32[12] * float32(tile[17 * ROWS + r])
-        c += x_32[20] * float32(tile[18 * ROWS + r])
-        d += x_32[28] * float32(tile[19 * ROWS + r])
-        a += x_32[5] * float32(tile[20 * ROWS + r])
-        b += x_32[13] * float32(tile[21 * ROWS + r])
-        c += x_32[21] * float32(tile[22 * ROWS + r])
-        d += x_32[29] * float32(tile[23 * ROWS + r])
-        a += x_32[6] * float32(tile[24 * ROWS + r])
-        b += x_32[14] * float32(tile[25 * ROWS + r])
-        c += x_32[22] * float32(tile[26 * ROWS + r])
-        d += x_32[30] * float32(tile[27 * ROWS + r])
-        a += x_32[7] * float32(tile[28 * ROWS + r])
-        b += x_32[15] * float32(tile[29 * ROWS + r])
-        c += x_32[23] * float32(tile[30 * ROWS + r])
-        d += x_32[31] * float32(tile[31 * ROWS + r])
-        sums_r[r] += (a + b) + (c + d)
+    for c in range(TILE):
+        at, shift = ROWS * (4 * (c >> 3) + (c & 3)), int32(16 if c & 4 else 0)
+        codes_r = codes_CR[first + c, start : start + band]
+        for r in range(len(codes_r)):
+            value = int32(int32(pairs[at + r] >> shift) & int32(0xFFFF))
+            codes_r[r] = int32(value - int32(half))
 
 
 @inline_jit
-def store_values(tile, codes_r, column):
-    """Store the values of a column of a tile as decoded codes, float32."""
-    start = ROWS * (4 * (column & 7) + (column >> 3))
-    for r in range(len(codes_r)):
-        codes_r[r] = tile[start + r]
-
-
-@inline_jit
-def outlier_value(entry):
-    """Return the value that an outlier entry, int64, adds to a code."""
-    return (entry >> 10) << 5 * (entry >> 8 & 3)
-
-
-@inline_jit
-def add_outliers(entries_O, first, count_r, x_C, running, sums_r):
+def add_outliers(entries_O, first, stop, count_r, fixed_G, unit, running, sums_r):
     """Add the products of the outliers of one group of columns to the sums of the rows.
 
     Rows have few entries each, and where they end is hard to predict.  Therefore the products of
-    all entries are summed up, and a row's sum is a difference; float64 keeps it exact enough.
+    all entries are summed up, and a row's sum is a difference.  Integers make it exact, even if
+    the running sum overflows.
 
     Args:
         entries_O: the entries of the layer, int16.
-        first: position of the first entry of the group.
+        first, stop: position of the first entry of the group, and of the next group.
         count_r: number of entries of every row.
-        x_C: a token's columns of this group, all `GROUP`, float32.
-        running: scratch memory for `MOST_ENTRIES` + 1 sums, float64.
+        fixed_G: a token's columns of this group as integers, all `GROUP`, int64.
+        unit: their unit, float64.
+        running: scratch memory for `MOST_ENTRIES` + 1 sums, int64.
         sums_r: the sums, float32.
     """
     begin = min(max(int64(first), 0), len(entries_O))
-    entries = 0
+    entries = max(min(int64(stop), len(entries_O), begin + MOST_ENTRIES) - begin, 0)
+    part_O, sums_O = entries_O[begin : begin + entries], running[1:]
+    total = running[0] = int64(0)
+    for i in range(len(part_O)):
+        entry = int64(part_O[i])
+        total += fixed_G[entry & 255] * _OUTLIER_VALUES[entry >> 8 & 255]
+        sums_O[i] = total
+    at, before = 0, int64(0)
     for r in range(len(count_r)):
-        entries += max(int64(count_r[r]), 0)
-    entries = min(entries, len(entries_O) - begin, MOST_ENTRIES)
-    total = running[0] = float64(0)
-    for i in range(entries):
-        entry = int64(entries_O[begin + i])
-        total += float64(x_C[entry & 255] * float32(outlier_value(entry)))
-        running[i + 1] = total
-    at = 0
-    for r in range(len(count_r)):
-        stop = min(at + max(int64(count_r[r]), 0), entries)
-        sums_r[r] += float32(running[stop] - running[at])
-        at = stop
+        at = min(at + max(int64(count_r[r]), 0), entries)
+        now = running[at]
+        sums_r[r] += float32((now - before) * unit)
+        before = now
 
 
 @inline_jit
@@ -244,5 +240,5 @@ def store_outliers(entries_O, first, count_r, codes_CR, start):
         for i in range(at, stop):
             entry = int64(entries_O[i])
             if entry & 255 < len(codes_CR):
-                codes_CR[entry & 255, start + r] += float32(outlier_value(entry))
+                codes_CR[entry & 255, start + r] += float32(_OUTLIER_VALUES[entry >> 8 & 255])
         at = stop

@@ -1,0 +1,288 @@
+"""Vector code that LLVM does not find by itself in loops, as functions for numba's compiled code.
+
+A vector has a lane of 32 bits for each of `LANES` rows.  Most hold a *pair* in every lane: the
+codes of two columns, 16 bits each, so that one instruction multiplies both with the columns of a
+token and adds the products (``vpmaddwd`` on x86).  In a tile, pair ``4 g + j`` has column
+``8 g + j`` in its low half and column ``8 g + j + 4`` in its high half.
+
+All functions are written for any CPU: LLVM cuts the vectors to the size of the machine's registers.
+They read and write what they are told to: numba checks no bounds here.
+"""
+
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+#: Rows of a vector.
+LANES = 8
+#: Pairs of columns of a tile.
+PAIRS = 16
+#: Largest number of rows of a tile: the distance of pairs in scratch memory.
+ROWS = 128
+
+_INT = ir.IntType(32)
+_INTS = ir.VectorType(_INT, LANES)
+_HALVES = ir.VectorType(ir.IntType(16), 2 * LANES)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_AT = ir.IntType(64)
+#: Low halves of one vector and high halves of another.
+_BLEND = ir.Constant(
+    ir.VectorType(_INT, 2 * LANES), [i + 2 * LANES * (i % 2) for i in range(2 * LANES)]
+)
+
+
+class _Code:
+    """Writes vector instructions into the code of a function."""
+
+    def __init__(self, context, builder: ir.IRBuilder, kinds: Sequence, values: Sequence) -> None:
+        self.builder = builder
+        self.values = [
+            context.make_array(kind)(context, builder, value).data
+            if isinstance(kind, types.Array)
+            else value
+            for kind, value in zip(kinds, values, strict=True)
+        ]
+
+    def offset(self, at: ir.Value, step: ir.Value | int, times: int) -> ir.Value:
+        """Return ``at + step * times``."""
+        step = ir.Constant(_AT, step) if isinstance(step, int) else step
+        return self.builder.add(at, self.builder.mul(step, ir.Constant(_AT, times)))
+
+    def address(self, data: ir.Value, at: ir.Value, kind: ir.Type) -> ir.Value:
+        return self.builder.bitcast(self.builder.gep(data, [at]), kind.as_pointer())
+
+    def load(self, data: ir.Value, at: ir.Value, kind: ir.Type = _INTS) -> ir.Value:
+        return self.builder.load(self.address(data, at, kind), align=4)
+
+    def store(self, value: ir.Value, data: ir.Value, at: ir.Value) -> None:
+        self.builder.store(value, self.address(data, at, value.type), align=4)
+
+    def constant(self, value: int) -> ir.Constant:
+        return ir.Constant(_INTS, [value] * LANES)
+
+    def spread(self, value: ir.Value) -> ir.Value:
+        """Return a vector with a value in all lanes."""
+        empty = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+        first = self.builder.insert_element(empty, value, ir.Constant(_INT, 0))
+        return self.builder.shuffle_vector(first, empty, self.constant(0))
+
+    def shift(self, value: ir.Value, right: int) -> ir.Value:
+        """Return a vector shifted to the right, or to the left if `right` is negative."""
+        if right == 0:
+            return value
+        shift = self.builder.lshr if right > 0 else self.builder.shl
+        return shift(value, self.constant(abs(right)))
+
+    def halves(self, value: ir.Value) -> ir.Value:
+        return self.builder.bitcast(value, _HALVES)
+
+    def call(self, name: str, *values: ir.Value, returns: ir.Type = _HALVES) -> ir.Value:
+        """Call a function of LLVM."""
+        kind = ir.FunctionType(returns, [value.type for value in values])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, values)
+
+    def window(self, words: Sequence[ir.Value], bit: int, bits: int, place: int) -> ir.Value:
+        """Return some bits of the words of every row, moved to bit 0 or 16 of the lane.
+
+        The other half of the lane, and the bits above these, are undefined.
+        """
+        word, first = divmod(bit, 32)
+        found = self.shift(words[word], first - place)
+        if first + bits > 32:
+            rest = self.shift(words[word + 1], first - place - 32)
+            found = self.builder.or_(found, rest)
+        return found
+
+    def pairs(self, words: Sequence[ir.Value], width: int, place: int = 0) -> list[ir.Value]:
+        """Return the pairs of codes of a width from the words of the rows, moved to bit `place`."""
+        mask, at_once = self.constant(((1 << width) - 1) * 0x10001 << place), 16 // width
+        found = []
+        for pair in range(PAIRS):
+            j = pair % 4
+            if j % at_once == 0:
+                # of the next columns, as many as fit into 16 bits
+                bits = min(at_once, 4 - j) * width
+                column = 8 * (pair // 4) + j
+                low = self.window(words, column * width, bits, 0)
+                high = self.window(words, (column + 4) * width, bits, 16)
+                both = self.builder.shuffle_vector(self.halves(low), self.halves(high), _BLEND)
+                both = self.builder.bitcast(both, _INTS)
+            moved = self.shift(both, j % at_once * width - place)
+            found.append(self.builder.and_(moved, mask))
+        return found
+
+    def path_pairs(
+        self, words: Sequence[ir.Value], width: int, quantizer: ir.Value
+    ) -> list[ir.Value]:
+        """Return the pairs of values of a trellis, raised by `half_range`.
+
+        With the code k, the quantizer Q and ``h = 2 k`` the value is ``max(h - Q, min(h + Q, 0))``.
+        """
+        parity, *rest = words
+        # codes 0 and -1 of one bit are codes of two, the higher one the opposite of the lower
+        rest = rest or [self.builder.not_(parity)]
+        bits = len(rest)
+        half = ir.Constant(_HALVES, [2 << bits] * 2 * LANES)
+        found = []
+        for high, low, quantizers in zip(
+            self.pairs(rest, bits, 2),
+            self.pairs([parity], 1, 1),
+            self.pairs([quantizer], 1),
+            strict=True,
+        ):
+            h, q = self.halves(self.builder.or_(high, low)), self.halves(quantizers)
+            most = self.call("llvm.smin.v16i16", self.builder.add(h, q), half)
+            value = self.call("llvm.smax.v16i16", self.builder.sub(h, q), most)
+            found.append(self.builder.bitcast(value, _INTS))
+        return found
+
+    def products(self, pair: ir.Value, columns: ir.Value) -> ir.Value:
+        """Return the sums of the products of both halves of two vectors."""
+        wide = ir.VectorType(_INT, 2 * LANES)
+        product = self.builder.mul(
+            self.builder.sext(self.halves(pair), wide),
+            self.builder.sext(self.halves(columns), wide),
+        )
+        low, high = (
+            self.builder.shuffle_vector(
+                product, product, ir.Constant(_INTS, [2 * lane + half for lane in range(LANES)])
+            )
+            for half in range(2)
+        )
+        return self.builder.add(low, high)
+
+
+def _by_width(code: _Code, width: ir.Value, widths: range, store: Callable[[int], None]) -> None:
+    """Write ``store(width)`` for every width, and have one of them executed."""
+    builder = code.builder
+    end = builder.append_basic_block("end")
+    choice = builder.switch(width, end)
+    for number in widths:
+        case = builder.append_basic_block(f"width_{number}")
+        choice.add_case(ir.Constant(width.type, number), case)
+        builder.position_at_end(case)
+        store(number)
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
+@intrinsic
+def decode_rows(typing, words, at, band, width, pairs, to):
+    """Decode `LANES` rows of a tile into pairs of codes, raised by half of their range.
+
+    Args:
+        words: the words of the layer, uint32.
+        at: position of the first word of the rows.
+        band: distance of the words of a row.
+        width: bits of a code, 1 to 8; other widths do nothing.
+        pairs: receives the pairs, int32, `ROWS` apart.
+        to: position of the first pair of the rows.
+    """
+    kinds = words, types.int64, types.int64, types.int64, pairs, types.int64
+
+    def write(context, builder, signature, values):
+        code = _Code(context, builder, signature.args, values)
+        words, at, band, width, pairs, to = code.values
+
+        def store(number: int) -> None:
+            found = [code.load(words, code.offset(at, band, word)) for word in range(number)]
+            for i, pair in enumerate(code.pairs(found, number)):
+                code.store(pair, pairs, code.offset(to, ROWS, i))
+
+        _by_width(code, width, range(1, 9), store)
+        return context.get_dummy_value()
+
+    return types.void(*kinds), write
+
+
+@intrinsic
+def decode_path_rows(typing, words, at, band, width, quantizers, r, pairs, to):
+    """Decode `LANES` rows of a tile into pairs of values of a trellis.
+
+    The values are raised by ``2 << max(1, width - 1)``.
+
+    Args:
+        words, at, band, pairs, to: as for `decode_rows`.
+        width: bits of a code, 1 to 7; other widths do nothing.
+        quantizers: quantizers of the rows of the tile, a bit per column, uint32.
+        r: the first row.
+    """
+    kinds = words, types.int64, types.int64, types.int64, quantizers, types.int64, pairs
+    kinds = *kinds, types.int64
+
+    def write(context, builder, signature, values):
+        code = _Code(context, builder, signature.args, values)
+        words, at, band, width, quantizers, r, pairs, to = code.values
+
+        def store(number: int) -> None:
+            found = [code.load(words, code.offset(at, band, word)) for word in range(number)]
+            quantizer = code.load(quantizers, r)
+            for i, pair in enumerate(code.path_pairs(found, number, quantizer)):
+                code.store(pair, pairs, code.offset(to, ROWS, i))
+
+        _by_width(code, width, range(1, 8), store)
+        return context.get_dummy_value()
+
+    return types.void(*kinds), write
+
+
+@intrinsic
+def add_rows(typing, pairs, r, columns, at, start, scale, sums, to):
+    """Add the products of `LANES` rows of a tile with the columns of a token to sums.
+
+    The sums of one tile are integers, and exact.
+
+    Args:
+        pairs: the pairs of the tile, int32, `ROWS` apart.
+        r: the first row.
+        columns: pairs of columns of tokens, int32.
+        at: position of the first of the `PAIRS` pairs of this token and tile.
+        start: what is added to the products, int32.
+        scale: unit of the columns, float32.
+        sums: the sums, float32.
+        to: position of the first sum.
+    """
+    kinds = pairs, types.int64, columns, types.int64, types.int32, types.float32, sums, types.int64
+
+    def write(context, builder, signature, values):
+        code = _Code(context, builder, signature.args, values)
+        pairs, r, columns, at, start, scale, sums, to = code.values
+        # two sums: the latency of a sum would be longer than the time that its terms take
+        totals = [code.spread(start), code.constant(0)]
+        for i in range(PAIRS):
+            column = code.load(columns, code.offset(at, 1, i), _INT)
+            pair = code.load(pairs, code.offset(r, ROWS, i))
+            totals[i % 2] = builder.add(totals[i % 2], code.products(pair, code.spread(column)))
+        total = builder.sitofp(builder.add(*totals), _FLOATS)
+        scaled = builder.fmul(total, code.spread(scale), flags=("contract",))
+        before = code.load(sums, to, _FLOATS)
+        code.store(builder.fadd(before, scaled, flags=("contract",)), sums, to)
+        return context.get_dummy_value()
+
+    return types.void(*kinds), write
+
+
+@intrinsic
+def prefetch(typing, words, at):
+    """Have a line of memory loaded into the caches; the position need not be in the array.
+
+    Args:
+        words: an array of 4-byte numbers.
+        at: a position.
+    """
+    kinds = words, types.int64
+
+    def write(context, builder, signature, values):
+        code = _Code(context, builder, signature.args, values)
+        words, at = code.values
+        # for reading, into all caches, data
+        options = [ir.Constant(_INT, value) for value in (0, 3, 1)]
+        address = code.address(words, at, ir.IntType(8))
+        code.call("llvm.prefetch.p0", address, *options, returns=ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(*kinds), write
