@@ -18,10 +18,12 @@ from watersic_hf.codec import decode
 from watersic_hf.core import (
     LayerSettings,
     Moments,
+    ProjectedMoments,
     column_deviations,
     column_profile,
     quantize_tall,
     quantize_weight,
+    quantize_wide,
     to_smallest_dtype,
 )
 from watersic_hf.nn import block_step, path_search
@@ -31,7 +33,7 @@ from watersic_hf.streams.processes import gather, rank_and_size, shard
 
 logger = logging.getLogger(__name__)
 
-LayerMoments = Moments | Callable[[str], Moments] | None
+LayerMoments = Moments | Callable[[str], Moments | ProjectedMoments] | None
 """Moments of the input of layers; or a function that returns those of one layer by its name; or
 None if the layers are finished, so that none are needed."""
 
@@ -44,7 +46,7 @@ class LayerTask:
     """Full name of the layer."""
     weight_AN: Tensor
     """Dense weight."""
-    moments: Moments
+    moments: Moments | ProjectedMoments
     """Second moments of its input."""
     bits: float
     """Bits per weight to spend."""
@@ -91,7 +93,9 @@ def quantize_and_pack(
     name, weight_AN, moments = task.name, task.weight_AN, task.moments
     rows, columns = weight_AN.shape
     quantize = quantize_tall
-    if not task.is_vocabulary:
+    if isinstance(moments, ProjectedMoments):
+        quantize = functools.partial(quantize_wide, octaves=task.octaves)
+    elif not task.is_vocabulary:
         quantize = functools.partial(quantize_weight, octaves=task.octaves)
     quantized = quantize(
         weight_AN,
