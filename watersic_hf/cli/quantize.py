@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from watersic_hf.checkpoint import (
     CheckReport,
@@ -25,6 +25,9 @@ from watersic_hf.cli.options import (
 from watersic_hf.cli.output import print_json, print_table
 from watersic_hf.integration import WaterSICConfig
 from watersic_hf.integration.settings import SET_OPTION, Setting, settings_of
+
+if TYPE_CHECKING:
+    from watersic_hf.integration.plan import Plan
 
 #: Options that are parsed otherwise than as a plain value.
 _PARSED = {
@@ -256,6 +259,7 @@ def _estimate(arguments: argparse.Namespace, config: WaterSICConfig) -> None:
         config,
         dtype=arguments.dtype,
         processes=arguments.processes,
+        folder=arguments.out,
         device=compute_device(arguments.device_map),
         **source_options(arguments),
     )
@@ -278,6 +282,27 @@ def _estimate(arguments: argparse.Namespace, config: WaterSICConfig) -> None:
     print(
         f"\nEstimated from rates that were measured on {found.rates.machine}; expect deviations of "
         f"up to a factor of two."
+    )
+    print(f"\n{_fit(found)}")
+
+
+def _fit(found: "Plan") -> str:
+    """Return whether a run fits this machine, and what to change if it does not."""
+    needed = found.processes * sum(found.memory.values()), sum(found.disk.values())
+    text = (
+        f"This machine has {found.free_memory / 1e9:.1f} GB of free memory and "
+        f"{found.free_disk / 1e9:.1f} GB of free disk; the run takes at most "
+        f"{needed[0] / 1e9:.1f} GB and {needed[1] / 1e9:.1f} GB"
+    )
+    if found.fits:
+        return f"{text}, so it fits."
+    proposal = found.proposal
+    if proposal is None:
+        return f"{text}. No settings make it fit; use a machine with more."
+    return (
+        f"{text}, which does not fit. It fits with {proposal.options}: "
+        f"{proposal.processes * proposal.memory / 1e9:.1f} GB of memory, "
+        f"{proposal.disk / 1e9:.1f} GB of disk, {proposal.seconds / 3600:.1f} hours."
     )
 
 
