@@ -57,16 +57,16 @@ def test_a_70b_model_is_planned_from_its_configuration(folder):
     assert found.disk["hidden states, before and behind a block"] == states
 
 
-def test_processes_share_the_time_and_not_the_memory(folder):
+def test_processes_share_the_time_and_not_the_memory(short):
     config = WaterSICConfig(bits=3.0, dataset="pydoc")
 
-    one, four = plan(folder, config), plan(folder, config, processes=4)
+    one, four = plan(short, config), plan(short, config, processes=4)
 
     assert sum(four.seconds.values()) < 0.6 * sum(one.seconds.values())
     assert four.memory["a block, dense and quantized"] == one.memory["a block, dense and quantized"]
 
 
-def test_plan_counts_active_experts_only(folder, tmp_path):
+def test_plan_counts_active_experts_only(short, tmp_path):
     sizes = {k: v for k, v in LLAMA_70B.items() if k != "architectures"} | {
         "num_hidden_layers": 2,
         "num_local_experts": 16,
@@ -86,11 +86,11 @@ def test_plan_counts_active_experts_only(folder, tmp_path):
     assert found.seconds["both models, block by block"] == pytest.approx(1e-14 * passes * used)
 
 
-def test_disabled_settings_add_no_cost(folder):
+def test_disabled_settings_add_no_cost(short):
     simple = {"drift": 0, "residual": False, "allocation": "uniform", "row_importance": False}
 
-    full = plan(folder, WaterSICConfig(bits=3.0, dataset="pydoc"))
-    plain = plan(folder, WaterSICConfig(bits=3.0, dataset="pydoc", **simple))
+    full = plan(short, WaterSICConfig(bits=3.0, dataset="pydoc"))
+    plain = plan(short, WaterSICConfig(bits=3.0, dataset="pydoc", **simple))
 
     assert (
         plain.disk["hidden states, before and behind a block"]
@@ -99,9 +99,9 @@ def test_disabled_settings_add_no_cost(folder):
     assert sum(plain.memory.values()) < sum(full.memory.values())
 
 
-def test_plan_counts_quantized_head_with_its_own_bits(folder):
-    dense = plan(folder, WaterSICConfig(bits=3.0))
-    found = plan(folder, WaterSICConfig(bits=3.0, quantize_head=4.0))
+def test_plan_counts_quantized_head_with_its_own_bits(short):
+    dense = plan(short, WaterSICConfig(bits=3.0))
+    found = plan(short, WaterSICConfig(bits=3.0, quantize_head=4.0))
 
     table = 128256 * 8192
     saved = dense.disk["the quantized model"] - found.disk["the quantized model"]
@@ -109,8 +109,8 @@ def test_plan_counts_quantized_head_with_its_own_bits(folder):
     assert sum(found.seconds.values()) > sum(dense.seconds.values())
 
 
-def test_without_data_there_are_no_hidden_states_and_nothing_runs(folder):
-    found = plan(folder, WaterSICConfig(bits=3.0))
+def test_without_data_there_are_no_hidden_states_and_nothing_runs(short):
+    found = plan(short, WaterSICConfig(bits=3.0))
 
     assert found.tokens == found.disk["hidden states, before and behind a block"] == 0
     assert [what for what, seconds in found.seconds.items() if seconds] == ["quantizing"]

@@ -26,9 +26,9 @@ PASSES = 2.5
 #: Float64 matrices that are alive at a time while a layer is quantized, besides its moments:
 #: square ones of its inputs, and ones of the shape of its weight.
 SQUARES, WEIGHTS = 3, 6
-#: Bytes per weight of a wide layer while its scales are fitted: the linear term, the residual in
-#: float32, and the codes of some runs; and rows that are converted to float64 at a time.
-WIDE_BYTES, WIDE_ROWS = 8 + 4 + 3, 3 * 2048
+#: Bytes per weight of a wide layer while its scales are fitted, besides the residual: the linear
+#: term, and the codes of some runs; and rows that are converted to float64 at a time.
+WIDE_BYTES, WIDE_ROWS = 8 + 3, 3 * 2048
 
 
 @dataclass(kw_only=True)
@@ -142,7 +142,8 @@ class RunSizes:
         squares, weights = columns * columns, rows * columns
         if self.tokens and is_wide(rows, columns):
             # the moment, and the Gram matrix of the scales
-            return 16 * squares + WIDE_BYTES * weights + 8 * WIDE_ROWS * columns
+            residual = 4 * (self.settings.residual and self.settings.two_streams)
+            return 16 * squares + (WIDE_BYTES + residual) * weights + 8 * WIDE_ROWS * columns
         if not self.tokens:
             # the identity covariance is a diagonal
             return 8 * WEIGHTS * weights

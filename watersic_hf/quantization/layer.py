@@ -29,7 +29,7 @@ from watersic_hf.core import (
 from watersic_hf.nn import block_step, path_search
 from watersic_hf.quantization.budget import Budget, row_importance, sensitive_targets
 from watersic_hf.quantization.journal import Journal
-from watersic_hf.streams.processes import gather, rank_and_size, shard
+from watersic_hf.streams.processes import gather, rank_and_size, shard_by_cost
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,12 @@ def _kind_of(name: str) -> tuple[str, str]:
     return location.stack, location.kind
 
 
+def _work(shape: tuple[int, int]) -> int:
+    """Return the products that it takes to quantize a layer, up to a factor."""
+    rows, columns = shape
+    return (rows + columns) * columns**2
+
+
 class LayerQuantizer:
     """Quantizes the layers of one model, one after another, within one budget.
 
@@ -264,7 +270,7 @@ class LayerQuantizer:
         # processes work at the same time, so what one layer saves goes to later groups only
         bits = {name: self.budget.bits_for(name) for name in weights}
         done = {}
-        for name in shard(list(weights)):
+        for name in shard_by_cost(list(weights), lambda name: _work(weights[name].shape)):
             layer = self._quantize_or_load(name, weights[name], moments, bits[name])
             done[name] = layer.packed, layer.report
         gathered = {name: result for part in gather(done) for name, result in part.items()}
