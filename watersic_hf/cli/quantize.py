@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from watersic_hf.integration.settings import SET_OPTION, Setting, settings_of
 
 if TYPE_CHECKING:
     from watersic_hf.integration.plan import Plan
+    from watersic_hf.integration.sizes import Outlook
 
 #: Options that are parsed otherwise than as a plain value.
 _PARSED = {
@@ -125,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             device_map=arguments.device_map,
             max_shard_size=arguments.max_shard_size,
+            announce=_announce,
             **source_options(arguments),
         )
         if rank_and_size()[0] > 0:
@@ -143,6 +146,36 @@ def run(arguments: argparse.Namespace) -> None:
             f"token, and {check.kl_expected:.2f} is expected. Layers that stand out: {layers}. "
             f"Please report this, with {arguments.out}/{REPORT_FILE}."
         )
+
+
+def _announce(outlook: "Outlook") -> None:
+    """Say on stderr what the run calibrates on, how long it takes, and what else is possible."""
+    times = {windows: _duration(seconds) for windows, seconds in outlook.seconds.items()}
+    if outlook.dataset is None:
+        text = (
+            f"Quantizing without calibration data, which takes about {times[0]}. With it, as with "
+            f"--dataset pydoc, the model is much better."
+        )
+    else:
+        others = " and ".join(
+            f"about {time} with --samples {windows}"
+            for windows, time in times.items()
+            if windows != outlook.windows
+        )
+        text = (
+            f"Calibrating on {outlook.dataset}: {outlook.windows} windows of {outlook.length:,} "
+            f"tokens, {outlook.windows * outlook.length:,} tokens. The run takes about "
+            f"{times[outlook.windows]}; {others}. More text makes the model better, less makes the "
+            f"run faster; --dataset none takes no text at all."
+        )
+    print(text, file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the unit in which it is easiest to read."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _check(arguments: argparse.Namespace) -> CheckReport | None:

@@ -20,7 +20,7 @@ from watersic_hf.nn import block_step, path_search
 SIZES, TOKENS = (512, 1024), 512
 #: Seconds that each rate is measured for at least, in so many rounds.  Other processes slow a
 #: machine down for a while; the median over some seconds is what a run will see.
-LEAST_SECONDS, LEAST_ROUNDS = 2.0, 5
+LEAST_SECONDS, ROUNDS = 2.0, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,21 @@ class Rates:
         return work + (rows + columns) / 2 * columns**2 * self.product
 
 
-def measure_rates(dtype: torch.dtype, device: torch.device | str, lattice: str) -> Rates:
-    """Measure how fast one process on this machine is, with a lattice of `LATTICES`."""
+def measure_rates(
+    dtype: torch.dtype,
+    device: torch.device | str,
+    lattice: str,
+    *,
+    seconds: float = LEAST_SECONDS,
+) -> Rates:
+    """Measure how fast one process on this machine is.
+
+    Args:
+        dtype: dtype of the model.
+        device: device that computes.
+        lattice: one of `LATTICES`.
+        seconds: seconds for each of the four measurements; default: `LEAST_SECONDS`.
+    """
     g = torch.Generator().manual_seed(0)
     small, large = SIZES
     x_TN = torch.randn(TOKENS, large, generator=g).to(device, dtype)
@@ -76,6 +89,7 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str, lattice: str) 
             lambda: quantize(large),
         ],
         device,
+        seconds,
     )
     # seconds = weight n^2 + product n^3
     per_weight = [seconds / size**2 for seconds, size in zip(layers, SIZES, strict=True)]
@@ -90,24 +104,24 @@ def measure_rates(dtype: torch.dtype, device: torch.device | str, lattice: str) 
 
 
 def _median_seconds(
-    work: Sequence[Callable[[], object]], device: torch.device | str
+    work: Sequence[Callable[[], object]], device: torch.device | str, seconds: float
 ) -> list[float]:
     """Return the median seconds of calls of every piece of work.
 
     They are called in turn, so that what else the machine does slows all of them down alike.
     """
-    seconds: list[list[float]] = [[] for _ in work]
+    rounds: list[list[float]] = [[] for _ in work]
     for call in work:
         # compiles and loads what it needs
         call()
-    for _ in range(LEAST_ROUNDS):
-        for call, found in zip(work, seconds, strict=True):
+    for _ in range(ROUNDS):
+        for call, found in zip(work, rounds, strict=True):
             start, calls = time.perf_counter(), 0
             # a call of a millisecond would be timed between two slices of another process
-            while calls == 0 or time.perf_counter() - start < LEAST_SECONDS / LEAST_ROUNDS:
+            while calls == 0 or time.perf_counter() - start < seconds / ROUNDS:
                 call()
                 calls += 1
                 if torch.device(device).type == "cuda":
                     torch.cuda.synchronize(device)
             found.append((time.perf_counter() - start) / calls)
-    return [statistics.median(found) for found in seconds]
+    return [statistics.median(found) for found in rounds]

@@ -4,13 +4,15 @@ Shapes: A = out_features, N = in_features.
 Units:  bytes and seconds.
 """
 
+import copy
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
 
+from watersic_hf.calibration import describe
 from watersic_hf.checkpoint.report import resident_bytes
 from watersic_hf.core import ROWS_PER_BAND, is_wide
 from watersic_hf.integration.config import WaterSICConfig
@@ -191,6 +193,34 @@ class RunSizes:
             "moments": rates.moments * squares * self.tokens / self.processes,
             "quantizing": sum(split) + sum(vocabulary),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a run calibrates on, and how long it takes with that and with other amounts of text."""
+
+    dataset: str | None
+    """Name of the calibration set; None: the model is quantized without data."""
+    windows: int
+    length: int
+    """Tokens of a window."""
+    seconds: dict[int, float]
+    """Estimated seconds of the run, by number of windows."""
+
+    @classmethod
+    def of(cls, sizes: RunSizes, rates: Rates, windows: int) -> "Outlook":
+        """Return the outlook of a run on so many windows, with a quarter and four times as many."""
+        seconds = {}
+        for count in sorted({max(1, windows // 4), windows, 4 * windows}) if windows else [0]:
+            config = copy.copy(sizes.config)
+            config.samples = count
+            seconds[count] = sum(replace(sizes, config=config).seconds(rates).values())
+        return cls(
+            dataset=describe(sizes.config.dataset),
+            windows=windows,
+            length=sizes.length,
+            seconds=seconds,
+        )
 
 
 def _moment_products(shapes: list[tuple[int, int]]) -> float:
