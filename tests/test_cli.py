@@ -36,6 +36,23 @@ def test_quantize_writes_weights_config_tokenizer_card_and_page(quantized, capsy
     assert (quantized / "report.html").read_text("utf-8").count("<svg") == 4
 
 
+def test_quantize_says_what_it_calibrates_on(llama_folder, tmp_path, capsys):
+    options = ("--samples", 4, "--sequence-length", 32, "--no-check")
+    assert run("quantize", llama_folder, tmp_path / "q", *options) == 0
+    text = capsys.readouterr().err
+
+    assert "Calibrating on pydoc: 4 windows of 32 tokens, 128 tokens." in text
+    assert "with --samples 1 and about" in text
+    assert "with --samples 16" in text
+
+
+def test_quantize_says_that_it_uses_no_data(llama_folder, tmp_path, capsys):
+    options = ("--dataset", "none", "--no-check")
+    assert run("quantize", llama_folder, tmp_path / "q", *options) == 0
+
+    assert "Quantizing without calibration data" in capsys.readouterr().err
+
+
 def test_set_changes_any_other_setting(llama_folder, tmp_path, capsys):
     options = ["--dataset=none", "--set=allocation=uniform", "--set=drift=0", "--set=mixing=true"]
 

@@ -93,9 +93,9 @@ def test_layers_that_share_inputs_are_whitened_once(make_llama, monkeypatch):
     model = make_llama()
     named, of = [], Whitening.of
 
-    def whitening(moments, damping, *, name):
+    def whitening(moments, damping, *, name, in_place):
         named.append(name.removeprefix("model.layers.0."))
-        return of(moments, damping, name=name)
+        return of(moments, damping, name=name, in_place=in_place)
 
     monkeypatch.setattr(Whitening, "of", whitening)
 
@@ -172,3 +172,17 @@ def test_columns_below_the_distortion_level_cost_nothing():
     # one of four columns is above the level: one bit per weight is four bits for that column
     a, b = (2 * moved[k][1] - targets[k][1] - SHAPING_LOSS for k in "ab")
     assert 4 * a == pytest.approx(b)
+
+
+def test_wide_layers_have_the_same_sensitivities(make_llama, monkeypatch):
+    from watersic_hf.core import projected
+
+    expected = sensitivities(make_llama(), windows())
+    monkeypatch.setattr(projected, "WIDE", 2)
+
+    found = sensitivities(make_llama(), windows())
+
+    for name, sensitivity in expected.items():
+        for field in ("row_power_A", "variance_N"):
+            pair = getattr(found[name], field), getattr(sensitivity, field)
+            torch.testing.assert_close(*pair, rtol=1e-9, atol=0)

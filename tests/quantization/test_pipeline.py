@@ -135,3 +135,24 @@ def test_report_of_a_layer_holds_the_bits_of_its_columns(make_llama):
     assert theory < spent < 4.0
     assert spent == pytest.approx(theory + SHAPING_LOSS, abs=0.3)
     assert sum(layer.profile.histogram) == 64
+
+
+@pytest.mark.parametrize("drift", [0.5, 0.0])
+def test_wide_layers_are_quantized_as_any_other(make_llama, monkeypatch, drift):
+    from watersic_hf.core import projected
+
+    names = [f"model.layers.{i}.mlp.{p}_proj" for i in range(2) for p in ("up", "down")]
+    settings = CalibrationSettings(drift=drift)
+    expected, found = make_llama(), make_llama()
+    run(expected, names, length=128, settings=settings)
+
+    # down_proj has more inputs than up_proj, and fewer outputs than inputs
+    monkeypatch.setattr(projected, "WIDE", 65)
+    quantizer = run(found, names, length=128, settings=settings)
+
+    for name in names:
+        weights = [model.get_submodule(name).dequantize().weight for model in (expected, found)]
+        torch.testing.assert_close(
+            *weights, rtol=0.05, atol=0.05 * float(weights[0].detach().std())
+        )
+    assert [report.name for report in quantizer.reports] == names

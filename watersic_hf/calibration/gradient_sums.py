@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from watersic_hf.calibration.experts import effective_pool_fraction, pool_indices
 from watersic_hf.calibration.moments import moments_of
-from watersic_hf.core import Moments, Whitening
+from watersic_hf.core import Moments, Whitening, is_wide
 from watersic_hf.nn import SeparateExperts
 from watersic_hf.streams.processes import gather
 
@@ -63,6 +63,11 @@ class SharedInputGradients:
         """Number of tokens; those of all processes once they are combined."""
         return sum(map(len, self.inputs))
 
+    @property
+    def cost(self) -> int:
+        """Products that `results` takes, up to a factor."""
+        return _whitening_products(self.tokens, self.layers[0].module.in_features)
+
     def combine(self) -> None:
         """Add the inputs and gradients of the other processes."""
         self.inputs = list(itertools.chain(*gather(self.inputs)))
@@ -79,7 +84,12 @@ class SharedInputGradients:
             names: full names, by name within the block.
         """
         x_TN = torch.cat(self.inputs)
-        whitening = Whitening.of(moments_of(x_TN), damping, name=names[self.layers[0].name])
+        whitening = Whitening.of(
+            moments_of(x_TN),
+            damping,
+            name=names[self.layers[0].name],
+            in_place=is_wide(0, x_TN.shape[1]),
+        )
         leverage_T = whitening.leverages(x_TN)
         return {
             names[layer.name]: (
@@ -88,6 +98,11 @@ class SharedInputGradients:
             )
             for layer in self.layers
         }
+
+
+def _whitening_products(tokens: int, columns: int) -> int:
+    """Return the products for moments, their factor and the leverages, up to a factor."""
+    return (tokens + columns) * columns**2
 
 
 def group_by_input(layers: Sequence[LayerGradients]) -> list[SharedInputGradients]:
@@ -228,6 +243,13 @@ class ExpertMatrix:
     def tokens(self) -> int:
         """Number of tokens of all experts; those of all processes once they are combined."""
         return self.sums.slots
+
+    @property
+    def cost(self) -> int:
+        """Products that `results` takes, up to a factor; the pool is not counted."""
+        own = sum(map(len, self.sums.inputs[self.expert]))
+        columns = self.sums.experts.packed[self.expert][self.matrix].in_features
+        return _whitening_products(own, columns)
 
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add the input of one call and the gradient at its output."""

@@ -3,12 +3,19 @@
 Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = in_features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from watersic_hf.core import CalibrationError, MomentAccumulator, Moments
+from watersic_hf.core import (
+    CalibrationError,
+    MomentAccumulator,
+    Moments,
+    ProjectedAccumulator,
+    ProjectedMoments,
+)
 from watersic_hf.streams.hooks import BlockView, group_record
 from watersic_hf.streams.processes import all_reduce_sum
 from watersic_hf.streams.topology import InputGroup
@@ -55,27 +62,77 @@ def group_moments(
         )
 
     plain, weighted = accumulator(), None if importance is None else accumulator()
-    try:
-        for batch in range(working.batches):
-            x = group_record(working, group, batch)
-            drifted, residual_TA = None, None
-            if original is not None:
-                x, drifted = group_record(original, group, batch), x
-            if residual:
-                wide = torch.promote_types(x.residual.dtype, torch.float32)
-                residual_TA = x.residual.to(wide) - drifted.residual.to(wide)
-            for call, x_TN in enumerate(x.inputs):
-                streams = (x_TN, None if drifted is None else drifted.inputs[call])
-                plain.add(*streams, residual_TA=residual_TA)
-                if weighted is not None:
-                    weight_T = importance[batch].to(x_TN.device)
-                    weighted.add(*streams, residual_TA=residual_TA, weight_T=weight_T)
-    except CalibrationError as error:
-        raise CalibrationError(f"{name}.{group.layers[0]}: {error}") from error
+    with _errors_of(name, group):
+        for batch, streams, residual_TA in _streams(working, original, group, residual):
+            plain.add(*streams, residual_TA=residual_TA)
+            if weighted is not None:
+                weight_T = importance[batch].to(streams[0].device)
+                weighted.add(*streams, residual_TA=residual_TA, weight_T=weight_T)
     for sums in (plain, weighted):
         if sums is not None:
             sums.combine(all_reduce_sum)
     return plain.result(), None if weighted is None else weighted.result()
+
+
+def projected_moments(
+    working: BlockView,
+    group: InputGroup,
+    *,
+    name: str,
+    drift: float,
+    original: BlockView | None = None,
+    residual: bool = False,
+) -> dict[str, ProjectedMoments]:
+    """Return the moments of a group of layers that `is_wide`, by name within the block.
+
+    Args:
+        working, group, name, original, residual: as for `group_moments`.
+        drift: fraction of the drift of the input that the layers compensate for.
+
+    Raises:
+        CalibrationError: the inputs are not finite; the message names the layer.
+    """
+    residual = residual and group.residual is not None
+    sums = ProjectedAccumulator(
+        {layer: working.block.get_submodule(layer).weight for layer in group.layers},
+        drift=None if original is None else drift,
+        residual=residual,
+        device=next(working.block.parameters()).device,
+    )
+    with _errors_of(name, group):
+        for _, streams, residual_TA in _streams(working, original, group, residual):
+            sums.add(*streams, residual_TA=residual_TA)
+    sums.combine(all_reduce_sum)
+    return sums.result()
+
+
+@contextmanager
+def _errors_of(name: str, group: InputGroup) -> Iterator[None]:
+    """Have errors of the calibration name the layer."""
+    try:
+        yield
+    except CalibrationError as error:
+        raise CalibrationError(f"{name}.{group.layers[0]}: {error}") from error
+
+
+def _streams(
+    working: BlockView, original: BlockView | None, group: InputGroup, residual: bool
+) -> Iterator[tuple[int, tuple[Tensor, Tensor | None], Tensor | None]]:
+    """Yield, for every call of the group, the number of the batch and what reaches the group.
+
+    That is its input in the original model and, if two models run, that in the other one; and the
+    error of the residual stream if that is wanted.
+    """
+    for batch in range(working.batches):
+        x = group_record(working, group, batch)
+        drifted, residual_TA = None, None
+        if original is not None:
+            x, drifted = group_record(original, group, batch), x
+        if residual:
+            wide = torch.promote_types(x.residual.dtype, torch.float32)
+            residual_TA = x.residual.to(wide) - drifted.residual.to(wide)
+        for call, x_TN in enumerate(x.inputs):
+            yield batch, (x_TN, None if drifted is None else drifted.inputs[call]), residual_TA
 
 
 def moments_of(x_SN: Tensor, drifted_SN: Tensor | None = None) -> Moments:

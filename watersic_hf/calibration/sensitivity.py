@@ -41,7 +41,7 @@ from watersic_hf.core import CalibrationError, not_finite
 from watersic_hf.streams.batches import States, model_inputs
 from watersic_hf.streams.blocks import RESIDENT, ResidentBlocks
 from watersic_hf.streams.hooks import BlockView
-from watersic_hf.streams.processes import gather, rank_and_size, shard
+from watersic_hf.streams.processes import gather, rank_and_size, shard_by_cost
 from watersic_hf.streams.progress import progress_bar
 from watersic_hf.streams.stacks import PassedStack, RunnableStack, bypass_stacks, runnable_stacks
 from watersic_hf.streams.stream import block_stream
@@ -235,8 +235,11 @@ class _StackMeasurement:
         for unit in units:
             unit.combine()
         reached = [unit for unit in units if unit.tokens]
-        # the results of a shard of them are computed here, and exchanged
-        own = [unit.results(self.damping, full_names) for unit in shard(reached)]
+        # the results of some of them are computed here, and exchanged
+        own = [
+            unit.results(self.damping, full_names)
+            for unit in shard_by_cost(reached, lambda unit: unit.cost)
+        ]
         return {
             layer: Sensitivity(row_power_A=power_A, variance_N=variance_N)
             for results in itertools.chain(*gather(own))

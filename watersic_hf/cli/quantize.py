@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from watersic_hf.checkpoint import (
     CheckReport,
@@ -25,6 +26,10 @@ from watersic_hf.cli.options import (
 from watersic_hf.cli.output import print_json, print_table
 from watersic_hf.integration import WaterSICConfig
 from watersic_hf.integration.settings import SET_OPTION, Setting, settings_of
+
+if TYPE_CHECKING:
+    from watersic_hf.integration.plan import Plan
+    from watersic_hf.integration.sizes import Outlook
 
 #: Options that are parsed otherwise than as a plain value.
 _PARSED = {
@@ -122,6 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             device_map=arguments.device_map,
             max_shard_size=arguments.max_shard_size,
+            announce=_announce,
             **source_options(arguments),
         )
         if rank_and_size()[0] > 0:
@@ -140,6 +146,36 @@ def run(arguments: argparse.Namespace) -> None:
             f"token, and {check.kl_expected:.2f} is expected. Layers that stand out: {layers}. "
             f"Please report this, with {arguments.out}/{REPORT_FILE}."
         )
+
+
+def _announce(outlook: "Outlook") -> None:
+    """Say on stderr what the run calibrates on, how long it takes, and what else is possible."""
+    times = {windows: _duration(seconds) for windows, seconds in outlook.seconds.items()}
+    if outlook.dataset is None:
+        text = (
+            f"Quantizing without calibration data, which takes about {times[0]}. With it, as with "
+            f"--dataset pydoc, the model is much better."
+        )
+    else:
+        others = " and ".join(
+            f"about {time} with --samples {windows}"
+            for windows, time in times.items()
+            if windows != outlook.windows
+        )
+        text = (
+            f"Calibrating on {outlook.dataset}: {outlook.windows} windows of {outlook.length:,} "
+            f"tokens, {outlook.windows * outlook.length:,} tokens. The run takes about "
+            f"{times[outlook.windows]}; {others}. More text makes the model better, less makes the "
+            f"run faster; --dataset none takes no text at all."
+        )
+    print(text, file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the unit in which it is easiest to read."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _check(arguments: argparse.Namespace) -> CheckReport | None:
@@ -256,6 +292,7 @@ def _estimate(arguments: argparse.Namespace, config: WaterSICConfig) -> None:
         config,
         dtype=arguments.dtype,
         processes=arguments.processes,
+        folder=arguments.out,
         device=compute_device(arguments.device_map),
         **source_options(arguments),
     )
@@ -278,6 +315,27 @@ def _estimate(arguments: argparse.Namespace, config: WaterSICConfig) -> None:
     print(
         f"\nEstimated from rates that were measured on {found.rates.machine}; expect deviations of "
         f"up to a factor of two."
+    )
+    print(f"\n{_fit(found)}")
+
+
+def _fit(found: "Plan") -> str:
+    """Return whether a run fits this machine, and what to change if it does not."""
+    needed = found.processes * sum(found.memory.values()), sum(found.disk.values())
+    text = (
+        f"This machine has {found.free_memory / 1e9:.1f} GB of free memory and "
+        f"{found.free_disk / 1e9:.1f} GB of free disk; the run takes at most "
+        f"{needed[0] / 1e9:.1f} GB and {needed[1] / 1e9:.1f} GB"
+    )
+    if found.fits:
+        return f"{text}, so it fits."
+    proposal = found.proposal
+    if proposal is None:
+        return f"{text}. No settings make it fit; use a machine with more."
+    return (
+        f"{text}, which does not fit. It fits with {proposal.options}: "
+        f"{proposal.processes * proposal.memory / 1e9:.1f} GB of memory, "
+        f"{proposal.disk / 1e9:.1f} GB of disk, {proposal.seconds / 3600:.1f} hours."
     )
 
 

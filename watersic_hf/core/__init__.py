@@ -14,12 +14,14 @@ from watersic_hf.core.profile import (
     column_deviations,
     column_profile,
 )
+from watersic_hf.core.projected import ProjectedAccumulator, ProjectedMoments, is_wide
 from watersic_hf.core.quantize import LATTICES, LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.rate import to_smallest_dtype
 from watersic_hf.core.tall import ROWS_PER_BAND, quantize_tall
 from watersic_hf.core.trellis import Path, PathSearch
 from watersic_hf.core.waterfill import SHAPING_LOSS, rate_at_level
 from watersic_hf.core.whiten import Whitening
+from watersic_hf.core.wide import quantize_wide
 from watersic_hf.core.zsic import BlockStep, zsic_block
 
 __all__ = [
@@ -35,15 +37,19 @@ __all__ = [
     "Moments",
     "Path",
     "PathSearch",
+    "ProjectedAccumulator",
+    "ProjectedMoments",
     "QuantizedWeight",
     "Whitening",
     "column_deviations",
     "column_profile",
     "gap_to_bound",
+    "is_wide",
     "not_finite",
     "pool_fraction",
     "quantize_tall",
     "quantize_weight",
+    "quantize_wide",
     "rate_at_level",
     "relative_output_error",
     "to_smallest_dtype",

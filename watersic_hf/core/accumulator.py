@@ -20,6 +20,8 @@ TOKENS_PER_BLOCK = 2048
 
 #: Minimum number of rows of a symmetric moment that are computed with one matrix product.
 PANEL = 256
+#: Largest number of entries of a product; larger ones are computed some rows at a time.
+ENTRIES = 2**26
 
 
 class MomentAccumulator:
@@ -156,7 +158,9 @@ class MomentAccumulator:
 
     @staticmethod
     def _sum(total: Tensor, left_TA: Tensor, right_TN: Tensor) -> None:
-        total.add_((left_TA.T @ right_TN).to(total.device))
+        rows = max(1, ENTRIES // total.shape[1])
+        for panel, left_TP in zip(total.split(rows), left_TA.split(rows, dim=1), strict=True):
+            panel.add_((left_TP.T @ right_TN).to(total.device))
 
     def _panels(self) -> Iterator[slice]:
         """Yield the rows of a symmetric moment, one panel of consecutive rows at a time."""

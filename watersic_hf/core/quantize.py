@@ -14,6 +14,7 @@ from torch import Tensor
 
 from watersic_hf.core.metrics import relative_output_error
 from watersic_hf.core.moments import CalibrationError, Moments, not_finite, times
+from watersic_hf.core.projected import ProjectedMoments
 from watersic_hf.core.rate import (
     Charge,
     CodedLayer,
@@ -152,19 +153,19 @@ def quantize_weight(
         ValueError: the weight is not a finite float matrix, or the arguments are inconsistent.
     """
     _check_request(bits, rate, charge, name)
-    _check_inputs(weight_AN, moments, name)
+    check_inputs(weight_AN, moments, name)
     # a column of weights that are all zero has codes of zero
     live_N = live_columns(moments.cov) & (weight_AN != 0).any(0)
     if not bool(live_N.any()):
         return _zero_weight(weight_AN, moments, live_N, charge, settings)
-    emphasis_A1 = _emphasis(weight_AN, row_importance_A, name)
+    emphasis_A1 = row_factors(weight_AN, row_importance_A, name)
     live_AN = weight_AN[:, live_N].double() * emphasis_A1
     measured = moments.select(live_N).scale_rows(emphasis_A1)
     live_moments = measured.or_identity()
     steps = block_step, search
     layer, damping = _whitened_layer(live_AN, live_moments, live_N, settings, *steps, name=name)
-    sample = _sample_rows(len(weight_AN), settings.search_rows, generator)
-    run, octaves = _run(
+    sample = sample_rows(len(weight_AN), settings.search_rows, generator)
+    run, octaves = run_at(
         layer, live_AN, bits, rate, charge=charge, sample=sample, octaves=octaves, name=name
     )
     spacing_N = spacings(layer.chol, run.step)
@@ -208,18 +209,31 @@ def _whitened_layer(
     damping = settings.damping or damping_for(cov, live_moments.tokens)
     chol, damping = damped_cholesky(cov, damping, tokens=live_moments.tokens, name=name)
     target_AN = whitened_target(live_AN, live_moments, chol, damping)
+    return lattice_layer(target_AN, chol, live_N, settings, block_step, search, name=name), damping
+
+
+def lattice_layer(
+    target_AN: Tensor,
+    chol: Tensor,
+    live_N: Tensor,
+    settings: LayerSettings,
+    block_step: BlockStep,
+    search: PathSearch | None,
+    *,
+    name: str,
+) -> WhitenedLayer:
+    """Return the lattice problem of a target, with a trellis if the settings name one."""
     trellis = None
     if settings.lattice == "trellis":
         if search is None:
             raise ValueError(f"{name}: the lattice is a trellis, so `search` is needed.")
         trellis = Trellis(search=search, path=row_path(row_power(target_AN)))
-    layer = WhitenedLayer(
+    return WhitenedLayer(
         target_AN=target_AN, chol=chol, live_N=live_N, block_step=block_step, trellis=trellis
     )
-    return layer, damping
 
 
-def _run(
+def run_at(
     layer: WhitenedLayer,
     live_AN: Tensor,
     bits: float | None,
@@ -233,7 +247,7 @@ def _run(
     """Return the codes at `rate`, or those that cost `bits`, and `QuantizedWeight.octaves`.
 
     With `octaves` given, the search starts there, and a sample of the rows is used only if that is
-    much faster than all of them.
+    much faster than all of them.  Of `live_AN` only the mean squares of the columns count.
     """
     if bits is None:
         step = layer.lattice_step(float(step_for_rate(live_AN, layer.chol, rate)))
@@ -242,7 +256,7 @@ def _run(
         layer.lattice_step(float(step_for_budget(live_AN, layer.chol, rate)))
         for rate in (max(bits - layer.loss, COARSEST_RATE), COARSEST_RATE)
     )
-    sampled = octaves is None or len(sample) <= SMALL_SAMPLE * len(live_AN)
+    sampled = octaves is None or len(sample) <= SMALL_SAMPLE * len(layer.target_AN)
     search = LayerSearch(layer, charge, sample.to(live_AN.device))
     first = start * 2.0 ** (octaves or 0.0)
     run = search.run(bits, start=first, coarsest=coarsest, sampled=sampled, name=name)
@@ -281,7 +295,7 @@ def _fit_scales(
     )
 
 
-def _emphasis(weight_AN: Tensor, row_importance_A: Tensor | None, name: str) -> Tensor:
+def row_factors(weight_AN: Tensor, row_importance_A: Tensor | None, name: str) -> Tensor:
     """Return the factor that each row is multiplied by, (A, 1), with root mean square 1."""
     rows = len(weight_AN)
     if row_importance_A is None:
@@ -326,7 +340,7 @@ def _zero_weight(
     )
 
 
-def _sample_rows(rows: int, least: int, generator: torch.Generator | None) -> Tensor:
+def sample_rows(rows: int, least: int, generator: torch.Generator | None) -> Tensor:
     """Return the indices of a random sample of rows for the rate search."""
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -347,7 +361,13 @@ def _check_request(
         raise ValueError(f"{name}: rate is {rate}; it must be finite.")
 
 
-def _check_inputs(weight_AN: Tensor, moments: Moments, name: str) -> None:
+def check_inputs(weight_AN: Tensor, moments: Moments | ProjectedMoments, name: str) -> None:
+    """Check that a weight and its moments are finite, on one device, and belong together.
+
+    Raises:
+        CalibrationError: the moments are not finite.
+        ValueError: the weight is not finite, or the shapes or devices differ.
+    """
     if weight_AN.ndim != 2 or not weight_AN.is_floating_point() or weight_AN.numel() == 0:
         raise ValueError(
             f"{name}: the weight has shape {tuple(weight_AN.shape)} and dtype {weight_AN.dtype}; a "

@@ -6,6 +6,7 @@ Units:  bits are per weight; steps are searched on a scale of octaves (log2).
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -239,7 +240,6 @@ class LayerSearch:
         self.layer = layer
         self.charge = charge
         self.sample_SN = layer.target_AN[sample].float()
-        self.sample_chol = layer.chol.float()
         self.sample_trellis = None if layer.trellis is None else layer.trellis.select(sample)
         self.sample_path = None if layer.path is None else layer.path.select(sample)
         self.runs: dict[float, CodedLayer] = {}
@@ -277,8 +277,9 @@ class LayerSearch:
         # a tiny layer may be unable to spend its bits at any step that keeps the codes in int32
         finest = 2 * float(self.layer.target_AN.abs().max()) / LARGEST_CODE
         if sampled:
+            # the factor in float32 is freed before the runs over all rows
             start = search_step(
-                self.bits_of_sample,
+                functools.partial(self.bits_of_sample, self.layer.chol.float()),
                 bits,
                 start=start,
                 tolerance=SEARCH_TOLERANCE * bits,
@@ -294,11 +295,16 @@ class LayerSearch:
         )
         return self.runs[step]
 
-    def bits_of_sample(self, step: float) -> float:
-        """Return the cost of the whole layer at a step, estimated from the sample."""
+    def bits_of_sample(self, chol: Tensor, step: float) -> float:
+        """Return the cost of the whole layer at a step, estimated from the sample.
+
+        Args:
+            chol: factor of the layer in float32.
+            step: lattice step c, whitened units.
+        """
         codes_SN, _ = zsic(
             self.sample_SN,
-            self.sample_chol,
+            chol,
             step,
             block_step=self.layer.block_step,
             trellis=self.sample_trellis,

@@ -8,11 +8,12 @@ Units:  moments are means over tokens; `damping` is relative to the mean of the 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from watersic_hf.core.inplace import factorize_lower_, restore_lower_, select_
 from watersic_hf.core.moments import CalibrationError, Moments, factorize_
 from watersic_hf.core.waterfill import whitened_variance
 
@@ -47,7 +48,9 @@ def live_columns(cov: Tensor) -> Tensor:
     return (power_N >= DEAD_FRACTION * power_N.abs().median()) & (power_N > 0)
 
 
-def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> tuple[Tensor, float]:
+def damped_cholesky(
+    cov: Tensor, damping: float, *, tokens: int, name: str, in_place: bool = False
+) -> tuple[Tensor, float]:
     r"""Factor :math:`L L^T = S + \delta I` with :math:`\delta = d \operatorname{mean}(\diag S)`.
 
     Args:
@@ -55,6 +58,8 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
         damping: damping d, relative to the mean of the diagonal.
         tokens: number of calibration tokens behind S, for the error message.
         name: name of the layer, for messages.
+        in_place: whether L takes the lower triangle of a matrix S, so that no copy is made.  The
+            entries of S above the diagonal stay where they are; `restore_lower_` undoes this.
 
     Returns:
         The lower Cholesky factor L, and the damping that was used: `damping`, or 10, 100 or 1000
@@ -68,9 +73,7 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
         shift = damping_shift(cov, used)
         if cov.ndim == 1:
             return (cov + shift).sqrt(), used
-        damped_NN = cov.clone()
-        damped_NN.diagonal().add_(shift)
-        chol_NN = factorize_(damped_NN)
+        chol_NN = _shifted_factor_(cov, shift) if in_place else _shifted_factor(cov, shift)
         if chol_NN is not None:
             return chol_NN, used
         if attempt < RETRIES:
@@ -86,6 +89,23 @@ def damped_cholesky(cov: Tensor, damping: float, *, tokens: int, name: str) -> t
         f"{used:g}; {tokens} calibration tokens cannot span {n} columns. Use at least {2 * n} "
         f"tokens, or raise `damping` (1e-3 is usually enough)."
     )
+
+
+def _shifted_factor(cov_NN: Tensor, shift: Tensor) -> Tensor | None:
+    """Return the Cholesky factor of S + shift I; None if that is not positive definite."""
+    damped_NN = cov_NN.clone()
+    damped_NN.diagonal().add_(shift)
+    return factorize_(damped_NN)
+
+
+def _shifted_factor_(cov_NN: Tensor, shift: Tensor) -> Tensor | None:
+    """Do the same in the lower triangle of S, which is restored if that fails."""
+    diagonal_N = cov_NN.diagonal().clone()
+    cov_NN.diagonal().add_(shift)
+    if factorize_lower_(cov_NN):
+        return cov_NN
+    restore_lower_(cov_NN, diagonal_N)
+    return None
 
 
 def damping_for(cov: Tensor, tokens: int) -> float:
@@ -161,22 +181,29 @@ class Whitening:
     """Lower Cholesky factor of the damped moment of the live columns."""
 
     @classmethod
-    def of(cls, moments: Moments, damping: float | None, *, name: str) -> Whitening:
+    def of(
+        cls, moments: Moments, damping: float | None, *, name: str, in_place: bool = False
+    ) -> Whitening:
         """Return the whitening of a layer's inputs.
 
         Args:
             moments: second moments of the inputs.
             damping: damping relative to the mean of the diagonal; None: that of `damping_for`.
             name: name of the layer, for messages.
+            in_place: whether the factor takes the memory of the moments, which are then unusable.
 
         Raises:
             CalibrationError: the moments cannot be factored even with the strongest damping.
         """
         live_N = live_columns(moments.cov)
-        live_moments = moments.select(live_N).or_identity()
+        if in_place and moments.cov.ndim == 2:
+            moments = replace(moments, cov=select_(moments.cov, live_N))
+        else:
+            moments = moments.select(live_N)
+        live_moments = moments.or_identity()
         cov, tokens = live_moments.layer_cov, live_moments.tokens
         damping = damping or damping_for(cov, tokens)
-        chol, _ = damped_cholesky(cov, damping, tokens=tokens, name=name)
+        chol, _ = damped_cholesky(cov, damping, tokens=tokens, name=name, in_place=in_place)
         return cls(live_N, chol)
 
     def variances(self, weight_AN: Tensor) -> Tensor:

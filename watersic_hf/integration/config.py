@@ -122,7 +122,8 @@ class WaterSICConfig(QuantizationConfigMixin):
         "calibration set: self, pydoc, wikitext2, c4, a file, a name on the Hub, or none",
         "Also accepts a list of strings, token ids or a `datasets.Dataset`; see "
         "`watersic_hf.calibration.calibration_windows`. None quantizes without data, one tensor "
-        "at a time while the model loads: fast and with little memory, but clearly less accurate.",
+        "at a time while the model loads: fast and with little memory, but clearly less accurate. "
+        "The command ``watersic quantize`` has another default, pydoc.",
         option="--dataset",
     )
     tokenizer: Any = setting(

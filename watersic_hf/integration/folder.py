@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ from watersic_hf.checkpoint import LayerReport, read_json, read_report, write_js
 from watersic_hf.checkpoint.report import REPORT_FILE, version_of
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.quantizer import attach_quantizer
+from watersic_hf.integration.rates import measure_rates
 from watersic_hf.integration.run import Run, model_windows, quantize_on_disk
 from watersic_hf.integration.saving import model_card
+from watersic_hf.integration.selection import Selection
+from watersic_hf.integration.sizes import Outlook, RunSizes
 from watersic_hf.integration.source import ModelSource
 from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
+from watersic_hf.streams import block_stacks
 from watersic_hf.streams.offloaded import OffloadedBlocks
 from watersic_hf.streams.precision import computing_fast
 from watersic_hf.streams.processes import barrier, rank_and_size
@@ -32,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: Folder within the output folder that holds what is finished, until the model is complete.
 UNFINISHED = "unfinished"
+#: Seconds for each measurement of the speed of the machine before a run.
+_PROBE_SECONDS = 0.5
 _BATCH_SIZE = "batch_size.json"
 #: Files of a model in any format, and those that are written beside its weights.
 _TAKEN = (
@@ -53,6 +59,7 @@ def quantize_to_folder(
     revision: str | None = None,
     subfolder: str = "",
     trust_remote_code: bool = False,
+    announce: Callable[[Outlook], object] | None = None,
 ) -> list[LayerReport]:
     """Quantize a model and save it with its tokenizer or processor and a model card.
 
@@ -73,6 +80,8 @@ def quantize_to_folder(
         revision: branch, tag or commit of a model on the hub; default: the main branch.
         subfolder: folder within the repository that holds the model.
         trust_remote_code: whether Python code of the repository may be run.
+        announce: called in the first process before the work begins, with what the run calibrates
+            on and how long it will take; measuring that takes some seconds.  Default: nothing.
 
     Returns:
         The reports of the quantized layers.
@@ -99,7 +108,13 @@ def quantize_to_folder(
             reports = read_report(folder)
         else:
             quantized = _quantize_with_halved_batches(
-                source, config, model_config=model_config, dtype=dtype, device=device, work=work
+                source,
+                config,
+                model_config=model_config,
+                dtype=dtype,
+                device=device,
+                work=work,
+                announce=announce,
             )
             reports = quantized.hf_quantizer.reports
             if rank_and_size()[0] == 0:
@@ -143,6 +158,7 @@ def _quantize_with_halved_batches(
     dtype: Any,
     device: torch.device,
     work: Path,
+    announce: Callable[[Outlook], object] | None,
 ) -> Any:
     """Return the quantized model; when memory runs out, try again with batches of half the size."""
     batch_size = config.batch_size
@@ -159,6 +175,7 @@ def _quantize_with_halved_batches(
                 dtype=dtype,
                 device=device,
                 work=work,
+                announce=announce,
             )
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error) or batch_size == 1 or rank_and_size()[1] > 1:
@@ -166,6 +183,7 @@ def _quantize_with_halved_batches(
             # outside of this clause, so that nothing of the failed attempt is held any more
             message = str(error)
         batch_size //= 2
+        announce = None
         logger.warning("Out of memory; continuing with batches of %d: %s", batch_size, message)
         write_json(work / _BATCH_SIZE, batch_size)
 
@@ -178,6 +196,7 @@ def _quantize(
     dtype: Any,
     device: torch.device,
     work: Path,
+    announce: Callable[[Outlook], object] | None,
 ) -> Any:
     """Return the quantized model, its blocks on the disk; `config` is changed."""
     requested = config.to_dict()
@@ -200,11 +219,36 @@ def _quantize(
         }
         journal = Journal(work, identity, [len(window) for window in windows])
         run = Run.begin(selection, config, journal=journal)
+        if announce is not None and rank_and_size()[0] == 0:
+            announce(_outlook(model, selection, config, device, windows=len(windows)))
         block_tensors = quantize_on_disk(
             model, selection, run, blocks_source, windows, dtype=own_dtype
         )
     attach_quantizer(model, selection, run, block_tensors)
     return model
+
+
+def _outlook(
+    model: Any,
+    selection: Selection,
+    config: WaterSICConfig,
+    device: torch.device,
+    *,
+    windows: int,
+) -> Outlook:
+    """Return what a run on some windows will take; the speed of the machine is measured."""
+    dtype = model.dtype
+    sizes = RunSizes(
+        model=model,
+        blocks=[block for stack in block_stacks(model, selection.shapes) for block in stack],
+        selection=selection,
+        config=config,
+        itemsize=dtype.itemsize,
+        computed=dtype.itemsize,
+        processes=rank_and_size()[1],
+    )
+    rates = measure_rates(dtype, device, config.lattice, seconds=_PROBE_SECONDS)
+    return Outlook.of(sizes, rates, windows)
 
 
 def _save_finished(

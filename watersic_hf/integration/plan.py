@@ -1,63 +1,45 @@
 """Estimate the memory, disk space and time of a run from the configuration of the model alone.
 
-Shapes: A = out_features, N = in_features.
-Units:  bytes and seconds; gigabytes are 10^9 bytes.
+Units: bytes and seconds; gigabytes are 10^9 bytes.
 """
 
-import math
-import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from functools import cached_property
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import get_max_memory
 
-from watersic_hf.checkpoint import layer_charge, pack_layer
-from watersic_hf.checkpoint.report import describe_run, resident_bytes
-from watersic_hf.core import (
-    ROWS_PER_BAND,
-    LayerSettings,
-    MomentAccumulator,
-    quantize_weight,
-)
 from watersic_hf.integration.config import WaterSICConfig
-from watersic_hf.integration.run import window_length
+from watersic_hf.integration.rates import Rates, measure_rates
 from watersic_hf.integration.selection import Selection
+from watersic_hf.integration.settings import SET_OPTION, settings_of
+from watersic_hf.integration.sizes import RunSizes
 from watersic_hf.integration.source import ModelSource
-from watersic_hf.nn import FusedExperts, block_step, path_search
-from watersic_hf.quantization import CalibrationSettings
 from watersic_hf.streams import block_stacks
-from watersic_hf.streams.topology import Stack
+from watersic_hf.streams.precision import fast_dtype
 
-#: Passes of the tokens through a block in one model: up to each group of layers, and to its end.
-PASSES = 2.5
-#: Float64 matrices that are alive at a time while a layer is quantized, besides its moments:
-#: square ones of its inputs, and ones of the shape of its weight.
-SQUARES, WEIGHTS = 3, 6
-#: Sizes of the square layers, and tokens, that rates are measured with.
-SIZES, TOKENS = (512, 1024), 512
+#: Smallest number of calibration windows that is proposed.
+FEWEST_SAMPLES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """How fast a machine is, measured in a few seconds."""
+class Proposal:
+    """Settings with which a run fits the machine."""
 
-    machine: str
-    forward: float
-    """Seconds per token and weight of a layer."""
-    moments: float
-    """Seconds per token and squared input of a layer, both streams."""
-    weight: float
-    """Seconds to quantize a layer: per weight..."""
-    product: float
-    """...and per weight and column."""
-
-    def layer(self, rows: int, columns: int) -> float:
-        """Return the seconds to quantize a layer."""
-        work = rows * columns * self.weight
-        return work + (rows + columns) / 2 * columns**2 * self.product
+    settings: dict[str, Any]
+    """Settings of `WaterSICConfig` that differ from those asked for."""
+    processes: int
+    options: str
+    """The same as options of the command line."""
+    memory: int
+    """Bytes that one process holds at its peak."""
+    disk: int
+    """Bytes on the disk at its peak."""
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +60,14 @@ class Plan:
     seconds: dict[str, float]
     """Seconds by purpose."""
     rates: Rates
+    free_memory: int
+    """Bytes of memory that are free on this machine."""
+    free_disk: int
+    """Bytes that are free on the disk of the output."""
+    fits: bool
+    """Whether all processes fit into this memory, and the files onto this disk."""
+    proposal: Proposal | None
+    """Settings that fit, if those asked for do not and there are any."""
 
 
 def plan(
@@ -86,6 +76,7 @@ def plan(
     *,
     dtype: Any = "auto",
     processes: int = 1,
+    folder: str | Path = ".",
     device: torch.device | str = "cpu",
     revision: str | None = None,
     subfolder: str = "",
@@ -97,7 +88,8 @@ def plan(
         model: folder or hub name.
         config: how the model would be quantized.
         dtype: as in `quantize_to_folder`.
-        processes: number of processes that would share the work.
+        processes: number of processes that would share the work on this machine.
+        folder: folder to save to, whose disk counts; it need not exist.  Default: this one.
         device: device on which the rates are measured.
         revision: as in `quantize_to_folder`.
         subfolder: as in `quantize_to_folder`.
@@ -114,18 +106,21 @@ def plan(
     if dtype == "auto":
         dtype = getattr(model_config, "dtype", None) or empty.dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    computed = fast_dtype(dtype, torch.device(device))
     selection = Selection.of(empty, config)
     selection.check(config)
-    sizes = _Sizes(
+    sizes = RunSizes(
         model=empty,
         blocks=[block for stack in block_stacks(empty, selection.shapes) for block in stack],
         selection=selection,
         config=config,
         itemsize=dtype.itemsize,
+        computed=computed.itemsize,
         processes=processes,
     )
-    memory = sizes.memory()
-    rates = measure_rates(dtype, device, config.lattice)
+    rates = measure_rates(computed, device, config.lattice)
+    machine = _Machine(memory=_free_memory(), disk=_free_disk(Path(folder)))
+    fits = not machine.excess(sizes)
     return Plan(
         model=model,
         blocks=len(sizes.blocks),
@@ -133,219 +128,108 @@ def plan(
         weights=sizes.weights,
         tokens=sizes.tokens,
         processes=processes,
-        memory=memory,
+        memory=sizes.memory(),
         disk=sizes.disk(),
         seconds=sizes.seconds(rates),
         rates=rates,
+        free_memory=machine.memory,
+        free_disk=machine.disk,
+        fits=fits,
+        proposal=None if fits else _propose(sizes, machine, rates),
     )
 
 
-@dataclass(kw_only=True)
-class _Sizes:
-    """Numbers that a plan is made of."""
+@dataclass(frozen=True, kw_only=True)
+class _Machine:
+    """Bytes that are free on a machine."""
 
-    model: nn.Module
-    blocks: Stack
-    selection: Selection
-    config: WaterSICConfig
-    itemsize: int
-    """Bytes of a dense weight."""
-    processes: int
+    memory: int
+    disk: int
 
-    @cached_property
-    def shapes(self) -> list[list[tuple[int, int]]]:
-        """(A, N) of the layers of every block."""
-        layers = self.selection.shapes.items()
-        return [
-            [shape for layer, shape in layers if layer.startswith(f"{name}.")]
-            for name, _ in self.blocks
-        ]
-
-    @property
-    def length(self) -> int:
-        """Tokens of a calibration window."""
-        return window_length(self.model, self.config)
-
-    @property
-    def settings(self) -> CalibrationSettings:
-        """Settings of the calibration."""
-        return self.config.calibration
-
-    @property
-    def streams(self) -> int:
-        """Number of models that run side by side."""
-        return 2 if self.settings.two_streams else 1
-
-    @property
-    def tokens(self) -> int:
-        """Calibration tokens."""
-        return self.config.samples * self.length if self.config.dataset is not None else 0
-
-    @property
-    def weights(self) -> int:
-        """Weights of the blocks that are quantized."""
-        return sum(a * n for block in self.shapes for a, n in block)
-
-    @property
-    def width(self) -> int:
-        """Channels of the hidden states."""
-        return self.model.config.get_text_config().hidden_size
-
-    @property
-    def experts_per_token(self) -> int:
-        """Experts of a layer that a token goes through."""
-        return getattr(self.model.config.get_text_config(), "num_experts_per_tok", None) or 1
-
-    @property
-    def experts(self) -> Collection[FusedExperts]:
-        """Modules of experts that are quantized."""
-        return self.selection.experts.values()
-
-    @property
-    def vocabulary(self) -> list[tuple[int, int]]:
-        """(A, N) of the vocabulary matrices that are quantized."""
-        return [matrix.shape for matrix in self.selection.quantized_vocabulary]
-
-    def idle(self) -> int:
-        """Return the weights of experts that a token does not go through."""
-        return sum(
-            math.prod(layout.shape(matrix)) * (layout.experts - self.experts_per_token)
-            for layout in self.experts
-            for matrix in layout.matrices
-        )
-
-    def rest(self) -> int:
-        """Return the elements of the tensors outside the blocks; tied ones count once."""
-        inside = {id(p) for _, block in self.blocks for p in block.parameters()}
-        return sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
-
-    def memory(self) -> dict[str, int]:
-        """Return the bytes that one process holds at its peak, by purpose."""
-        block = max(sum(p.numel() for p in block.parameters()) for _, block in self.blocks)
-        batch = min(self.config.batch_size, max(1, self.config.samples // self.processes))
-        length = min(self.length, self.tokens)
-        # inputs and outputs of every layer of a block that does not run as one kernel
-        activations = max((sum(a + n for a, n in shapes) for shapes in self.shapes), default=0)
-        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 0)
-        layer = max(self._layer_bytes(a, n) for shapes in self.shapes for a, n in shapes)
-        run = batch * length * (activations + 4 * self.width) * self.itemsize
-        # logits, their probabilities and gradients in float32
-        head = 4 * 4 * length * vocabulary
-        # a vocabulary matrix is quantized some rows at a time, and held as codes and as the result
-        matrices = [
-            self._layer_bytes(min(a, 2 * ROWS_PER_BAND), n) + 2 * a * n for a, n in self.vocabulary
-        ]
-        work = max([layer, run, head, *matrices])
-        routed = {}
-        if self.experts and self.tokens:
-            states = self.streams * self.tokens * self.width * self.itemsize
-            routed = {"all that reaches the experts of a block": states}
-        return {
-            "Python and libraries": resident_bytes() or 0,
-            "embedding, head and norms, mapped from the file": self.rest() * self.itemsize,
-            "a block, dense and quantized": 2 * block * self.itemsize,
-            "a layer at work with its moments, or a batch, or the head": work,
-        } | routed
-
-    def _layer_bytes(self, rows: int, columns: int) -> int:
-        moments = 3 if self.settings.two_streams else 1
-        squares = (moments + SQUARES) * columns * columns
-        matrices = (WEIGHTS + self.settings.residual) * rows * columns
-        return 8 * (squares + matrices)
-
-    def disk(self) -> dict[str, int]:
-        """Return the bytes on the disk at its peak, by purpose."""
-        vocabulary = sum(a * n for a, n in self.vocabulary)
-        dense = sum(p.numel() for p in self.model.parameters()) - self.weights - vocabulary
-        bits = self.weights * self.config.bits
-        bits += sum(math.prod(m.shape) * m.bits for m in self.selection.quantized_vocabulary)
-        model = int(bits / 8) + dense * self.itemsize
-        rest = (self.rest() - vocabulary) * self.itemsize
-        state = self.tokens * self.width * self.itemsize
-        few = min(self.tokens, self.settings.sensitivity_tokens) * self.width * self.itemsize
-        return {
-            "the quantized model": model,
-            "what of it is finished, until it is complete": model - rest,
-            "hidden states, before and behind a block": max(
-                2 * self.streams * state, (len(self.blocks) + 1) * few * self.settings.sensitivity
-            ),
-        }
-
-    def seconds(self, rates: Rates) -> dict[str, float]:
-        """Return the seconds of a run, by purpose."""
-        passes = PASSES * self.streams * self.tokens / self.processes
-        # forward, and twice that much backward
-        few = 3 * min(self.tokens, self.settings.sensitivity_tokens) / self.processes
-        layers = [[rates.layer(a, n) for a, n in shapes] for shapes in self.shapes]
-        # the largest layer of a block has an input of its own, and one process quantizes it
-        largest = [max(t, default=0.0) for t in layers]
-        split = [(sum(t) - l) / self.processes + l for t, l in zip(layers, largest, strict=True)]
-        vocabulary = [rates.layer(a, n) for a, n in self.vocabulary]
-        # of the layers with the same number of inputs most share their input, and one does not
-        squares = sum(2 * n**2 for shapes in self.shapes for n in {n for _, n in shapes})
-        # a token counts for every expert that it goes through
-        more = self.experts_per_token - 2
-        squares += sum(more * (layout.hidden**2 + layout.inner**2) for layout in self.experts)
-        held = sum(p.numel() for _, block in self.blocks for p in block.parameters())
-        used = held - self.idle()
-        return {
-            "sensitivities": rates.forward * few * (used + self.rest()),
-            "both models, block by block": rates.forward * passes * used,
-            "moments": rates.moments * squares * self.tokens / self.processes,
-            "quantizing": sum(split) + sum(vocabulary),
-        }
+    def excess(self, sizes: RunSizes) -> float:
+        """Return how much a run exceeds the memory and the disk, relative to them; 0 if it fits."""
+        memory = sizes.processes * sum(sizes.memory().values())
+        disk = sum(sizes.disk().values())
+        pairs = (memory, self.memory), (disk, self.disk)
+        return sum(max(0.0, needed / max(1, free) - 1) for needed, free in pairs)
 
 
-def measure_rates(dtype: torch.dtype, device: torch.device | str, lattice: str) -> Rates:
-    """Measure how fast one process on this machine is, with a lattice of `LATTICES`."""
-    g = torch.Generator().manual_seed(0)
-    x_TN = torch.randn(TOKENS, SIZES[-1], generator=g).to(device, dtype)
-    weight_AN = torch.randn(SIZES[-1], SIZES[-1], generator=g).to(device, dtype)
-    forward = _seconds(lambda: x_TN @ weight_AN.T, device)
-    sums = MomentAccumulator(SIZES[-1], drift=True, device=device)
-    moments = _seconds(lambda: sums.add(x_TN, x_TN), device)
-    known = sums.result()
-    times = []
-    for size in SIZES:
-        part = known.select(torch.arange(SIZES[-1], device=device) < size)
-        layer_AN = weight_AN[:size, :size].contiguous()
+def _free_memory() -> int:
+    memory = get_max_memory()
+    # where it is shared with an accelerator, it bears the name of that
+    return memory.get("cpu", memory.get("mps", 0))
 
-        def work(layer_AN: torch.Tensor = layer_AN, part: Any = part) -> None:
-            recursion = block_step(layer_AN.device)
-            done = quantize_weight(
-                layer_AN,
-                part,
-                bits=3.0,
-                charge=layer_charge,
-                settings=LayerSettings(lattice=lattice),
-                block_step=recursion,
-                search=path_search(layer_AN.device) if lattice == "trellis" else None,
-            )
-            scales = done.row_scale_A, done.col_scale_N
-            pack_layer(done.codes_AN, *scales, path=done.path, name="sample")
 
-        times.append(_seconds(work, device, least=0))
-    small, large = SIZES
-    # seconds = weight n^2 + product n^3
-    product = max(0.0, times[1] / large**2 - times[0] / small**2) / (large - small)
-    return Rates(
-        machine=describe_run(0).machine,
-        forward=forward / TOKENS / SIZES[-1] ** 2,
-        moments=moments / TOKENS / SIZES[-1] ** 2,
-        weight=max(0.0, times[1] / large**2 - product * large),
-        product=product,
+def _free_disk(folder: Path) -> int:
+    folder = folder.absolute()
+    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.is_dir())).free
+
+
+def _propose(sizes: RunSizes, machine: _Machine, rates: Rates) -> Proposal | None:
+    """Return settings that fit the machine and change as little as possible; None if none do.
+
+    The changes are tried in order of what they cost, and only those that help are made.
+    """
+    asked, changed, excess = sizes, {}, machine.excess(sizes)
+    for change in _changes(asked):
+        if not excess:
+            break
+        smaller = machine.excess(_with(asked, changed | change))
+        if smaller < excess:
+            changed, excess = changed | change, smaller
+    if excess:
+        return None
+    for name in list(changed):
+        # a later change can make an earlier one needless
+        others = {key: value for key, value in changed.items() if key != name}
+        if not machine.excess(_with(asked, others)):
+            changed = others
+    sizes = _with(asked, changed)
+    settings = {name: value for name, value in changed.items() if name != "processes"}
+    options = [_option(name, value) for name, value in settings.items()]
+    if sizes.processes != asked.processes:
+        options.append(f"--processes {sizes.processes}")
+    return Proposal(
+        settings=settings,
+        processes=sizes.processes,
+        options=" ".join(options),
+        memory=sum(sizes.memory().values()),
+        disk=sum(sizes.disk().values()),
+        seconds=sum(sizes.seconds(rates).values()),
     )
 
 
-def _seconds(
-    work: Callable[[], object], device: torch.device | str, *, least: float = 0.3
-) -> float:
-    """Return the mean seconds of calls of `work`, called for at least `least` seconds."""
-    work()
-    times, start = 0, time.perf_counter()
-    while times == 0 or time.perf_counter() - start < least:
-        work()
-        times += 1
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / times
+def _changes(sizes: RunSizes) -> Iterator[dict[str, Any]]:
+    """Yield changes of a run that make it smaller, in the order in which to try them."""
+    config = sizes.config
+    # fewer processes at a time take longer; smaller batches hardly
+    yield from ({"batch_size": size} for size in _halves(config.batch_size, 1))
+    yield from ({"processes": count} for count in _halves(sizes.processes, 1))
+    if config.dataset is not None:
+        yield from ({"samples": count} for count in _halves(config.samples, FEWEST_SAMPLES))
+        if config.calibration.two_streams:
+            one_stream = {"drift": 0.0, "attention": 0.0, "mixing": False}
+            yield {k: value for k, value in one_stream.items() if getattr(config, k) != value}
+        yield {"dataset": None}
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while value // 2 >= least:
+        value //= 2
+        yield value
+
+
+def _with(sizes: RunSizes, change: dict[str, Any]) -> RunSizes:
+    """Return the sizes of a run with some settings changed."""
+    config = copy.copy(sizes.config)
+    for name, value in change.items():
+        if name != "processes":
+            setattr(config, name, value)
+    return replace(sizes, config=config, processes=change.get("processes", sizes.processes))
+
+
+def _option(name: str, value: Any) -> str:
+    """Return a setting as an option of the command line."""
+    option = settings_of(WaterSICConfig)[name].option
+    text = "none" if value is None else str(value).lower()
+    return f"{option} {name}={text}" if option == SET_OPTION else f"{option} {text}"

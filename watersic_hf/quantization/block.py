@@ -18,13 +18,13 @@ from watersic_hf.calibration.experts import (
     layers_outside_experts,
 )
 from watersic_hf.calibration.mixing import search_mixture
-from watersic_hf.calibration.moments import group_moments
+from watersic_hf.calibration.moments import group_moments, projected_moments
 from watersic_hf.checkpoint import PACKED
 from watersic_hf.checkpoint.report import LayerReport
-from watersic_hf.core import CalibrationError, Moments
+from watersic_hf.core import CalibrationError, Moments, is_wide
 from watersic_hf.nn import PackedMatrix, SeparateExperts, install_packed
 from watersic_hf.quantization.journal import Journal
-from watersic_hf.quantization.layer import LayerQuantizer
+from watersic_hf.quantization.layer import LayerMoments, LayerQuantizer
 from watersic_hf.quantization.settings import CalibrationSettings
 from watersic_hf.streams.attention import attention_importance
 from watersic_hf.streams.hooks import BlockView
@@ -111,23 +111,27 @@ class BlockQuantizer:
 
     def _moments(
         self, group: InputGroup, behind: InputGroup | None, importance: list[Tensor] | None
-    ) -> Moments:
+    ) -> LayerMoments:
         """Return the moments that a group is quantized with; see `_quantize_group`."""
         settings = self.settings
-        plain, weighted = group_moments(
-            self.working,
-            group,
-            name=self.name,
-            original=self.original,
-            residual=settings.residual and self.original is not None,
-            importance=importance,
-        )
+        mixing = settings.mixing and group.feeds_attention and behind is not None
+        streams = {
+            "name": self.name,
+            "original": self.original,
+            "residual": settings.residual and self.original is not None,
+        }
+        layers = [self.working.block.get_submodule(layer) for layer in group.layers]
+        rows = sum(layer.out_features for layer in layers)
+        if importance is None and not mixing and is_wide(rows, layers[0].in_features):
+            projected = projected_moments(self.working, group, drift=settings.drift, **streams)
+            return lambda name: projected[name.removeprefix(f"{self.name}.")]
+        plain, weighted = group_moments(self.working, group, importance=importance, **streams)
 
         def mixture(drift: float, attention: float) -> Moments:
             mixed = plain if weighted is None else plain.mix(weighted, attention)
             return mixed.with_drift(drift)
 
-        if not (settings.mixing and group.feeds_attention and behind is not None):
+        if not mixing:
             return mixture(settings.drift, settings.attention)
         drift, attention = search_mixture(
             mixture,

@@ -18,20 +18,22 @@ from watersic_hf.codec import decode
 from watersic_hf.core import (
     LayerSettings,
     Moments,
+    ProjectedMoments,
     column_deviations,
     column_profile,
     quantize_tall,
     quantize_weight,
+    quantize_wide,
     to_smallest_dtype,
 )
 from watersic_hf.nn import block_step, path_search
 from watersic_hf.quantization.budget import Budget, row_importance, sensitive_targets
 from watersic_hf.quantization.journal import Journal
-from watersic_hf.streams.processes import gather, rank_and_size, shard
+from watersic_hf.streams.processes import gather, rank_and_size, shard_by_cost
 
 logger = logging.getLogger(__name__)
 
-LayerMoments = Moments | Callable[[str], Moments] | None
+LayerMoments = Moments | Callable[[str], Moments | ProjectedMoments] | None
 """Moments of the input of layers; or a function that returns those of one layer by its name; or
 None if the layers are finished, so that none are needed."""
 
@@ -44,7 +46,7 @@ class LayerTask:
     """Full name of the layer."""
     weight_AN: Tensor
     """Dense weight."""
-    moments: Moments
+    moments: Moments | ProjectedMoments
     """Second moments of its input."""
     bits: float
     """Bits per weight to spend."""
@@ -91,7 +93,9 @@ def quantize_and_pack(
     name, weight_AN, moments = task.name, task.weight_AN, task.moments
     rows, columns = weight_AN.shape
     quantize = quantize_tall
-    if not task.is_vocabulary:
+    if isinstance(moments, ProjectedMoments):
+        quantize = functools.partial(quantize_wide, octaves=task.octaves)
+    elif not task.is_vocabulary:
         quantize = functools.partial(quantize_weight, octaves=task.octaves)
     quantized = quantize(
         weight_AN,
@@ -148,6 +152,12 @@ def _kind_of(name: str) -> tuple[str, str]:
     """Return what layers of one kind have in common: their stack, and their name in a block."""
     location = location_of(name)
     return location.stack, location.kind
+
+
+def _work(shape: tuple[int, int]) -> int:
+    """Return the products that it takes to quantize a layer, up to a factor."""
+    rows, columns = shape
+    return (rows + columns) * columns**2
 
 
 class LayerQuantizer:
@@ -260,7 +270,7 @@ class LayerQuantizer:
         # processes work at the same time, so what one layer saves goes to later groups only
         bits = {name: self.budget.bits_for(name) for name in weights}
         done = {}
-        for name in shard(list(weights)):
+        for name in shard_by_cost(list(weights), lambda name: _work(weights[name].shape)):
             layer = self._quantize_or_load(name, weights[name], moments, bits[name])
             done[name] = layer.packed, layer.report
         gathered = {name: result for part in gather(done) for name, result in part.items()}

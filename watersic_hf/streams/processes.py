@@ -5,7 +5,7 @@ one process, and the collectives do nothing.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -48,6 +48,24 @@ def shard(items: Sequence[T]) -> list[T]:
     """Return the items that this process is to work on: every `size`-th, beginning at its rank."""
     rank, size = rank_and_size()
     return list(items[rank::size])
+
+
+def shard_by_cost(items: Sequence[T], cost: Callable[[T], float]) -> list[T]:
+    """Return the items that this process is to work on, so that all finish at about the same time.
+
+    The most expensive item that is left goes to the process with the least work so far.
+
+    Args:
+        items: the same items in all processes.
+        cost: function that returns the work of an item, the same in all processes.
+    """
+    rank, size = rank_and_size()
+    costs = [cost(item) for item in items]
+    work, owners = [0.0] * size, [0] * len(costs)
+    for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
+        owners[number] = work.index(min(work))
+        work[owners[number]] += costs[number]
+    return [item for item, owner in zip(items, owners, strict=True) if owner == rank]
 
 
 def all_reduce_sum(total: Tensor) -> None:
