@@ -118,7 +118,7 @@ class _Code:
     def path_pairs(
         self, words: Sequence[ir.Value], width: int, quantizer: ir.Value
     ) -> list[ir.Value]:
-        """Return the pairs of values of a trellis, raised by `half_range`.
+        """Return the pairs of values of a trellis, raised as `decode_path_rows` says.
 
         With the code k, the quantizer Q and ``h = 2 k`` the value is ``max(h - Q, min(h + Q, 0))``.
         """
