@@ -1,4 +1,4 @@
-"""Start engines of vLLM one after another, each in a process of its own, and write what they say.
+"""Start engines of vLLM, two at a time, each in a process of its own, and write what they say.
 
 Run as a script: ``engine.py CASES RESULTS``, two JSON files.  vLLM keeps state that a second engine
 in one process trips over, and its import takes long; so each engine is a fork of this process.
@@ -48,31 +48,42 @@ def run(case: dict) -> dict:
     return {"outputs": found}
 
 
+def start(case: dict, core: int, part: Path) -> int:
+    """Fork a process that runs a case on a core; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": str(core)} | case.get("environment", {})
+        # what its workers write, too
+        log = Path(f"{part}.log")
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(2, 1)
+        found = run(case)
+        if "error" in found:
+            found["error"] += log.read_text()
+        part.write_text(json.dumps(found))
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
 def main() -> None:
-    """Run all cases."""
+    """Run all cases, one for each core at a time."""
     import vllm  # noqa: F401
 
     cases = json.loads(Path(sys.argv[1]).read_text())
-    results = {}
+    parts = {name: Path(f"{sys.argv[2]}.{name}") for name in cases}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    running = {}
     for name, case in cases.items():
-        part = Path(f"{sys.argv[2]}.{name}")
-        child = os.fork()
-        if child == 0:
-            try:
-                os.environ |= case.get("environment", {})
-                # what its workers write, too
-                log = Path(f"{part}.log")
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-                os.dup2(2, 1)
-                found = run(case)
-                if "error" in found:
-                    found["error"] += log.read_text()
-                part.write_text(json.dumps(found))
-            finally:
-                sys.stdout.flush()
-                os._exit(0)
+        if len(running) == len(cores):
+            del running[os.wait()[0]]
+        core = next(core for core in cores if core not in running.values())
+        running[start(case, core, parts[name])] = core
+    for child in running:
         os.waitpid(child, 0)
-        results[name] = json.loads(part.read_text())
+    results = {name: json.loads(part.read_text()) for name, part in parts.items()}
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 
