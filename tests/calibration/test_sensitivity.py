@@ -185,4 +185,4 @@ def test_wide_layers_have_the_same_sensitivities(make_llama, monkeypatch):
     for name, sensitivity in expected.items():
         for field in ("row_power_A", "variance_N"):
             pair = getattr(found[name], field), getattr(sensitivity, field)
-            torch.testing.assert_close(*pair, rtol=1e-9, atol=0)
+            torch.testing.assert_close(*pair, rtol=1e-6, atol=0)

@@ -6,6 +6,7 @@ from watersic_hf.integration import plan as module
 from watersic_hf.integration import rates as rates_module
 from watersic_hf.integration.plan import plan
 from watersic_hf.integration.rates import Rates, measure_rates
+from watersic_hf.streams import precision
 
 LLAMA_70B = {
     "hidden_size": 8192,
@@ -27,6 +28,8 @@ RATES = Rates(machine="test", forward=1e-14, moments=1e-14, weight=1e-8, product
 def folder(tmp_path, monkeypatch):
     LlamaConfig(**LLAMA_70B).save_pretrained(tmp_path)
     monkeypatch.setattr(module, "measure_rates", lambda dtype, device, lattice: RATES)
+    # on any machine, the plan of one that computes in bfloat16
+    monkeypatch.setattr(precision, "_has_units", lambda dtype: True)
     set_machine(monkeypatch, memory=1e12, disk=1e13)
     return str(tmp_path)
 
