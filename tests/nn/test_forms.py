@@ -53,17 +53,6 @@ def test_a_form_multiplies_with_its_part_of_the_weight(packed, residency, part):
     assert_close(y, x @ expected_rn.T, tolerance=1e-5)
 
 
-def test_packed_holds_the_values_of_a_trellis_on_a_cpu():
-    values_AN, path = trellis_values(A, N, path_rows=256)
-
-    here = ops.encode_for_products(values_AN, "packed", path)
-    prefix = ops.encode_for_products(values_AN, "entropy", path)
-
-    assert not here.trellis
-    assert here.nbytes > ops.encode(values_AN, "packed", path).nbytes
-    assert prefix.trellis
-
-
 def test_joined_forms_stand_side_by_side_and_are_padded_with_zeros(packed):
     options = {"dtype": torch.float32, "device": CPU, "name": "layer"}
     forms = [form_of(packed, PARTS["rows"], residency, **options) for residency in RESIDENCIES]

@@ -99,7 +99,7 @@ def form_of(
     if residency == "stored":
         payload = codec.encode(codes_rn, path=path).to(device)
         return Form(residency=residency, tensors=(payload, row_r, col_n))
-    layout = ops.encode_for_products(codes_rn, residency, path).tensors()
+    layout = ops.encode(codes_rn, residency, path).tensors()
     return Form(residency=residency, tensors=(*layout.values(), row_r, col_n))
 
 

@@ -35,10 +35,7 @@ class Layout:
     """Multiply with the kernels: ``multiply(kernels, x_MN, tensors, row_scale_A, col_scale_N)``."""
 
     compiled: bool
-    """Whether there are kernels for CPUs; their module has the same functions as that of CUDA.
-
-    They multiply values more than twice as fast as the codes of a trellis.
-    """
+    """Whether there are kernels for CPUs; their module has the same functions as that of CUDA."""
 
 
 def _multiply_packed(kernels: ModuleType, x_MN: Tensor, *layer: Sequence[Tensor] | Tensor):

@@ -295,8 +295,7 @@ class PackedMatrix(nn.Module):
             codes_AN = decode(self.weight.data, self.row_scale.device, self.backend)
         except ValueError as error:
             raise CheckpointError(f"the stored weight cannot be decoded: {error}") from error
-        path = codec.read_path(self.weight.data)
-        return ops.encode_for_products(codes_AN, residency, path).tensors()
+        return ops.encode(codes_AN, residency, codec.read_path(self.weight.data)).tensors()
 
     def _place_payload(self) -> None:
         """Move the payload to where it is needed: next to the scales, or into host memory."""

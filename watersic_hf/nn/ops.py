@@ -325,16 +325,3 @@ def encode(codes_AN: Tensor, residency: str, path: codec.Path | None = None) -> 
         ValueError: the matrix is empty.
     """
     return LAYOUTS[residency].encode(codes_AN, path)
-
-
-def encode_for_products(
-    codes_AN: Tensor, residency: str, path: codec.Path | None = None
-) -> TiledCodes:
-    """Encode codes as `encode` does, for the fastest products on their device.
-
-    On a CPU, ``packed`` holds the values of a trellis instead of its codes: products take less than
-    half of the time, and the weight about 0.9 bit per weight more.
-    """
-    if LAYOUTS[residency].compiled and codes_AN.device.type == "cpu":
-        path = None
-    return encode(codes_AN, residency, path)
