@@ -186,9 +186,9 @@ def test_smaller_batches_are_proposed(tmp_path, short, monkeypatch):
 def test_rates_are_measured(monkeypatch):
     import torch
 
-    monkeypatch.setattr(rates_module, "SIZES", (64, 128))
+    monkeypatch.setattr(rates_module, "QUICK_SIZES", (64, 128))
 
-    rates = measure_rates(torch.bfloat16, "cpu", "scalar", seconds=0.1)
+    rates = measure_rates(torch.bfloat16, "cpu", "scalar", quick=True)
 
     assert rates.layer(128, 128) > 0
     assert min(rates.forward, rates.moments) > 0

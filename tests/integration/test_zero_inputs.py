@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from watersic_hf import WaterSICConfig
+from watersic_hf.streams import precision
 
 SIZES = {
     "hidden_size": 32,
@@ -158,7 +159,11 @@ def test_float64_and_float16(experts, dtype, with_data, make_llama, tmp_path):
     assert {p.dtype for p in loaded.dequantize().parameters()} == {dtype}
 
 
-def test_activations_beyond_float16_are_an_error_that_names_the_layer(make_llama, tmp_path):
+def test_activations_beyond_float16_are_an_error_that_names_the_layer(
+    make_llama, tmp_path, monkeypatch
+):
+    # a processor that computes in float16
+    monkeypatch.setattr(precision, "_has_units", lambda dtype: True)
     dense = make_llama(**SIZES)
     with torch.no_grad():
         dense.model.layers[0].mlp.up_proj.weight.mul_(3e4)

@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 #: Folder within the output folder that holds what is finished, until the model is complete.
 UNFINISHED = "unfinished"
-#: Seconds for each measurement of the speed of the machine before a run.
-_PROBE_SECONDS = 0.5
 _BATCH_SIZE = "batch_size.json"
 #: Files of a model in any format, and those that are written beside its weights.
 _TAKEN = (
@@ -247,7 +245,7 @@ def _outlook(
         computed=dtype.itemsize,
         processes=rank_and_size()[1],
     )
-    rates = measure_rates(dtype, device, config.lattice, seconds=_PROBE_SECONDS)
+    rates = measure_rates(dtype, device, config.lattice, quick=True)
     return Outlook.of(sizes, rates, windows)
 
 

@@ -18,6 +18,8 @@ from watersic_hf.nn import block_step, path_search
 
 #: Sizes of the square layers, and tokens, that rates are measured with.
 SIZES, TOKENS = (512, 1024), 512
+#: Sizes of the layers for a quick measurement.
+QUICK_SIZES = (128, 256)
 #: Seconds that each rate is measured for at least, in so many rounds.  Other processes slow a
 #: machine down for a while; the median over some seconds is what a run will see.
 LEAST_SECONDS, ROUNDS = 2.0, 5
@@ -48,7 +50,7 @@ def measure_rates(
     device: torch.device | str,
     lattice: str,
     *,
-    seconds: float = LEAST_SECONDS,
+    quick: bool = False,
 ) -> Rates:
     """Measure how fast one process on this machine is.
 
@@ -56,10 +58,10 @@ def measure_rates(
         dtype: dtype of the model.
         device: device that computes.
         lattice: one of `LATTICES`.
-        seconds: seconds for each of the four measurements; default: `LEAST_SECONDS`.
+        quick: whether to measure small layers once, which takes about a second.
     """
     g = torch.Generator().manual_seed(0)
-    small, large = SIZES
+    sizes = small, large = QUICK_SIZES if quick else SIZES
     x_TN = torch.randn(TOKENS, large, generator=g).to(device, dtype)
     weight_AN = torch.randn(large, large, generator=g).to(device, dtype)
     sums = MomentAccumulator(large, drift=True, device=device)
@@ -89,10 +91,11 @@ def measure_rates(
             lambda: quantize(large),
         ],
         device,
-        seconds,
+        seconds=0.0 if quick else LEAST_SECONDS,
+        rounds=1 if quick else ROUNDS,
     )
     # seconds = weight n^2 + product n^3
-    per_weight = [seconds / size**2 for seconds, size in zip(layers, SIZES, strict=True)]
+    per_weight = [seconds / size**2 for seconds, size in zip(layers, sizes, strict=True)]
     product = max(0.0, per_weight[1] - per_weight[0]) / (large - small)
     return Rates(
         machine=describe_run(0).machine,
@@ -104,24 +107,28 @@ def measure_rates(
 
 
 def _median_seconds(
-    work: Sequence[Callable[[], object]], device: torch.device | str, seconds: float
+    work: Sequence[Callable[[], object]],
+    device: torch.device | str,
+    *,
+    seconds: float,
+    rounds: int,
 ) -> list[float]:
     """Return the median seconds of calls of every piece of work.
 
     They are called in turn, so that what else the machine does slows all of them down alike.
     """
-    rounds: list[list[float]] = [[] for _ in work]
+    times: list[list[float]] = [[] for _ in work]
     for call in work:
         # compiles and loads what it needs
         call()
-    for _ in range(ROUNDS):
-        for call, found in zip(work, rounds, strict=True):
+    for _ in range(rounds):
+        for call, found in zip(work, times, strict=True):
             start, calls = time.perf_counter(), 0
             # a call of a millisecond would be timed between two slices of another process
-            while calls == 0 or time.perf_counter() - start < seconds / ROUNDS:
+            while calls == 0 or time.perf_counter() - start < seconds / rounds:
                 call()
                 calls += 1
                 if torch.device(device).type == "cuda":
                     torch.cuda.synchronize(device)
             found.append((time.perf_counter() - start) / calls)
-    return [statistics.median(found) for found in rounds]
+    return [statistics.median(found) for found in times]
