@@ -4,7 +4,8 @@
 
 Every product is compared with that of the dense weight before it is timed.  `bf16` and `f32` are
 the times of `F.linear` in these dtypes, measured in turn with our product for activations of the
-same dtype, and divided by it.  A trellis is held as values, as on CPUs, and as codes, as on CUDA.
+same dtype, and divided by it.  A trellis is held as codes, as in a model, and for comparison as
+values.
 The first product of all is timed on its own: it compiles the kernels, or loads them from the disk.
 """
 

@@ -42,7 +42,7 @@ def short(folder, tmp_path):
 
 
 def set_machine(monkeypatch, *, memory, disk):
-    monkeypatch.setattr(module, "_free_memory", lambda: int(memory))
+    monkeypatch.setattr(module, "free_memory", lambda: int(memory))
     monkeypatch.setattr(module, "_free_disk", lambda folder: int(disk))
 
 

@@ -153,8 +153,8 @@ def _announce(outlook: "Outlook") -> None:
     times = {windows: _duration(seconds) for windows, seconds in outlook.seconds.items()}
     if outlook.dataset is None:
         text = (
-            f"Quantizing without calibration data, which takes about {times[0]}. With it, as with "
-            f"--dataset pydoc, the model is much better."
+            f"Quantizing without calibration data, which takes about {times[0]}. With it "
+            f"(--dataset pydoc), the model is much better."
         )
     else:
         others = " and ".join(

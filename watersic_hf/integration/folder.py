@@ -26,7 +26,6 @@ from watersic_hf.integration.sizes import Outlook, RunSizes
 from watersic_hf.integration.source import ModelSource
 from watersic_hf.integration.streaming import fingerprint, open_on_disk
 from watersic_hf.quantization import Journal
-from watersic_hf.streams import block_stacks
 from watersic_hf.streams.offloaded import OffloadedBlocks
 from watersic_hf.streams.precision import computing_fast
 from watersic_hf.streams.processes import barrier, rank_and_size
@@ -235,16 +234,10 @@ def _outlook(
     windows: int,
 ) -> Outlook:
     """Return what a run on some windows will take; the speed of the machine is measured."""
+    _, processes = rank_and_size()
+    # what it computes in; times do not depend on the dtype of the files
     dtype = model.dtype
-    sizes = RunSizes(
-        model=model,
-        blocks=[block for stack in block_stacks(model, selection.shapes) for block in stack],
-        selection=selection,
-        config=config,
-        itemsize=dtype.itemsize,
-        computed=dtype.itemsize,
-        processes=rank_and_size()[1],
-    )
+    sizes = RunSizes.of(model, selection, config, dtype=dtype, computed=dtype, processes=processes)
     rates = measure_rates(dtype, device, config.lattice, quick=True)
     return Outlook.of(sizes, rates, windows)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import get_max_memory
 
 from watersic_hf.integration.config import WaterSICConfig
 from watersic_hf.integration.rates import Rates, measure_rates
@@ -19,7 +18,7 @@ from watersic_hf.integration.selection import Selection
 from watersic_hf.integration.settings import SET_OPTION, settings_of
 from watersic_hf.integration.sizes import RunSizes
 from watersic_hf.integration.source import ModelSource
-from watersic_hf.streams import block_stacks
+from watersic_hf.streams.memory import free_memory
 from watersic_hf.streams.precision import fast_dtype
 
 #: Smallest number of calibration windows that is proposed.
@@ -109,17 +108,11 @@ def plan(
     computed = fast_dtype(dtype, torch.device(device))
     selection = Selection.of(empty, config)
     selection.check(config)
-    sizes = RunSizes(
-        model=empty,
-        blocks=[block for stack in block_stacks(empty, selection.shapes) for block in stack],
-        selection=selection,
-        config=config,
-        itemsize=dtype.itemsize,
-        computed=computed.itemsize,
-        processes=processes,
+    sizes = RunSizes.of(
+        empty, selection, config, dtype=dtype, computed=computed, processes=processes
     )
     rates = measure_rates(computed, device, config.lattice)
-    machine = _Machine(memory=_free_memory(), disk=_free_disk(Path(folder)))
+    machine = _Machine(memory=free_memory(), disk=_free_disk(Path(folder)))
     fits = not machine.excess(sizes)
     return Plan(
         model=model,
@@ -152,12 +145,6 @@ class _Machine:
         disk = sum(sizes.disk().values())
         pairs = (memory, self.memory), (disk, self.disk)
         return sum(max(0.0, needed / max(1, free) - 1) for needed, free in pairs)
-
-
-def _free_memory() -> int:
-    memory = get_max_memory()
-    # where it is shared with an accelerator, it bears the name of that
-    return memory.get("cpu", memory.get("mps", 0))
 
 
 def _free_disk(folder: Path) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from watersic_hf.calibration import describe
@@ -21,9 +22,11 @@ from watersic_hf.integration.run import window_length
 from watersic_hf.integration.selection import Selection
 from watersic_hf.nn import FusedExperts
 from watersic_hf.quantization import CalibrationSettings
+from watersic_hf.streams import block_stacks
 from watersic_hf.streams.topology import Stack
 
-#: Passes of the tokens through a block in one model: up to each group of layers, and to its end.
+#: Passes of the tokens through a block in one model.  Its layers run once; what lies between them
+#: runs again for the groups of layers behind it.
 PASSES = 2.5
 #: Float64 matrices that are alive at a time while a layer is quantized, besides its moments:
 #: square ones of its inputs, and ones of the shape of its weight.
@@ -46,6 +49,37 @@ class RunSizes:
     computed: int
     """Bytes of a number that is computed with; see `fast_dtype`."""
     processes: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        selection: Selection,
+        config: WaterSICConfig,
+        *,
+        dtype: torch.dtype,
+        computed: torch.dtype,
+        processes: int,
+    ) -> "RunSizes":
+        """Return the numbers of a run.
+
+        Args:
+            model: the model, whose weights may be on meta.
+            selection: what is quantized of it.
+            config: how.
+            dtype: dtype of the dense weights in the files.
+            computed: dtype that is computed with.
+            processes: number of processes that share the work.
+        """
+        return cls(
+            model=model,
+            blocks=[block for stack in block_stacks(model, selection.shapes) for block in stack],
+            selection=selection,
+            config=config,
+            itemsize=dtype.itemsize,
+            computed=computed.itemsize,
+            processes=processes,
+        )
 
     @cached_property
     def shapes(self) -> list[list[tuple[int, int]]]:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import get_max_memory
 from torch import Tensor, nn
 
+from watersic_hf.streams.memory import free_memory
 from watersic_hf.streams.processes import rank_and_size
 
 #: Fraction of the free memory that outputs of a block may take.
@@ -49,9 +49,7 @@ class ResidentBlocks:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
         else:
-            memory = get_max_memory()
-            # where it is shared with an accelerator, it bears the name of that
-            free = memory.get("cpu", memory.get("mps", 0))
+            free = free_memory()
         _, processes = rank_and_size()
         return int(SPARE_FRACTION * free / processes)
 

@@ -88,8 +88,8 @@ def _own_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _log(model: Any) -> None:
     logger.info(
-        "%s: this processor is slow in %s, so float32 is computed with; what is saved keeps its "
-        "dtype.",
+        "%s: this processor is slow in %s, so the model computes in float32; whatever is saved has "
+        "its own dtype.",
         type(model).__name__,
         model.dtype,
     )
