@@ -1,14 +1,18 @@
 """Start engines of vLLM, two at a time, each in a process of its own, and write what they say.
 
 Run as a script: ``engine.py CASES RESULTS``, two JSON files.  vLLM keeps state that a second engine
-in one process trips over, and its import takes long; so each engine is a fork of this process.
+in one process trips over, and its import takes long; so each engine is a fork of this process,
+which has imported what an engine would.
 """
 
+import importlib
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
+
+import torch
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -16,6 +20,14 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
+
+#: What an engine imports, most of it when it starts.
+IMPORTS = (
+    "torch._inductor.standalone_compile",
+    "vllm.entrypoints.llm",
+    "vllm.v1.worker.cpu_worker",
+    "watersic_hf.vllm_plugin.config",
+)
 
 
 def run(case: dict) -> dict:
@@ -55,6 +67,10 @@ def start(case: dict, core: int, part: Path) -> int:
         return child
     try:
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": str(core)} | case.get("environment", {})
+        if case.get("options", {}).get("enforce_eager", True):
+            # a function of vLLM's sampler is compiled even so
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+            torch._dynamo.config.disable = True
         # what its workers write, too
         log = Path(f"{part}.log")
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
@@ -70,8 +86,8 @@ def start(case: dict, core: int, part: Path) -> int:
 
 def main() -> None:
     """Run all cases, one for each core at a time."""
-    import vllm  # noqa: F401
-
+    for module in IMPORTS:
+        importlib.import_module(module)
     cases = json.loads(Path(sys.argv[1]).read_text())
     parts = {name: Path(f"{sys.argv[2]}.{name}") for name in cases}
     cores = sorted(os.sched_getaffinity(0))[:2]

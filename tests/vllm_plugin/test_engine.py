@@ -71,13 +71,6 @@ def adapter(folders, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def outputs(folders, adapter, tmp_path_factory):
-    cases = {name: case_of(folders[model], *rest) for name, (model, *rest) in RUNS.items()}
-    cases["llama-packed-adapter"]["lora"] = str(adapter)
-    return start_engines(cases, tmp_path_factory.mktemp("runs"))
-
-
 def assert_as_transformers(model, outputs):
     """Check that every token is the most likely one for transformers, as likely as for vLLM."""
     for prompt, output in zip(PROMPTS, outputs, strict=True):
@@ -89,17 +82,6 @@ def assert_as_transformers(model, outputs):
         log_T = log_TV[torch.arange(len(tokens)), tokens]
         # float32, other orders of summation
         assert torch.allclose(log_T, torch.tensor(output["log_probabilities"]), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_tokens_are_those_of_transformers(name, outputs, folders, adapter):
-    assert "error" not in outputs[name], outputs[name]["error"]
-    model = AutoModelForCausalLM.from_pretrained(folders[RUNS[name][0]], dtype=torch.float32)
-
-    if name.endswith("-adapter"):
-        model = PeftModel.from_pretrained(model, adapter)
-
-    assert_as_transformers(model.eval(), outputs[name]["outputs"])
 
 
 def flip(tensors, name):
@@ -132,9 +114,8 @@ DAMAGE = {
 }
 
 
-@pytest.fixture(scope="module")
-def errors(folders, tmp_path_factory):
-    root = tmp_path_factory.mktemp("damage")
+def damaged_cases(folders, root):
+    """Cases whose engines refuse to start, or to load again."""
     cases = {}
     for number, (name, (damage, _)) in enumerate(DAMAGE.items()):
         folder = root / name
@@ -152,12 +133,32 @@ def errors(folders, tmp_path_factory):
     (newer / "config.json").write_text(json.dumps(config))
     cases["newer"] = case_of(newer, "dense", {})
     cases["reload"] = case_of(folders["llama"], "dense", {}) | {"call": "reload"}
-    return start_engines(cases, root)
+    return cases
+
+
+@pytest.fixture(scope="module")
+def results(folders, adapter, tmp_path_factory):
+    """What every engine says, by the name of its case."""
+    cases = {name: case_of(folders[model], *rest) for name, (model, *rest) in RUNS.items()}
+    cases["llama-packed-adapter"]["lora"] = str(adapter)
+    root = tmp_path_factory.mktemp("engines")
+    return start_engines(cases | damaged_cases(folders, root), root)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_tokens_are_those_of_transformers(name, results, folders, adapter):
+    assert "error" not in results[name], results[name]["error"]
+    model = AutoModelForCausalLM.from_pretrained(folders[RUNS[name][0]], dtype=torch.float32)
+
+    if name.endswith("-adapter"):
+        model = PeftModel.from_pretrained(model, adapter)
+
+    assert_as_transformers(model.eval(), results[name]["outputs"])
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_refused_at_the_start(name, errors):
-    error = errors[name]["error"]
+def test_damage_is_refused_at_the_start(name, results):
+    error = results[name]["error"]
 
     # in the front end, vLLM wraps it
     message = re.search(r"(CheckpointError: |Value error, )(.*)", error)
@@ -165,12 +166,12 @@ def test_damage_is_refused_at_the_start(name, errors):
     assert DAMAGE[name][1] in message[2]
 
 
-def test_a_newer_format_is_refused(errors):
-    assert "update watersic-hf" in errors["newer"]["error"]
+def test_a_newer_format_is_refused(results):
+    assert "update watersic-hf" in results["newer"]["error"]
 
 
-def test_new_weights_for_a_running_engine_are_refused(errors):
-    assert "Start the engine again" in errors["reload"]["error"]
+def test_new_weights_for_a_running_engine_are_refused(results):
+    assert "Start the engine again" in results["reload"]["error"]
 
 
 def test_the_benchmark_runs(folders, tmp_path):
