@@ -2,6 +2,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from watersic_hf.testing import assert_close, trellis_values, uneven_codes
 pytest.importorskip("numba")
 import numba
 
-from watersic_kernels.cpu import product, vectors
+from watersic_kernels.cpu import product, threads, vectors
 from watersic_kernels.cpu.packed import packed_linear
 
 ROOT = Path(__file__).parents[2]
@@ -146,8 +147,8 @@ def test_threads_do_not_change_the_sums(tokens, monkeypatch):
     monkeypatch.setattr(product, "SCRATCH_BYTES", 4 * 300 * 300)
     before = torch.get_num_threads()
     found = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for count in (1, 2):
+        torch.set_num_threads(count)
         try:
             found.append(run(x, packed, *weight[1:]))
         finally:
@@ -295,9 +296,41 @@ def test_a_forked_process_multiplies():
     assert in_a_process(FORK).stdout.strip() == "done"
 
 
+@pytest.mark.parametrize("openmp", [True, False])
+def test_work_runs_on_all_threads_and_its_errors_arrive(openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(threads, "_parallel", None)
+    meeting = threading.Barrier(2, timeout=60)
+
+    threads.on_threads(meeting.wait, 2)
+
+    def fail() -> None:
+        if meeting.wait():
+            raise ValueError("of one thread")
+
+    with pytest.raises(ValueError, match="of one thread"):
+        threads.on_threads(fail, 2)
+
+
+def test_an_order_that_names_no_column_is_refused():
+    codes_AN = uneven_codes(40, 30)
+    *layout, order_C, entries_O, first_BK, count_BKr = pack_codes(codes_AN).tensors().values()
+    order_C = order_C.clone()
+    order_C[3] = 30
+
+    with pytest.raises(IndexError, match="order of the columns"):
+        packed_linear(
+            torch.ones(1, 30),
+            [*layout, order_C, entries_O, first_BK, count_BKr],
+            torch.ones(40),
+            torch.ones(30),
+        )
+
+
 def test_without_numba_the_reference_is_used_and_says_so():
     code = """
 import sys
+import threading
 sys.modules["numba"] = None
 import torch
 from watersic_hf.nn import ops

@@ -43,8 +43,10 @@ class LayerGradients:
 
     def power_A(self, weight_T: Tensor) -> Tensor:
         """Return the power of the rows, with a weight for every token."""
-        power_TA = torch.cat(self.grads).double().square_()
-        return weight_T @ power_TA / len(power_TA)
+        tokens = sum(map(len, self.grads))
+        weights = weight_T.float().split([len(grad) for grad in self.grads])
+        sums = (w @ grad.float().square() for w, grad in zip(weights, self.grads, strict=True))
+        return sum(sums_A.double() for sums_A in sums) / tokens
 
     def input_memory(self) -> tuple[tuple, ...]:
         """Identify the memory of the inputs: layers with the same value share their inputs."""

@@ -235,4 +235,4 @@ class Whitening:
             whitened_NT = (live_TN / chol).T
         else:
             whitened_NT = torch.linalg.solve_triangular(chol, live_TN.T, upper=False)
-        return whitened_NT.double().square().sum(0) / max(1, len(whitened_NT))
+        return whitened_NT.square_().sum(0, dtype=torch.float64) / max(1, len(whitened_NT))

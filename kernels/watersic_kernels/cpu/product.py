@@ -9,13 +9,13 @@ All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``, with sums in
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from watersic_kernels.cpu.tiles import GROUP, TILE, digits
+from watersic_kernels.cpu.threads import on_threads
+from watersic_kernels.cpu.tiles import GROUP, TILE, digits, gather, scatter
 from watersic_kernels.cpu.vectors import PAIRS
 
 #: Largest number of tokens for which the weight is decoded tile by tile inside the product; for
@@ -28,13 +28,11 @@ SCRATCH_BYTES = 32 << 20
 #: Products of weights with tokens below which starting threads takes longer than the work.
 ALONE = 1 << 20
 
+#: Threads beyond their number would only take turns.
+_CORES = os.cpu_count() or 1
+
 #: Parts of the work for every thread: a thread whose core is busy does fewer of them.
 PARTS = 4
-
-_pools: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):
-    # the threads of a pool do not exist in a forked process
-    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def linear(
@@ -56,18 +54,14 @@ def linear(
             columns, the row scales and the column scales.
         band: rows of a band.
     """
-    row_order_R, column_order_C, row_scale_A, col_scale_N = orders_and_scales
-    x_MN = x_MN.detach()
+    row_order_R, column_order_C = (order.int().numpy() for order in orders_and_scales[:2])
+    row_scale_A, col_scale_N = (scale.float().numpy() for scale in orders_and_scales[2:])
     tokens, rows, columns = len(x_MN), len(row_order_R), len(column_order_C)
     if tokens == 0:
         return x_MN.new_empty(0, len(row_scale_A))
     # padding is behind all rows and columns
-    order_N = column_order_C[: len(col_scale_N)].int()
-    x_MC = torch.zeros(tokens, -(-columns // GROUP) * GROUP)
-    x_MC[:, : len(order_N)] = x_MN.float()[:, order_N] * col_scale_N.float()[order_N]
-    x_MC = x_MC.numpy()
-    order_A = row_order_R[: len(row_scale_A)].long()
-    scale_A = row_scale_A.float()[order_A]
+    x_MC = np.zeros((tokens, -(-columns // GROUP) * GROUP), np.float32)
+    gather(x_MN.detach().float().contiguous().numpy(), column_order_C, col_scale_N, x_MC)
     bands = rows // band
 
     def run_bands(x_MC: np.ndarray, start: int, stop: int, out: np.ndarray) -> np.ndarray:
@@ -90,9 +84,9 @@ def linear(
             run_bands(x_MC[:0], start, stop, codes_Cr)
             sums_Mr = sums_MR[:, start * band : stop * band]
             torch.mm(torch.from_numpy(x_MC[:, :columns]), torch.from_numpy(codes_Cr), out=sums_Mr)
-    y_MA = x_MN.new_empty(tokens, len(order_A))
-    y_MA[:, order_A] = (sums_MR[:, : len(order_A)] * scale_A).to(x_MN.dtype)
-    return y_MA
+    y_MA = torch.empty(tokens, len(row_scale_A))
+    scatter(sums_MR.numpy(), row_order_R, row_scale_A, y_MA.numpy())
+    return y_MA.to(x_MN.dtype)
 
 
 def _integers(x_MC: np.ndarray, parts: int) -> tuple[np.ndarray, ...]:
@@ -114,7 +108,7 @@ def _in_parts(run: Callable[[int, int], None], bands: int, work: int) -> None:
     """Call ``run(first, stop)`` for parts of the bands, on as many threads as torch uses."""
     threads = 1
     if work >= ALONE:
-        threads = min(torch.get_num_threads(), os.cpu_count() or 1, bands)
+        threads = min(torch.get_num_threads(), _CORES, bands)
     if threads < 2:
         run(0, bands)
         return
@@ -125,10 +119,4 @@ def _in_parts(run: Callable[[int, int], None], bands: int, work: int) -> None:
         while (number := next(numbers)) < parts:
             run(bands * number // parts, bands * (number + 1) // parts)
 
-    pool = _pools.get(threads)
-    if pool is None:
-        pool = _pools.setdefault(threads, ThreadPoolExecutor(threads - 1))
-    others = [pool.submit(share) for _ in range(threads - 1)]
-    share()
-    for other in others:
-        other.result()
+    on_threads(share, threads)

@@ -52,6 +52,42 @@ inline_jit = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
 @jit
+def gather(x_MN, order_C, scale_N, x_MC):
+    """Multiply tokens by the scales of their columns, and write them in the order of the tiles.
+
+    Args:
+        x_MN: the tokens, float32.
+        order_C: the column at each place, int32; those behind all columns are padding.
+        scale_N: the scales, float32.
+        x_MC: receives the products.
+    """
+    for c in range(len(scale_N)):
+        n = order_C[c]
+        if not 0 <= n < len(scale_N):
+            raise IndexError("the order of the columns names a column that there is not")
+        for m in range(len(x_MN)):
+            x_MC[m, c] = x_MN[m, n] * scale_N[n]
+
+
+@jit
+def scatter(sums_MR, order_R, scale_A, y_MA):
+    """Multiply the sums of rows by their scales, and write them in the order of the outputs.
+
+    Args:
+        sums_MR: the sums, float32.
+        order_R: the row at each place, int32; those behind all rows are padding.
+        scale_A: the scales, float32.
+        y_MA: receives the products.
+    """
+    for r in range(len(scale_A)):
+        a = order_R[r]
+        if not 0 <= a < len(scale_A):
+            raise IndexError("the order of the rows names a row that there is not")
+        for m in range(len(sums_MR)):
+            y_MA[m, a] = sums_MR[m, r] * scale_A[a]
+
+
+@jit
 def digits(x_MC, pairs_TVP, sum_TV, scale_TV, fixed_MC, unit_MK):
     """Write tokens as integers.
 
