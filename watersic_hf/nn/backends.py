@@ -56,14 +56,15 @@ def kernels_on(device: torch.device, backend: str) -> ModuleType | None:
 
 @functools.cache
 def cpu_kernels() -> ModuleType | None:
-    """Return the compiled products for CPUs, or None if numba cannot be imported."""
+    """Return the compiled products and packing for CPUs, or None if numba cannot be imported."""
     try:
+        import watersic_kernels.cpu.pack
         import watersic_kernels.cpu.packed
     except ImportError as error:
         logger.warning(
-            "numba cannot be imported: %s. Products with weights in the residency `packed` decode "
-            "the whole weight with slow reference code at every call. Run `pip install numba`, or "
-            "use the residency `dense`.",
+            "numba cannot be imported: %s. Weights are packed for the residency `packed` some "
+            "twenty times slower, and products with them decode the whole weight with slow "
+            "reference code at every call. Run `pip install numba`, or use the residency `dense`.",
             error,
         )
         return None

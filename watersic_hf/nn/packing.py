@@ -14,11 +14,13 @@ differences of values.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from watersic_hf.codec import Path
+from watersic_hf.nn.backends import cpu_kernels
 from watersic_hf.nn.paths import bands_codes, fits, quantizers, state_bits, value_of
 from watersic_hf.nn.tiles import (
     TILE,
@@ -96,34 +98,92 @@ def pack_codes(codes_AN: Tensor, path: Path | None = None) -> PackedCodes:
     """
     rows, columns = codes_AN.shape
     band = choose_band(codes_AN)
-    row_order_R, column_order_C = sort_by_magnitude(codes_AN, band)
-    trellis = fits(path, band, rows)
-    if trellis:
+    kernels = cpu_kernels() if codes_AN.device.type == "cpu" else None
+    compiled = None if kernels is None else kernels.pack
+    row_order_R, column_order_C = sort_by_magnitude(codes_AN, band, compiled)
+    if not fits(path, band, rows):
+        path = None
+    else:
         row_order_R[:rows] = path.order_A.to(codes_AN.device)
+    orders = row_order_R, column_order_C
+    if compiled is None:
+        widths_BT, state_BT3, count_BKr, words_G, outliers_O = _packed(codes_AN, orders, band, path)
+    else:
+        widths_BT, state_BT3, count_BKr, words_G, outliers_O = _packed_by_compiled(
+            compiled, codes_AN, orders, band, path
+        )
+    first_BK, count_BKr = outlier_index(count_BKr)
+    return PackedCodes(
+        rows=rows,
+        columns=columns,
+        words_G=words_G,
+        tiles_BT=(_before(widths_BT) << 4 | widths_BT).int(),
+        state_BT3=state_BT3,
+        row_order_R=compact_order(row_order_R),
+        column_order_C=compact_order(column_order_C),
+        outliers_O=outliers_O,
+        outlier_first_BK=first_BK,
+        outlier_count_BKr=count_BKr,
+    )
+
+
+def _packed(
+    codes_AN: Tensor, orders: tuple[Tensor, Tensor], band: int, path: Path | None
+) -> tuple[Tensor, ...]:
+    """Pack codes band by band.
+
+    Args:
+        codes_AN: codes, or the values of a trellis.
+        orders: the rows and columns at each place of the tiles.
+        band: rows of a tile.
+        path: path of the values, or None.
+
+    Returns:
+        Widths of the tiles, B x T, states before them, words, as `PackedCodes` has them, and
+        outliers: their numbers, B x K x r, and entries; these last.
+    """
+    row_order_R, column_order_C = orders
     bands, states, after_3C = [], [], None
-    for start, order_r in enumerate(row_order_R[:rows].split(band)):
+    for start, order_r in enumerate(row_order_R[: len(codes_AN)].split(band)):
         codes_rC = pad_to_tiles(codes_AN[order_r], column_order_C, band)
-        if not trellis:
+        if path is None:
             bands.append(_pack_band(codes_rC))
             continue
         coded, after_3C = bands_codes(codes_rC[None], path, start, after_3C)
         bands.append(_pack_band(coded.codes_rC[0], coded.quantizer_rC[0]))
         states.append(coded.state_T3[0])
-    widths_BT = torch.stack([widths_T for widths_T, *_ in bands])
-    first_BT = widths_BT.flatten().cumsum(0).view_as(widths_BT) - widths_BT
-    first_BK, count_BKr = outlier_index(torch.cat([count_1Kr for *_, count_1Kr in bands]))
-    return PackedCodes(
-        rows=rows,
-        columns=columns,
-        words_G=torch.cat([words for _, words, *_ in bands]),
-        tiles_BT=(first_BT << 4 | widths_BT).int(),
-        state_BT3=torch.stack(states) if trellis else first_BT.int()[..., None][..., :0],
-        row_order_R=compact_order(row_order_R),
-        column_order_C=compact_order(column_order_C),
-        outliers_O=torch.cat([outliers for *_, outliers, _ in bands]),
-        outlier_first_BK=first_BK,
-        outlier_count_BKr=count_BKr,
+    widths, words, outliers, counts = zip(*bands, strict=True)
+    widths_BT = torch.stack(widths)
+    return (
+        widths_BT,
+        torch.stack(states) if states else widths_BT.int()[..., None][..., :0],
+        torch.cat(counts),
+        torch.cat(words),
+        torch.cat(outliers),
     )
+
+
+def _packed_by_compiled(
+    compiled: ModuleType,
+    codes_AN: Tensor,
+    orders: tuple[Tensor, Tensor],
+    band: int,
+    path: Path | None,
+) -> tuple[Tensor, ...]:
+    """Pack codes with compiled code; see `_packed`."""
+    trellis = path is not None
+    path_bands = -(-path.rows // band) if trellis else 0
+    costs = band * TILE, OUTLIER_BITS, MAX_WIDTH - trellis
+    found = compiled.measure(codes_AN, *orders, band, costs, path_bands)
+    widths_BT, state_BT3, count_BKr = found
+    first_BK = _before(count_BKr.sum(-1))
+    written = compiled.write(codes_AN, *orders, found, _before(widths_BT), first_BK)
+    return widths_BT, state_BT3, count_BKr, *written
+
+
+def _before(count_BT: Tensor) -> Tensor:
+    """Return the sum of all numbers before each one, in the order of rows."""
+    return count_BT.flatten().cumsum(0).view_as(count_BT) - count_BT
 
 
 def unpack_bands(packed: PackedCodes) -> Iterator[tuple[Tensor, Tensor]]:

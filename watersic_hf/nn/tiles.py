@@ -16,6 +16,7 @@ d * 32^p to the code in that column.  A value that is too large takes several en
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -87,7 +88,9 @@ def choose_band(codes_AN: Tensor) -> int:
     return next((b for b in BANDS if -rows % b <= MAX_PADDING * rows), BANDS[-1])
 
 
-def sort_by_magnitude(codes_AN: Tensor, band: int) -> tuple[Tensor, Tensor]:
+def sort_by_magnitude(
+    codes_AN: Tensor, band: int, compiled: ModuleType | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the order of the rows and of the columns in the tiles: by the mean magnitude of codes.
 
     Both are padded to whole tiles, rows with the index A and columns with the index N.
@@ -95,21 +98,28 @@ def sort_by_magnitude(codes_AN: Tensor, band: int) -> tuple[Tensor, Tensor]:
     Args:
         codes_AN: integer codes.
         band: rows of a tile.
+        compiled: compiled functions that pack codes, or None.
 
     Returns:
         The row order, of R entries, and the column order, of C entries, int64.
     """
+    sizes = _sizes(codes_AN, band) if compiled is None else compiled.sizes(codes_AN, LARGE)
+    orders = []
+    for size, multiple in zip(sizes, (band, TILE), strict=True):
+        padding = torch.full((-len(size) % multiple,), len(size), device=size.device)
+        orders.append(torch.cat([size.argsort(stable=True), padding]))
+    return orders[0], orders[1]
+
+
+def _sizes(codes_AN: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the size of every row and of every column, some rows at a time."""
     size_A, size_N = [], 0
-    for codes_rN in codes_AN.split(band):
+    for codes_rN in codes_AN.split(rows):
         size_rN = codes_rN.abs().clamp(max=LARGE).double()
         size_A.append(size_rN.mean(1))
         # relative to its row, so that large rows do not decide the order of the columns
         size_N = size_N + (size_rN / (size_A[-1][:, None] + 1e-3)).sum(0)
-    orders = []
-    for size, multiple in ((torch.cat(size_A), band), (size_N, TILE)):
-        padding = torch.full((-len(size) % multiple,), len(size), device=size.device)
-        orders.append(torch.cat([size.argsort(stable=True), padding]))
-    return orders[0], orders[1]
+    return torch.cat(size_A), size_N
 
 
 def pad_to_tiles(codes_rN: Tensor, column_order_C: Tensor, rows: int) -> Tensor:

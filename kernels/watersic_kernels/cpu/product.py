@@ -6,15 +6,13 @@ Shapes: M = tokens, A = out_features (rows), N = in_features (columns), R, C = r
 All products are ``y = diag(row_scale) @ codes @ (col_scale * x)``, with sums in float32.
 """
 
-import itertools
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from watersic_kernels.cpu.threads import on_threads
+from watersic_kernels.cpu.threads import in_parts
 from watersic_kernels.cpu.tiles import GROUP, TILE, digits, gather, scatter
 from watersic_kernels.cpu.vectors import PAIRS
 
@@ -27,9 +25,6 @@ SCRATCH_BYTES = 32 << 20
 
 #: Products of weights with tokens below which starting threads takes longer than the work.
 ALONE = 1 << 20
-
-#: Threads beyond their number would only take turns.
-_CORES = os.cpu_count() or 1
 
 #: Parts of the work for every thread: a thread whose core is busy does fewer of them.
 PARTS = 4
@@ -70,7 +65,10 @@ def linear(
         def part(first: int, last: int) -> None:
             run(integers, start + first, start + last, start, out)
 
-        _in_parts(part, stop - start, columns * out.shape[1] * max(1, len(x_MC)))
+        # so little work takes less time than to start threads
+        alone = columns * out.shape[1] * max(1, len(x_MC)) < ALONE
+        threads = 1 if alone else torch.get_num_threads()
+        in_parts(part, stop - start, threads, PARTS * threads)
         return out
 
     if tokens <= FUSED_TOKENS:
@@ -102,21 +100,3 @@ def _integers(x_MC: np.ndarray, parts: int) -> tuple[np.ndarray, ...]:
     )
     digits(x_MC, *integers)
     return integers
-
-
-def _in_parts(run: Callable[[int, int], None], bands: int, work: int) -> None:
-    """Call ``run(first, stop)`` for parts of the bands, on as many threads as torch uses."""
-    threads = 1
-    if work >= ALONE:
-        threads = min(torch.get_num_threads(), _CORES, bands)
-    if threads < 2:
-        run(0, bands)
-        return
-    parts = min(bands, PARTS * threads)
-    numbers = itertools.count()
-
-    def share() -> None:
-        while (number := next(numbers)) < parts:
-            run(bands * number // parts, bands * (number + 1) // parts)
-
-    on_threads(share, threads)

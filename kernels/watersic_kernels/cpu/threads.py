@@ -9,11 +9,15 @@ threads that it does not have.
 """
 
 import ctypes
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch  # noqa: F401, loads OpenMP
+
+#: Threads beyond their number would only take turns.
+_CORES = os.cpu_count() or 1
 
 _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -42,6 +46,28 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def in_parts(run: Callable[[int, int], None], count: int, threads: int, parts: int) -> None:
+    """Call ``run(first, stop)`` for parts of a number of items, in any order.
+
+    Args:
+        run: releases Python's lock while it computes.
+        count: number of items.
+        threads: number of threads.
+        parts: number of parts; a thread whose core is busy does fewer of them.
+    """
+    threads, parts = min(threads, _CORES, count), min(parts, count)
+    if threads < 2:
+        run(0, count)
+        return
+    numbers = itertools.count()
+
+    def share() -> None:
+        while (number := next(numbers)) < parts:
+            run(count * number // parts, count * (number + 1) // parts)
+
+    on_threads(share, threads)
 
 
 def on_threads(work: Callable[[], None], threads: int) -> None:
