@@ -162,6 +162,18 @@ def library() -> Library:
     return Library(frequency_TS, start_TS, limit_T, outside_ST, cost_ST)
 
 
+@functools.cache
+def _decoder_page(table: int) -> np.ndarray:
+    """Return the entries of `CodeModel.decoder_table` for one table, uint32."""
+    tables = library()
+    symbols = symbols_in_order(int(tables.limit_T[table]))
+    frequency = tables.frequency_TS[table, symbols].astype(np.uint32)
+    start = tables.start_TS[table, symbols].astype(np.uint32)
+    page = np.repeat((symbols.astype(np.uint32) << 24) | frequency, frequency)
+    page += (np.arange(TOTAL, dtype=np.uint32) - np.repeat(start, frequency)) << PRECISION
+    return page
+
+
 def symbols_in_order(limit: int) -> np.ndarray:
     """Return the symbols of a support in coding order: the escape, then -limit .. limit."""
     return np.r_[ESCAPE, np.arange(-limit, limit + 1) & 0xFF].astype(np.uint8)
@@ -208,17 +220,9 @@ class CodeModel:
         Returns:
             The entries, uint32, and the index of the first entry of every key, int64.
         """
-        tables = library()
         distinct, index_K = np.unique(self.table_K, return_inverse=True)
-        pages = np.empty((len(distinct), TOTAL), np.uint32)
-        for page, table in zip(pages, distinct, strict=True):
-            symbols = symbols_in_order(int(tables.limit_T[table]))
-            frequency = tables.frequency_TS[table, symbols].astype(np.uint32)
-            start = tables.start_TS[table, symbols].astype(np.uint32)
-            entry = (symbols.astype(np.uint32) << 24) | frequency
-            page[:] = np.repeat(entry, frequency)
-            page += (np.arange(TOTAL, dtype=np.uint32) - np.repeat(start, frequency)) << PRECISION
-        return pages.ravel(), TOTAL * index_K.astype(np.int64)
+        pages = [_decoder_page(int(table)) for table in distinct]
+        return np.concatenate(pages), TOTAL * index_K.astype(np.int64)
 
     def encoder_table(self) -> np.ndarray:
         """Return the lookup table for encoding, with an entry for every key and symbol.
