@@ -52,7 +52,7 @@ def expected(x, codes_AN, row_scale_A, col_scale_N):
 def test_product_for_ragged_sizes_and_all_token_counts(shape, trellis, dtype):
     packed, *weight = layer(*shape, trellis=trellis)
 
-    for tokens in (*range(1, 10), 40):
+    for tokens in (*range(1, 10), 40, 70):
         x = torch.randn(tokens, shape[1]).to(dtype)
 
         y = run(x, packed, *weight[1:])
@@ -61,7 +61,7 @@ def test_product_for_ragged_sizes_and_all_token_counts(shape, trellis, dtype):
         assert_close(y, expected(x, *weight), tolerance=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, 70])
 @pytest.mark.parametrize("trellis", [False, True])
 def test_product_with_tiles_of_every_width(trellis, tokens):
     packed, *weight = layer(300, 700, trellis=trellis, spread=4.0)
@@ -78,7 +78,7 @@ def test_product_with_several_paths():
     assert_close(run(x, packed, *weight[1:]), expected(x, *weight), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
 def test_strided_input_and_no_tokens(tokens):
     packed, *weight = layer(70, 65, trellis=True)
     x = torch.randn(65, tokens).T
@@ -139,7 +139,7 @@ def test_products_multiply_pairs_of_columns():
     assert assembly.count("pmaddwd") >= vectors.PAIRS
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 20])
+@pytest.mark.parametrize("tokens", [1, 20, 70])
 def test_threads_do_not_change_the_sums(tokens, monkeypatch):
     packed, *weight = layer(700, 300, trellis=True)
     x = torch.randn(tokens, 300)

@@ -35,7 +35,7 @@ def packed_linear(
     """Return ``x @ W.T``, M x A, in the dtype of x.
 
     Sums are in float32 and always in the same order, whatever the number of threads.  For up to
-    eight tokens in a dtype of 16 bits, each column of the input, times its scale, is rounded to a
+    64 tokens in a dtype of 16 bits, each column of the input, times its scale, is rounded to a
     multiple of 2^-15 of the largest of the 32 columns in its tile, and in float32 of 2^-30.
     Reference: `watersic_hf.nn.ops.coded_linear`.
 
