@@ -1,11 +1,12 @@
-"""Measure tokens per second, time to the first token and peak memory for every residency.
+"""Measure tokens per second, time to the first token and memory for every residency.
 
     python benchmarks/generation.py [MODEL] [--residencies dense packed entropy] [--json FILE]
 
 MODEL is a folder written by `watersic quantize`; without one, some blocks of the shape of
 Llama-3-8B with random codes are taken, which need no download.  On a CUDA device every residency
 generates with and without CUDA graphs (a static cache and torch.compile's ``reduce-overhead``
-mode).
+mode).  Memory is the peak of what torch has allocated on a CUDA device, and otherwise what the
+process holds.
 ``--dry-run`` generates a few tokens on any machine and prints no times.
 """
 
@@ -14,6 +15,7 @@ import gc
 import time
 from collections.abc import Sequence
 
+import psutil
 import torch
 from kernels_speed import codes_of, keep_rows
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -22,7 +24,7 @@ from watersic_hf import WaterSICConfig, WaterSICLinear, WaterSICRuntime, set_res
 from watersic_hf.checkpoint import pack_layer
 from watersic_hf.nn import replace_module
 
-COLUMNS = ("residency", "graphs", "tokens/s", "first token ms", "peak GB")
+COLUMNS = ("residency", "graphs", "tokens/s", "first token ms", "memory GB")
 
 
 def random_model(blocks: int, hidden: int, device: str) -> torch.nn.Module:
@@ -91,7 +93,10 @@ def measure(model: torch.nn.Module, prompt_T: torch.Tensor, count: int, graphs: 
         model.forward = plain
     row = {"tokens/s": round((count - 1) / rest, 1), "first token ms": round(1e3 * first, 1)}
     if prompt_T.is_cuda:
-        row["peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = psutil.Process().memory_info().rss
+    row["memory GB"] = round(memory / 1e9, 2)
     return row
 
 
