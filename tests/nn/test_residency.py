@@ -42,11 +42,19 @@ def test_payloads_on_the_device_count_as_free_memory():
     assert choose_residency([layer(on_device=True)], free=free)[0] == "dense"
 
 
+@pytest.mark.parametrize(("free", "expected"), [(8.0, "dense"), (2.4, "packed"), (0.1, "packed")])
+def test_weights_are_packed_on_a_cpu_where_dense_ones_do_not_fit(free, expected):
+    residency, reason = choose_residency([layer("cpu", on_device=True)], free=int(free * GB))
+
+    assert residency == expected
+    assert "dense 2.00, packed 0.48, and 70%" in reason
+
+
 def test_other_devices_use_dense_weights():
-    residency, reason = choose_residency([layer("cpu")])
+    residency, reason = choose_residency([layer("mps")])
 
     assert residency == "dense"
-    assert "faster than dense weights on cpu" in reason
+    assert "no compressed form has kernels on mps" in reason
 
 
 def test_choice_for_a_model_is_logged_once(caplog):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import get_max_memory
 
 #: The forms that a weight can take in memory; see `PackedMatrix.set_residency`.
 RESIDENCIES = ("auto", "dense", "packed", "entropy", "stored")
@@ -44,7 +45,8 @@ def choose_residency(
     """Choose one residency for layers that share a device.
 
     Dense weights have the predictable speed of ordinary layers, so they are chosen if they leave
-    enough memory; otherwise the faster compressed form that does.
+    enough memory; otherwise the faster compressed form that does.  On a CPU only ``packed`` has
+    compiled products, and the payloads stay in memory.
 
     Args:
         layers: the layers on one device; at least one.
@@ -55,13 +57,11 @@ def choose_residency(
         The residency, and the reason for it, as a clause for the log.
     """
     device = layers[0].device
-    if device.type != "cuda":
-        return "dense", f"no compressed form is faster than dense weights on {device.type}"
-    if free is None:
-        free, _ = torch.cuda.mem_get_info(device)
-        # memory that torch has freed but keeps in its cache is available to us
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free += sum(layer.stored_bytes for layer in layers if layer.on_device)
+    if device.type not in ("cuda", "cpu"):
+        return "dense", f"no compressed form has kernels on {device.type}"
+    free = _free_memory_of(device) if free is None else free
+    if device.type == "cuda":
+        free += sum(layer.stored_bytes for layer in layers if layer.on_device)
     weights = sum(layer.weights for layer in layers)
     stored = sum(layer.stored_bytes for layer in layers)
     sizes = {
@@ -69,10 +69,27 @@ def choose_residency(
         "packed": stored + PACKED_BITS * weights / 8,
         "entropy": stored + ENTROPY_BITS * weights / 8,
     }
+    if device.type == "cpu":
+        del sizes["entropy"]
     fitting = (form for form, size in sizes.items() if size <= fraction * free)
-    residency = next(fitting, "entropy")
+    residency = next(fitting, [*sizes][-1])
     needed = ", ".join(f"{form} {size / 1e9:.2f}" for form, size in sizes.items())
     return residency, (
         f"the weights would take (GB) {needed}, and {fraction:.0%} of the free "
         f"{free / 1e9:.2f} GB is available to them"
     )
+
+
+def free_memory() -> int:
+    """Return the bytes of host memory that are free."""
+    memory = get_max_memory()
+    # where it is shared with an accelerator, it bears the name of that
+    return memory.get("cpu", memory.get("mps", 0))
+
+
+def _free_memory_of(device: torch.device) -> int:
+    if device.type == "cpu":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    # memory that torch has freed but keeps in its cache is available to us
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
