@@ -222,7 +222,7 @@ class CodeModel:
         """
         distinct, index_K = np.unique(self.table_K, return_inverse=True)
         pages = [_decoder_page(int(table)) for table in distinct]
-        return np.concatenate(pages), TOTAL * index_K.astype(np.int64)
+        return np.concatenate([np.empty(0, np.uint32), *pages]), TOTAL * index_K.astype(np.int64)
 
     def encoder_table(self) -> np.ndarray:
         """Return the lookup table for encoding, with an entry for every key and symbol.
