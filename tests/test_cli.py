@@ -191,12 +191,17 @@ def test_eval_compares_with_the_original(quantized, llama_folder, capsys):
     assert 0 < found["top1_agreement"] <= 1
     assert found["perplexity"] == pytest.approx(found["original_perplexity"], rel=0.2)
     assert found["text"].startswith("def f")
+    assert found["residency"] == "dense"
+    assert found["memory_bytes"] > found["original_memory_bytes"] > 0
+    assert found["tokens_per_second"] > 0 < found["original_tokens_per_second"]
 
 
 def test_eval_prints_a_table(quantized, capsys):
     assert run("eval", quantized, "--windows", 1, "--sequence-length", 64) == 0
 
-    assert "perplexity" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed
+    assert "time to the first of 64 tokens" in printed
 
 
 def test_eval_prints_tasks_of_both_models(quantized, llama_folder, write_task, capsys):

@@ -63,4 +63,10 @@ def test_evaluation_needs_a_window(make_llama, tokenizer):
 
 
 def test_generation_speed_is_positive(make_llama):
-    assert generation_speed(make_llama(), torch.tensor([1, 2, 3]), new_tokens=4) > 0
+    model = make_llama()
+
+    speed = generation_speed(model, torch.tensor([1, 2, 3]), new_tokens=4)
+
+    assert speed.first_token_seconds > 0
+    assert speed.tokens_per_second > 0
+    assert speed.memory_bytes >= 4 * sum(parameter.numel() for parameter in model.parameters())

@@ -131,7 +131,11 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     # the files of a model on the Hub are not at hand
     is_local = Path(arguments.model).is_dir()
     result["model_bits"] = model_size(source.folder()).bits if is_local else None
-    result["tokens_per_second"] = generation_speed(model, windows[0][:32])
+    for key, each in models.items():
+        prefix = "original_" if key == "original_tasks" else ""
+        speed = asdict(generation_speed(each, windows[0][:32]))
+        result |= {f"{prefix}{name}": value for name, value in speed.items()}
+    result["residency"] = _residency(model)
     if arguments.prompt:
         prompt = tokenizer(arguments.prompt, return_tensors="pt").to(model.device)
         tokens = model.generate(**prompt, max_new_tokens=_NEW_TOKENS, do_sample=False)
@@ -149,7 +153,24 @@ def _rows(result: dict[str, Any]) -> Iterable[tuple[str, Any]]:
         yield "KL to the original, bits per token", f"{result['kl_bits']:.5f}"
         yield "top-1 agreement", f"{result['top1_agreement']:.2%}"
     yield "perplexity", f"{result['perplexity']:.4f}"
-    yield "tokens per second", f"{result['tokens_per_second']:.1f}"
+    if result["residency"]:
+        yield "form of the weights in memory", result["residency"]
+    for prefix, suffix in (("original_", ", original"), ("", "")):
+        if f"{prefix}memory_bytes" in result:
+            memory = result[f"{prefix}memory_bytes"]
+            yield f"memory of the weights{suffix}", f"{memory / 1e9:.2f} GB"
+            first = result[f"{prefix}first_token_seconds"]
+            yield f"time to the first of 64 tokens{suffix}", f"{first:.2f} s"
+            rate = result[f"{prefix}tokens_per_second"]
+            yield f"tokens per second after that{suffix}", f"{rate:.1f}"
+
+
+def _residency(model: Any) -> str:
+    """Return the residencies of the quantized layers of a model; empty if it has none."""
+    from watersic_hf.nn import PackedMatrix
+
+    found = {m.residency for m in model.modules() if isinstance(m, PackedMatrix)}
+    return ", ".join(sorted(found))
 
 
 def _print_tasks(models: Sequence[tuple[str, dict[str, dict[str, float]]]]) -> None:

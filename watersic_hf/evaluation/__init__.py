@@ -3,6 +3,7 @@
 from watersic_hf.evaluation.check import check_folder
 from watersic_hf.evaluation.perplexity import (
     Evaluation,
+    Speed,
     evaluate,
     evaluation_text,
     evaluation_windows,
@@ -12,6 +13,7 @@ from watersic_hf.evaluation.tasks import evaluate_tasks
 
 __all__ = [
     "Evaluation",
+    "Speed",
     "check_folder",
     "evaluate",
     "evaluate_tasks",

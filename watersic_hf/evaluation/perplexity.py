@@ -83,25 +83,47 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast a model generates, and what it takes in memory."""
+
+    first_token_seconds: float
+    """Time to process the prompt and give the first token."""
+
+    tokens_per_second: float
+    """Speed of the tokens after the first."""
+
+    memory_bytes: int
+    """Bytes of the weights in memory, in the form in which they are multiplied and, where a model
+    keeps it beside that, in the stored one."""
+
+
 @torch.no_grad()
-def generation_speed(model: torch.nn.Module, prompt_T: Tensor, *, new_tokens: int = 64) -> float:
-    """Measure the speed of greedy generation, after a warm-up of one token.
+def generation_speed(model: torch.nn.Module, prompt_T: Tensor, *, new_tokens: int = 64) -> Speed:
+    """Measure greedy generation, after a warm-up of two tokens.
 
     Args:
         model: the model.
         prompt_T: token ids of one prompt.
-        new_tokens: number of tokens to generate (default: 64).
-
-    Returns:
-        Generated tokens per second, including the time to process the prompt.
+        new_tokens: number of tokens to generate, at least 2 (default: 64).
     """
     prompt = prompt_T[None].to(model.device)
     settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-    model.generate(prompt, max_new_tokens=1, **settings)
-    start = time.perf_counter()
-    out = model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **settings)
-    seconds = time.perf_counter() - start
-    return (out.shape[1] - prompt.shape[1]) / seconds
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        model.generate(prompt, max_new_tokens=count, min_new_tokens=count, **settings)
+        return time.perf_counter() - start
+
+    seconds(2)
+    first = seconds(1)
+    # the first token is generated once more; noise does not make the rest negative
+    rest = max(seconds(new_tokens) - first, 1e-9)
+    return Speed(
+        first_token_seconds=first,
+        tokens_per_second=(new_tokens - 1) / rest,
+        memory_bytes=model.get_memory_footprint(),
+    )
 
 
 def evaluation_text(file: str | os.PathLike | None = None) -> str:
