@@ -13,6 +13,7 @@ from watersic_hf.nn import ops
 from watersic_hf.nn.backends import BACKENDS
 from watersic_hf.nn.bands import scale_codes
 from watersic_hf.nn.decoding import decode
+from watersic_hf.nn.paging import release
 from watersic_hf.nn.residency import RESIDENCIES, ResidencyInputs, choose_residency
 from watersic_hf.nn.source import Source
 
@@ -159,7 +160,7 @@ class PackedMatrix(nn.Module):
                 with about 0.1 bits more.  CUDA kernels multiply with both directly.  ``stored``
                 keeps only the payload and decodes it in every forward.  ``auto`` chooses by device
                 and free memory (`choose_residency`).  For every residency except ``stored`` the
-                payload stays in host memory.
+                payload stays in host memory, or in the file that it is mapped from.
             backend: implementation for ``packed`` and ``entropy``, one of `BACKENDS`.
 
         Raises:
@@ -305,6 +306,8 @@ class PackedMatrix(nn.Module):
             self.weight.data = self.weight.data.to(device)
             if self.source is not None:
                 self._note_source()
+        if self.residency != "stored" and self.weight.device.type == "cpu":
+            release(self.weight.data)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move and cast the layer; `fixed_scales` move but keep their dtype."""
