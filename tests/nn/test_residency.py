@@ -6,6 +6,7 @@ from torch import nn
 
 from watersic_hf import WaterSICLinear, set_residency
 from watersic_hf.checkpoint import pack_layer
+from watersic_hf.nn import residency as module
 from watersic_hf.nn.residency import ResidencyInputs, choose_residency
 
 GB = 10**9
@@ -42,12 +43,21 @@ def test_payloads_on_the_device_count_as_free_memory():
     assert choose_residency([layer(on_device=True)], free=free)[0] == "dense"
 
 
-@pytest.mark.parametrize(("free", "expected"), [(8.0, "dense"), (2.4, "packed"), (0.1, "packed")])
-def test_weights_are_packed_on_a_cpu_where_dense_ones_do_not_fit(free, expected):
+@pytest.mark.parametrize(("free", "expected"), [(8.0, "dense"), (2.4, "packed"), (0.1, "entropy")])
+def test_weights_are_compressed_on_a_cpu_where_dense_ones_do_not_fit(free, expected):
     residency, reason = choose_residency([layer("cpu", on_device=True)], free=int(free * GB))
 
     assert residency == expected
-    assert "dense 2.00, packed 0.48, and 70%" in reason
+    assert "dense 2.00, packed 0.48, entropy 0.39, and 70%" in reason
+
+
+def test_weights_are_dense_where_the_free_memory_is_not_known(monkeypatch):
+    monkeypatch.setattr(module, "_free_host_memory", lambda: None)
+
+    residency, reason = choose_residency([layer("cpu")])
+
+    assert residency == "dense"
+    assert "free memory of cpu is not known" in reason
 
 
 def test_other_devices_use_dense_weights():

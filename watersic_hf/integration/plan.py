@@ -18,7 +18,7 @@ from watersic_hf.integration.selection import Selection
 from watersic_hf.integration.settings import SET_OPTION, settings_of
 from watersic_hf.integration.sizes import RunSizes
 from watersic_hf.integration.source import ModelSource
-from watersic_hf.nn.residency import free_memory
+from watersic_hf.streams.memory import free_memory
 from watersic_hf.streams.precision import fast_dtype
 
 #: Smallest number of calibration windows that is proposed.

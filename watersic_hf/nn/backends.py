@@ -60,30 +60,31 @@ def cpu_kernels() -> ModuleType | None:
     try:
         import watersic_kernels.cpu.pack
         import watersic_kernels.cpu.packed
+        import watersic_kernels.cpu.prefix
     except ImportError as error:
         logger.warning(
             "numba cannot be imported: %s. Weights are packed for the residency `packed` some "
-            "twenty times slower, and products with them decode the whole weight with slow "
-            "reference code at every call. Run `pip install numba`, or use the residency `dense`.",
+            "twenty times slower, and products with it and with `entropy` decode the whole weight "
+            "with slow reference code at every call. Run `pip install numba`, or use the residency "
+            "`dense`.",
             error,
         )
         return None
     return watersic_kernels.cpu
 
 
-def product_kernels(x: Tensor, backend: str, *, compiled: bool) -> ModuleType | None:
+def product_kernels(x: Tensor, backend: str) -> ModuleType | None:
     """Return the kernels that multiply `x` with a compressed weight; None is the reference.
 
     Args:
         x: input of the layer.
         backend: one of `BACKENDS`.
-        compiled: whether there are kernels for CPUs.
 
     Raises:
         ImportError: `backend` is ``triton``, x is on CUDA, and Triton cannot be imported.
     """
     # the compiled products compute in float32
-    if x.device.type == "cpu" and compiled and backend != "reference" and x.dtype != torch.float64:
+    if x.device.type == "cpu" and backend != "reference" and x.dtype != torch.float64:
         return cpu_kernels()
     return kernels_on(x.device, backend)
 

@@ -32,10 +32,8 @@ class Layout:
     """Yield row indices and the codes of these rows, r x N, until all rows are decoded."""
 
     multiply: Callable[..., Tensor]
-    """Multiply with the kernels: ``multiply(kernels, x_MN, tensors, row_scale_A, col_scale_N)``."""
-
-    compiled: bool
-    """Whether there are kernels for CPUs; their module has the same functions as that of CUDA."""
+    """Multiply with the kernels: ``multiply(kernels, x_MN, tensors, row_scale_A, col_scale_N)``.
+    The module of those for CPUs has the same functions as that of CUDA."""
 
 
 def _multiply_packed(kernels: ModuleType, x_MN: Tensor, *layer: Sequence[Tensor] | Tensor):
@@ -56,13 +54,11 @@ LAYOUTS = {
         encode=pack_codes,
         bands=unpack_bands,
         multiply=_multiply_packed,
-        compiled=True,
     ),
     "entropy": Layout(
         codes=prefix.PrefixCodes,
         encode=prefix.encode_codes,
         bands=prefix.decode_bands,
         multiply=_multiply_prefix,
-        compiled=False,
     ),
 }

@@ -163,7 +163,7 @@ def coded_linear(
             f"coded_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs (..., {N})"
         )
     kind = LAYOUTS[residency]
-    kernels = product_kernels(x, backend, compiled=kind.compiled)
+    kernels = product_kernels(x, backend)
     if kernels is not None:
         y_MA = kind.multiply(kernels, x.reshape(-1, N), layout, row_scale_A, col_scale_N)
         return y_MA.view(*x.shape[:-1], A)

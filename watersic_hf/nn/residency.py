@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from accelerate.utils import get_max_memory
 
 #: The forms that a weight can take in memory; see `PackedMatrix.set_residency`.
 RESIDENCIES = ("auto", "dense", "packed", "entropy", "stored")
@@ -45,8 +45,7 @@ def choose_residency(
     """Choose one residency for layers that share a device.
 
     Dense weights have the predictable speed of ordinary layers, so they are chosen if they leave
-    enough memory; otherwise the faster compressed form that does.  On a CPU only ``packed`` has
-    compiled products, and the payloads stay in memory.
+    enough memory; otherwise the faster compressed form that does.
 
     Args:
         layers: the layers on one device; at least one.
@@ -59,7 +58,9 @@ def choose_residency(
     device = layers[0].device
     if device.type not in ("cuda", "cpu"):
         return "dense", f"no compressed form has kernels on {device.type}"
-    free = _free_memory_of(device) if free is None else free
+    free = _free_memory(device) if free is None else free
+    if free is None:
+        return "dense", f"the free memory of {device.type} is not known"
     if device.type == "cuda":
         free += sum(layer.stored_bytes for layer in layers if layer.on_device)
     weights = sum(layer.weights for layer in layers)
@@ -69,10 +70,8 @@ def choose_residency(
         "packed": stored + PACKED_BITS * weights / 8,
         "entropy": stored + ENTROPY_BITS * weights / 8,
     }
-    if device.type == "cpu":
-        del sizes["entropy"]
     fitting = (form for form, size in sizes.items() if size <= fraction * free)
-    residency = next(fitting, [*sizes][-1])
+    residency = next(fitting, "entropy")
     needed = ", ".join(f"{form} {size / 1e9:.2f}" for form, size in sizes.items())
     return residency, (
         f"the weights would take (GB) {needed}, and {fraction:.0%} of the free "
@@ -80,16 +79,20 @@ def choose_residency(
     )
 
 
-def free_memory() -> int:
-    """Return the bytes of host memory that are free."""
-    memory = get_max_memory()
-    # where it is shared with an accelerator, it bears the name of that
-    return memory.get("cpu", memory.get("mps", 0))
-
-
-def _free_memory_of(device: torch.device) -> int:
+def _free_memory(device: torch.device) -> int | None:
+    """Return the free memory of a device in bytes; None if the system does not tell."""
     if device.type == "cpu":
-        return free_memory()
+        return _free_host_memory()
     free, _ = torch.cuda.mem_get_info(device)
     # memory that torch has freed but keeps in its cache is available to us
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _free_host_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        # no Linux
+        return None
+    found = (line.split() for line in lines)
+    return next((1024 * int(kib) for name, kib, *_ in found if name == "MemAvailable:"), None)

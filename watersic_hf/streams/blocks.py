@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from watersic_hf.nn.residency import free_memory
+from watersic_hf.streams.memory import free_memory
 from watersic_hf.streams.processes import rank_and_size
 
 #: Fraction of the free memory that outputs of a block may take.

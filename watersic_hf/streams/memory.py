@@ -1,4 +1,4 @@
-"""How freed memory gets back to the system."""
+"""Free memory, and how freed memory gets back to the system."""
 
 import ctypes
 import logging
@@ -6,12 +6,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.utils import get_max_memory
+
 logger = logging.getLogger(__name__)
 
 #: Bytes from which the memory of a freed tensor is returned at once.
 _LARGE = 1 << 20
 #: A parameter of glibc's `mallopt`.
 _M_MMAP_THRESHOLD = -3
+
+
+def free_memory() -> int:
+    """Return the bytes of host memory that are free."""
+    memory = get_max_memory()
+    # where it is shared with an accelerator, it bears the name of that
+    return memory.get("cpu", memory.get("mps", 0))
 
 
 def trim_memory() -> None:

@@ -14,16 +14,14 @@ from torch import Tensor
 from watersic_kernels.cpu.product import linear
 from watersic_kernels.cpu.tiles import (
     AHEAD,
-    GROUP,
     LINE,
     MOST_ENTRIES,
     TILE,
-    add_outliers,
+    add_band_outliers,
     add_tile,
     decode_path_tile,
     decode_tile,
     jit,
-    store_outliers,
     store_tile,
 )
 from watersic_kernels.cpu.vectors import LANES, PAIRS, ROWS, prefetch
@@ -86,7 +84,6 @@ def _run(
     band, decode = words_Sr.shape[1], len(fixed_MC) == 0
     pairs, quantizer_r = np.empty(PAIRS * ROWS, int32), np.empty(ROWS, uint32)
     running = np.empty(MOST_ENTRIES + 1, int64)
-    groups, entries = first_BK.shape[1], len(entries_O)
     widest = 8 if state_BT3 is None else 7
     for b in range(first, stop):
         start = (b - base) * band
@@ -105,12 +102,4 @@ def _run(
             else:
                 pairs_VP, sum_V, scale_V = pairs_TVP[t], sum_TV[t], scale_TV[t]
                 add_tile(pairs, half, pairs_VP, sum_V, scale_V, out, start, band)
-        for k in range(groups):
-            place, count_r, after = first_BK[b, k], count_BKr[b, k], b * groups + k + 1
-            end = first_BK[after // groups, after % groups] if after < first_BK.size else entries
-            if decode:
-                store_outliers(entries_O, place, count_r, out[k * GROUP :], start)
-            for m in range(len(fixed_MC)):
-                fixed_G, sums_r = fixed_MC[m, k * GROUP :], out[m, start : start + band]
-                unit = unit_MK[m, k]
-                add_outliers(entries_O, place, end, count_r, fixed_G, unit, running, sums_r)
+        add_band_outliers(entries_O, first_BK, count_BKr, b, fixed_MC, unit_MK, running, out, start)

@@ -229,6 +229,31 @@ def store_tile(pairs, half, codes_CR, first, start, band):
 
 
 @inline_jit
+def add_band_outliers(entries_O, first_BK, count_BKr, b, fixed_MC, unit_MK, running, out, start):
+    """Add the products of the outliers of a band to the sums, or the outliers to decoded codes.
+
+    Args:
+        entries_O, first_BK, count_BKr: tensors of the layout.
+        b: the band.
+        fixed_MC, unit_MK: the tokens as integers; see `digits`.  Without tokens, codes are decoded.
+        running: as for `add_outliers`.
+        out: the sums, M x R, or the codes, C x R, float32.
+        start: number of the first row of the band in `out`.
+    """
+    groups, band = first_BK.shape[1], count_BKr.shape[2]
+    for k in range(groups):
+        place, count_r, after = first_BK[b, k], count_BKr[b, k], b * groups + k + 1
+        end = len(entries_O)
+        if after < first_BK.size:
+            end = first_BK[after // groups, after % groups]
+        if len(fixed_MC) == 0:
+            store_outliers(entries_O, place, count_r, out[k * GROUP :], start)
+        for m in range(len(fixed_MC)):
+            fixed_G, sums_r = fixed_MC[m, k * GROUP :], out[m, start : start + band]
+            add_outliers(entries_O, place, end, count_r, fixed_G, unit_MK[m, k], running, sums_r)
+
+
+@inline_jit
 def add_outliers(entries_O, first, stop, count_r, fixed_G, unit, running, sums_r):
     """Add the products of the outliers of one group of columns to the sums of the rows.
 
