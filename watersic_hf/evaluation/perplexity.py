@@ -94,8 +94,8 @@ class Speed:
     """Speed of the tokens after the first."""
 
     memory_bytes: int
-    """Bytes of the weights in memory, in the form in which they are multiplied and, where a model
-    keeps it beside that, in the stored one."""
+    """Bytes of all weights; of quantized layers, of the form in use and of the stored one, even if
+    that is mapped from a file."""
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def generation_speed(model: torch.nn.Module, prompt_T: Tensor, *, new_tokens: in
 
     seconds(2)
     first = seconds(1)
-    # the first token is generated once more; noise does not make the rest negative
+    # the rest must be positive, however noisy the times are
     rest = max(seconds(new_tokens) - first, 1e-9)
     return Speed(
         first_token_seconds=first,

@@ -12,6 +12,7 @@ difference is an outlier.  Of the values of a trellis the codes are stored
 differences of values.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -101,17 +102,13 @@ def pack_codes(codes_AN: Tensor, path: Path | None = None) -> PackedCodes:
     kernels = cpu_kernels() if codes_AN.device.type == "cpu" else None
     compiled = None if kernels is None else kernels.pack
     row_order_R, column_order_C = sort_by_magnitude(codes_AN, band, compiled)
-    if not fits(path, band, rows):
-        path = None
-    else:
+    path = path if fits(path, band, rows) else None
+    if path is not None:
         row_order_R[:rows] = path.order_A.to(codes_AN.device)
-    orders = row_order_R, column_order_C
-    if compiled is None:
-        widths_BT, state_BT3, count_BKr, words_G, outliers_O = _packed(codes_AN, orders, band, path)
-    else:
-        widths_BT, state_BT3, count_BKr, words_G, outliers_O = _packed_by_compiled(
-            compiled, codes_AN, orders, band, path
-        )
+    pack = _packed if compiled is None else functools.partial(_packed_by_compiled, compiled)
+    widths_BT, state_BT3, count_BKr, words_G, outliers_O = pack(
+        codes_AN, (row_order_R, column_order_C), band, path
+    )
     first_BK, count_BKr = outlier_index(count_BKr)
     return PackedCodes(
         rows=rows,
@@ -139,8 +136,8 @@ def _packed(
         path: path of the values, or None.
 
     Returns:
-        Widths of the tiles, B x T, states before them, words, as `PackedCodes` has them, and
-        outliers: their numbers, B x K x r, and entries; these last.
+        The widths of the tiles, B x T, `PackedCodes.state_BT3`, the number of outlier entries of
+        each group and row, B x K x r, `PackedCodes.words_G` and `PackedCodes.outliers_O`.
     """
     row_order_R, column_order_C = orders
     bands, states, after_3C = [], [], None

@@ -61,6 +61,7 @@ def choose_residency(
     free = _free_memory(device) if free is None else free
     if free is None:
         return "dense", f"the free memory of {device.type} is not known"
+    # on a CPU, payloads that are mapped from files already count as free
     if device.type == "cuda":
         free += sum(layer.stored_bytes for layer in layers if layer.on_device)
     weights = sum(layer.weights for layer in layers)

@@ -18,9 +18,6 @@ from torch import Tensor
 from watersic_kernels.cpu.threads import in_parts
 from watersic_kernels.cpu.tiles import GROUP, TILE, inline_jit, quantizers
 
-#: Parts of the work for every thread.
-PARTS = 4
-
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
@@ -59,8 +56,7 @@ def measure(
     def part(first: int, stop: int) -> None:
         measure_bands(*given, first * step, min(stop * step, bands), arrays)
 
-    threads = torch.get_num_threads()
-    in_parts(part, -(-bands // step), threads, PARTS * threads)
+    in_parts(part, -(-bands // step), torch.get_num_threads())
     return out
 
 
@@ -84,8 +80,7 @@ def write(
     def part(first: int, stop: int) -> None:
         write_bands(*given, *places, state_BT3.shape[2] > 0, first, stop, out)
 
-    threads = torch.get_num_threads()
-    in_parts(part, bands, threads, PARTS * threads)
+    in_parts(part, bands, torch.get_num_threads())
     return words_Sr.flatten(), entries_O
 
 

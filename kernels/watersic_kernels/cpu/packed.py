@@ -24,7 +24,7 @@ from watersic_kernels.cpu.tiles import (
     jit,
     store_tile,
 )
-from watersic_kernels.cpu.vectors import LANES, PAIRS, ROWS, prefetch
+from watersic_kernels.cpu.vectors import PAIRS, ROWS, prefetch
 
 
 def packed_linear(
@@ -48,10 +48,6 @@ def packed_linear(
     """
     words_G, tiles_BT, state_BT3, row_order_R, column_order_C, *outliers = layout
     band = len(row_order_R) // len(tiles_BT)
-    if band > ROWS or band % LANES:
-        raise ValueError(
-            f"packed_linear: tiles of {band} rows, but it needs a multiple of {LANES} up to {ROWS}"
-        )
     arrays = [tensor.numpy() for tensor in (words_G, tiles_BT, state_BT3, *outliers)]
     arrays[0] = arrays[0].view(np.uint32).reshape(-1, band)
     if state_BT3.shape[2] == 0:

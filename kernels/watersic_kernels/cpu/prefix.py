@@ -22,8 +22,9 @@ from watersic_kernels.cpu.tiles import (
     inline_jit,
     jit,
     quantizers,
+    store_tile,
 )
-from watersic_kernels.cpu.vectors import LANES, PAIRS, ROWS
+from watersic_kernels.cpu.vectors import PAIRS, ROWS
 
 #: Bits of a window, and largest number of low bits, of `watersic_hf.nn.prefix`.
 WINDOW, MAX_SHIFT = 11, 8
@@ -62,10 +63,9 @@ def prefix_linear(
     """
     words_G, *streams, state_BT3, row_order_R, column_order_C = layout[:8]
     band = streams[2].shape[2]
-    if band > ROWS or band % LANES or len(words_G) < PADDING:
+    if len(words_G) < PADDING:
         raise ValueError(
-            f"prefix_linear: tiles of {band} rows and {len(words_G)} words, but it needs a "
-            f"multiple of {LANES} rows up to {ROWS}, and at least {PADDING} words"
+            f"prefix_linear: {len(words_G)} words, but the padding alone has {PADDING}"
         )
     arrays = [tensor.numpy() for tensor in (words_G, *streams, state_BT3, *layout[8:])]
     arrays[0] = arrays[0].view(np.uint32)
@@ -149,7 +149,7 @@ def _run(
                 _to_values(pairs, quantizer_r, band)
                 size += 1
             if decode:
-                _store(pairs, out, t * TILE, start, band)
+                store_tile(pairs, 0, out, t * TILE, start, band)
                 continue
             pairs_VP, sum_V, scale_V = pairs_TVP[t], sum_TV[t], scale_TV[t]
             parts = 1 + int(size >= VALUE_BITS)
@@ -269,13 +269,3 @@ def _low_bits(values, pairs):
     """Write the remainders of that."""
     for i in range(len(pairs)):
         pairs[i] = values[i] & int32(0x00FF00FF)
-
-
-@inline_jit
-def _store(pairs, codes_CR, first, start, band):
-    """Store the values of a tile, float32; see `watersic_kernels.cpu.tiles.store_tile`."""
-    for c in range(TILE):
-        at, shift = ROWS * (4 * (c >> 3) + (c & 3)), int32(0 if c & 4 else 16)
-        codes_r = codes_CR[first + c, start : start + band]
-        for r in range(len(codes_r)):
-            codes_r[r] = int32(pairs[at + r] << shift) >> int32(16)

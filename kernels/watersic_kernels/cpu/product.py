@@ -14,7 +14,7 @@ from torch import Tensor
 
 from watersic_kernels.cpu.threads import in_parts
 from watersic_kernels.cpu.tiles import GROUP, TILE, digits, gather, scatter
-from watersic_kernels.cpu.vectors import PAIRS
+from watersic_kernels.cpu.vectors import LANES, PAIRS, ROWS
 
 #: Largest number of tokens for which the weight is decoded tile by tile inside the product; for
 #: more tokens it is decoded once, into scratch memory.  Decoding that way takes as long as about 64
@@ -26,9 +26,6 @@ SCRATCH_BYTES = 32 << 20
 
 #: Products of weights with tokens below which starting threads takes longer than the work.
 ALONE = 1 << 20
-
-#: Parts of the work for every thread: a thread whose core is busy does fewer of them.
-PARTS = 4
 
 
 def linear(
@@ -49,7 +46,12 @@ def linear(
         orders_and_scales: the row of the weight for each row of the tiles, the same for the
             columns, the row scales and the column scales.
         band: rows of a band.
+
+    Raises:
+        ValueError: bands have another number of rows than in any layout.
     """
+    if band > ROWS or band % LANES:
+        raise ValueError(f"tiles of {band} rows, but products need a multiple of {LANES} to {ROWS}")
     row_order_R, column_order_C = (order.int().numpy() for order in orders_and_scales[:2])
     row_scale_A, col_scale_N = (scale.float().numpy() for scale in orders_and_scales[2:])
     tokens, rows, columns = len(x_MN), len(row_order_R), len(column_order_C)
@@ -69,7 +71,7 @@ def linear(
         # so little work takes less time than to start threads
         alone = columns * out.shape[1] * max(1, len(x_MC)) < ALONE
         threads = 1 if alone else torch.get_num_threads()
-        in_parts(part, stop - start, threads, PARTS * threads)
+        in_parts(part, stop - start, threads)
         return out
 
     if tokens <= FUSED_TOKENS:

@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch  # noqa: F401, loads OpenMP
 
+#: Parts of the work for every thread: a thread whose core is busy does fewer of them.
+PARTS = 4
+
 #: Threads beyond their number would only take turns.
 _CORES = os.cpu_count() or 1
 
@@ -48,20 +51,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def in_parts(run: Callable[[int, int], None], count: int, threads: int, parts: int) -> None:
+def in_parts(run: Callable[[int, int], None], count: int, threads: int) -> None:
     """Call ``run(first, stop)`` for parts of a number of items, in any order.
 
     Args:
         run: releases Python's lock while it computes.
         count: number of items.
         threads: number of threads.
-        parts: number of parts; a thread whose core is busy does fewer of them.
     """
-    threads, parts = min(threads, _CORES, count), min(parts, count)
+    threads = min(threads, _CORES, count)
     if threads < 2:
         run(0, count)
         return
-    numbers = itertools.count()
+    numbers, parts = itertools.count(), min(PARTS * threads, count)
 
     def share() -> None:
         while (number := next(numbers)) < parts:

@@ -221,10 +221,11 @@ def store_tile(pairs, half, codes_CR, first, start, band):
         band: rows of the band.
     """
     for c in range(TILE):
-        at, shift = ROWS * (4 * (c >> 3) + (c & 3)), int32(16 if c & 4 else 0)
+        # of two signed halves, the low one holds the columns 0 to 3 of eight
+        at, shift = ROWS * (4 * (c >> 3) + (c & 3)), int32(0 if c & 4 else 16)
         codes_r = codes_CR[first + c, start : start + band]
         for r in range(len(codes_r)):
-            value = int32(int32(pairs[at + r] >> shift) & int32(0xFFFF))
+            value = int32(int32(pairs[at + r] << shift) >> int32(16))
             codes_r[r] = int32(value - int32(half))
 
 
