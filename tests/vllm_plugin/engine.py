@@ -7,6 +7,7 @@ which has imported what an engine would.
 
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 import traceback
@@ -88,6 +89,9 @@ def main() -> None:
     """Run all cases, one for each core at a time."""
     for module in IMPORTS:
         importlib.import_module(module)
+    # on a CPU, vLLM would spawn the ranks, which import everything anew
+    executor = importlib.import_module("vllm.v1.executor.multiproc_executor")
+    executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     cases = json.loads(Path(sys.argv[1]).read_text())
     parts = {name: Path(f"{sys.argv[2]}.{name}") for name in cases}
     cores = sorted(os.sched_getaffinity(0))[:2]

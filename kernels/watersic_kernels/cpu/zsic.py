@@ -50,10 +50,12 @@ def quantize_block_by_path(
         power = _scale(target_BA[i], step, scaled_A)
         if power > 0:
             level = int64(np.rint(per_octave * (math.log2(power) / 2 - first)))
-            price_A[:] = level_A + level
+            for a in range(len(level_A)):
+                price_A[a] = level_A[a] + level
             find_path(scaled_A, price_A, cost_KQV, path_rows, codes_BA[i])
         else:
-            codes_BA[i] = 0
+            for a in range(len(level_A)):
+                codes_BA[i, a] = 0
         _feed_back(target_BA, chol_BB, i, step, codes_BA, shrinkage_B)
 
 
