@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from watersic_hf.streams.attention import AttentionObserver
 from watersic_hf.streams.hooks import BlockView, group_inputs, group_record
 from watersic_hf.streams.outputs import FileStore, MemoryStore
 from watersic_hf.streams.replay import Replay
@@ -135,6 +136,39 @@ def test_layers_run_once(kind, pending, store):
         wanted["first.up"] += 2 * 2
         wanted["first.down"] += 2 * 2
     assert calls == wanted
+
+
+class Attention(nn.Module):
+    """Self-attention with one head, whose queries are keys and values as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q = self.q(x)[:, None]
+        y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return x + self.o(y[:, 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace", [False, True])
+def test_attention_runs_once(replace, store):
+    torch.manual_seed(0)
+    layers = ("0.q", "0.o", "1.up", "1.down")
+    block = nn.Sequential(Attention(), Mlp())
+    plain = BlockView(stream_of(), 0, copy.deepcopy(block))
+    replay = Replay(layers, pending=layers if replace else (), store=store)
+    view = BlockView(stream_of(), 0, block, replay)
+    groups = input_groups(block, layers, lambda: plain.run(0), plain.stream.hidden[0])
+    calls = []
+
+    with AttentionObserver(lambda: calls.append(1)):
+        found = walk(view, groups, replace=replace)
+    wanted = walk(plain, groups, replace=replace)
+
+    assert len(calls) == view.batches
+    assert all(map(torch.equal, found, wanted))
 
 
 @torch.no_grad()

@@ -5,13 +5,18 @@ is the same on the way to the next, apart from the layers that are quantized in 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from watersic_hf.streams.outputs import KeptOutput, OutputStore, tensors_in
+
+#: Stands for the attention among the names of modules.
+_ATTENTION = "scaled_dot_product_attention"
 
 
 class _Answer(NamedTuple):
@@ -26,8 +31,9 @@ class _Answer(NamedTuple):
 class Replay:
     """Outputs of the modules of one block, by batch.
 
-    Only modules with layers in them are answered: they take nearly all the time.  The output of a
-    module is final, and kept, if no layer that is still to be replaced ran before it or in it.
+    Only modules with layers in them and torch's attention are answered: they take nearly all the
+    time.  An output is final, and kept, if no layer that is still to be replaced ran before it or
+    in it.
     What the store has no place for is computed again, and so is an output in memory that the model
     writes into later, as some do when they add to the residual stream.
 
@@ -71,7 +77,8 @@ class Replay:
                     before.append((module, vars(module).get("forward")))
                     is_open = any(other.startswith(f"{name}.") for other in watched)
                     module.forward = run.answer(name, module.forward, keep=not is_open)
-            yield
+            with _Attention(run.answer(_ATTENTION, F.scaled_dot_product_attention, keep=True)):
+                yield
         finally:
             for module, forward in before:
                 if forward is None:
@@ -123,7 +130,7 @@ class _Run:
         self.calls: Counter[str] = Counter()
         self.is_final = True
 
-    def answer(self, name: str, forward: Any, *, keep: bool) -> Any:
+    def answer(self, name: str, forward: Callable, *, keep: bool) -> Callable:
         """Return what takes the place of the forward of a module; see `Replay.answering`."""
 
         def answered(*args: Any, **kwargs: Any) -> Any:
@@ -145,6 +152,20 @@ class _Run:
             return value
 
         return answered
+
+
+class _Attention(TorchFunctionMode):
+    """Has another function called in place of torch's attention."""
+
+    def __init__(self, attention: Callable) -> None:
+        super().__init__()
+        self._attention = attention
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        func = self._attention if func is F.scaled_dot_product_attention else func
+        return func(*args, **(kwargs or {}))
 
 
 def _contains(name: str, layers: Iterable[str]) -> bool:

@@ -9,7 +9,7 @@ words contain, nothing outside the arrays is read or written.
 
 import numba
 import numpy as np
-from numpy import float64, int32, int64, uint16, uint32, uint64
+from numpy import float64, int32, int64, uint8, uint16, uint32, uint64
 
 #: Lanes of a chunk.
 LANES = 32
@@ -49,7 +49,7 @@ def decode_chunk(
     path = np.zeros((3, LANES), int64)
     for lane in range(lanes):
         states[lane] = uint32(words_W[2 * lane]) | uint32(words_W[2 * lane + 1]) << uint32(16)
-    first_shifted = _first_nonzero(shift_K)
+    first_shifted = np.argmax(np.append(shift_K, uint8(1)) > 0)
     at, end = uint64(2 * lanes), len(words_W)
     for phase in range(per_lane):
         first = phase * lanes
@@ -97,14 +97,6 @@ def _symbols(words_W, page_K, pages, keys, states, at, codes):
         codes[lane] = symbol
         escaped |= symbol == ESCAPE
     return at, escaped
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_nonzero(values):
-    for i in range(len(values)):
-        if values[i]:
-            return i
-    return len(values)
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
