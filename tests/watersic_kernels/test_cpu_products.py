@@ -97,7 +97,7 @@ def test_tokens_are_rounded_relative_to_the_largest_column_of_a_tile(parts):
     pairs_TVP, sum_TV, scale_TV, fixed_MC, unit_MK = product._integers(x_MC, parts)
 
     low, high = pairs_TVP.astype(np.int16), pairs_TVP >> 16
-    columns = np.stack([part.reshape(8, -1, 4, 4) for part in (low, high)], 3).reshape(8, -1, 32)
+    columns = np.concatenate([low, high], 2)
     assert (columns.sum(2) == sum_TV).all()
     values = (columns * scale_TV.astype(np.float64)[..., None]).reshape(8, 3, parts, 32).sum(2)
     error = np.abs(values.transpose(1, 0, 2) - x_MC.reshape(3, 8, 32)).max(2)

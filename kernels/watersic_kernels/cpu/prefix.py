@@ -191,21 +191,20 @@ def _decode_rows(words_G, entries_W, table, shift, limit, at_r, pairs, r):
     # rows of padding have no stream of their own
     at_0, at_1 = min(at_r[r], limit), min(at_r[r + 1], limit)
     at_2, at_3 = min(at_r[r + 2], limit), min(at_r[r + 3], limit)
-    for i in range(0, PAIRS, 4):
-        for j in range(4):
-            # columns 4 to 7 of eight are the high halves of the pairs of columns 0 to 3
-            to, side = (i + 2 * (j & 1)) * ROWS + r, uint64(16 * (j >> 1))
-            held_0, at_0 = _symbol(words_G, entries_W, table, shift, at_0)
-            held_1, at_1 = _symbol(words_G, entries_W, table, shift, at_1)
-            held_2, at_2 = _symbol(words_G, entries_W, table, shift, at_2)
-            held_3, at_3 = _symbol(words_G, entries_W, table, shift, at_3)
-            for n, held in enumerate((held_0, held_1, held_2, held_3)):
-                one, other = held & uint64(0xFFFF), held >> uint64(16)
-                if j < 2:
-                    pairs[to + n], pairs[to + n + ROWS] = int32(one), int32(other)
-                else:
-                    pairs[to + n] |= int32(one << side)
-                    pairs[to + n + ROWS] |= int32(other << side)
+    for c in range(0, TILE, 2):
+        to = c % PAIRS * ROWS + r
+        held_0, at_0 = _symbol(words_G, entries_W, table, shift, at_0)
+        held_1, at_1 = _symbol(words_G, entries_W, table, shift, at_1)
+        held_2, at_2 = _symbol(words_G, entries_W, table, shift, at_2)
+        held_3, at_3 = _symbol(words_G, entries_W, table, shift, at_3)
+        for n, held in enumerate((held_0, held_1, held_2, held_3)):
+            one, other = held & uint64(0xFFFF), held >> uint64(16)
+            if c < PAIRS:
+                pairs[to + n], pairs[to + n + ROWS] = int32(one), int32(other)
+            else:
+                # the later columns are the high halves
+                pairs[to + n] |= int32(one << uint64(16))
+                pairs[to + n + ROWS] |= int32(other << uint64(16))
     at_r[r], at_r[r + 1], at_r[r + 2], at_r[r + 3] = at_0, at_1, at_2, at_3
 
 
@@ -235,9 +234,7 @@ def _parities(pairs, parity_r):
     for r in range(len(parity_r)):
         parity = uint32(0)
         for i in range(PAIRS):
-            pair, c = uint32(pairs[i * ROWS + r]), 8 * (i >> 2) + (i & 3)
-            parity |= (pair & uint32(1)) << uint32(c)
-            parity |= (pair >> uint32(16) & uint32(1)) << uint32(c + 4)
+            parity |= uint32(uint32(pairs[i * ROWS + r]) & uint32(0x10001)) << uint32(i)
         parity_r[r] = parity
 
 
@@ -245,12 +242,11 @@ def _parities(pairs, parity_r):
 def _to_values(pairs, quantizer_r, band):
     """Replace the codes of a trellis by their values."""
     for i in range(PAIRS):
-        c = 8 * (i >> 2) + (i & 3)
         for r in range(band):
             pair, quantizer = pairs[i * ROWS + r], quantizer_r[r]
             low, high = int32(pair << int32(16)) >> int32(16), pair >> int32(16)
-            one = int32(quantizer >> uint32(c) & uint32(1))
-            other = int32(quantizer >> uint32(c + 4) & uint32(1))
+            one = int32(quantizer >> uint32(i) & uint32(1))
+            other = int32(quantizer >> uint32(i + PAIRS) & uint32(1))
             low = int32(2 * low - one * (int32(low > 0) - int32(low < 0)))
             high = int32(2 * high - other * (int32(high > 0) - int32(high < 0)))
             pairs[i * ROWS + r] = int32(low & int32(0xFFFF)) | int32(high << int32(16))

@@ -115,14 +115,14 @@ def digits(x_MC, pairs_TVP, sum_TV, scale_TV, fixed_MC, unit_MK):
                 # the last digit first; what it leaves is the one before
                 total = int64(0)
                 for i in range(PAIRS):
-                    c, pair = 8 * (i >> 2) + (i & 3), int64(0)
+                    c, pair = i, int64(0)
                     for shift in (0, 16):
                         rest = whole_32[c] + HALF >> DIGIT_BITS if v > m * parts else int64(0)
                         digit = whole_32[c] - (rest << DIGIT_BITS)
                         pair |= (digit & 0xFFFF) << shift
                         total += digit
                         whole_32[c] = rest
-                        c += 4
+                        c += PAIRS
                     pairs_TVP[t, v, i] = int32(uint32(pair))
                 sum_TV[t, v], scale_TV[t, v] = total, unit
                 unit *= 1 << DIGIT_BITS
@@ -221,8 +221,8 @@ def store_tile(pairs, half, codes_CR, first, start, band):
         band: rows of the band.
     """
     for c in range(TILE):
-        # of two signed halves, the low one holds the columns 0 to 3 of eight
-        at, shift = ROWS * (4 * (c >> 3) + (c & 3)), int32(0 if c & 4 else 16)
+        # of two signed halves, the low one holds the first 16 columns
+        at, shift = ROWS * (c % PAIRS), int32(0 if c >= PAIRS else 16)
         codes_r = codes_CR[first + c, start : start + band]
         for r in range(len(codes_r)):
             value = int32(int32(pairs[at + r] << shift) >> int32(16))

@@ -2,8 +2,8 @@
 
 A vector has a lane of 32 bits for each of `LANES` rows.  Most hold a *pair* in every lane: the
 codes of two columns, 16 bits each, so that one instruction multiplies both with the columns of a
-token and adds the products (``vpmaddwd`` on x86).  In a tile, pair ``4 g + j`` has column
-``8 g + j`` in its low half and column ``8 g + j + 4`` in its high half.
+token and adds the products (``vpmaddwd`` on x86).  Pair i of a tile has column i in its low half
+and column ``i + 16`` in its high half.
 
 All functions are written for any CPU: LLVM cuts the vectors to the size of the machine's registers.
 They read and write what they are told to: numba checks no bounds here.
@@ -26,6 +26,7 @@ ROWS = 128
 _INT = ir.IntType(32)
 _INTS = ir.VectorType(_INT, LANES)
 _HALVES = ir.VectorType(ir.IntType(16), 2 * LANES)
+_BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _AT = ir.IntType(64)
 #: Low halves of one vector and high halves of another.
@@ -76,10 +77,14 @@ class _Code:
         shift = self.builder.lshr if right > 0 else self.builder.shl
         return shift(value, self.constant(abs(right)))
 
+    def masked(self, value: ir.Value, right: int, mask: int) -> ir.Value:
+        """Return some bits of a shifted vector; the mask has 8 bits, for every byte."""
+        return self.builder.and_(self.shift(value, right), self.constant(mask * 0x01010101))
+
     def halves(self, value: ir.Value) -> ir.Value:
         return self.builder.bitcast(value, _HALVES)
 
-    def call(self, name: str, *values: ir.Value, returns: ir.Type = _HALVES) -> ir.Value:
+    def call(self, name: str, *values: ir.Value, returns: ir.Type = _BYTES) -> ir.Value:
         """Call a function of LLVM."""
         kind = ir.FunctionType(returns, [value.type for value in values])
         function = cgutils.get_or_insert_function(self.builder.module, kind, name)
@@ -97,23 +102,36 @@ class _Code:
             found = self.builder.or_(found, rest)
         return found
 
-    def pairs(self, words: Sequence[ir.Value], width: int, place: int = 0) -> list[ir.Value]:
-        """Return the pairs of codes of a width from the words of the rows, moved to bit `place`."""
-        mask, at_once = self.constant(((1 << width) - 1) * 0x10001 << place), 16 // width
+    def pairs(self, words: Sequence[ir.Value], width: int) -> list[ir.Value]:
+        """Return the pairs of codes of a width from the words of the rows."""
+        mask, at_once = self.constant(((1 << width) - 1) * 0x10001), 16 // width
         found = []
         for pair in range(PAIRS):
-            j = pair % 4
-            if j % at_once == 0:
+            if pair % at_once == 0:
                 # of the next columns, as many as fit into 16 bits
-                bits = min(at_once, 4 - j) * width
-                column = 8 * (pair // 4) + j
-                low = self.window(words, column * width, bits, 0)
-                high = self.window(words, (column + 4) * width, bits, 16)
+                bits = min(at_once, PAIRS - pair) * width
+                low = self.window(words, pair * width, bits, 0)
+                high = self.window(words, (pair + PAIRS) * width, bits, 16)
                 both = self.builder.shuffle_vector(self.halves(low), self.halves(high), _BLEND)
                 both = self.builder.bitcast(both, _INTS)
-            moved = self.shift(both, j % at_once * width - place)
+            moved = self.shift(both, pair % at_once * width)
             found.append(self.builder.and_(moved, mask))
         return found
+
+    def plane(self, words: Sequence[ir.Value], number: int) -> ir.Value:
+        """Return a byte of each quarter of the words of the rows, quarter k as byte k of a lane."""
+        found = self.builder.bitcast(words[0], _BYTES)
+        for word, source in enumerate(words):
+            taken = list(range(4 * LANES))
+            for quarter in range(4):
+                at, byte = divmod(len(words) * quarter + number, 4)
+                if at == word:
+                    for lane in range(0, 4 * LANES, 4):
+                        taken[lane + quarter] = 4 * LANES + lane + byte
+            choice = ir.Constant(ir.VectorType(_INT, 4 * LANES), taken)
+            source = self.builder.bitcast(source, _BYTES)
+            found = self.builder.shuffle_vector(found, source, choice)
+        return self.builder.bitcast(found, _INTS)
 
     def path_pairs(
         self, words: Sequence[ir.Value], width: int, quantizer: ir.Value
@@ -121,24 +139,33 @@ class _Code:
         """Return the pairs of values of a trellis, raised as `decode_path_rows` says.
 
         With the code k, the quantizer Q and ``h = 2 k`` the value is ``max(h - Q, min(h + Q, 0))``.
+        It fits into a byte: four columns at a time have a byte of each lane.
         """
         parity, *rest = words
         # codes 0 and -1 of one bit are codes of two, the higher one the opposite of the lower
         rest = rest or [self.builder.not_(parity)]
         bits = len(rest)
-        half = ir.Constant(_HALVES, [2 << bits] * 2 * LANES)
-        found = []
-        for high, low, quantizers in zip(
-            self.pairs(rest, bits, 2),
-            self.pairs([parity], 1, 1),
-            self.pairs([quantizer], 1),
-            strict=True,
-        ):
-            h, q = self.halves(self.builder.or_(high, low)), self.halves(quantizers)
-            most = self.call("llvm.smin.v16i16", self.builder.add(h, q), half)
-            value = self.call("llvm.smax.v16i16", self.builder.sub(h, q), most)
-            found.append(self.builder.bitcast(value, _INTS))
-        return found
+        planes = [self.plane(rest, number) for number in range(bits)]
+        half = ir.Constant(_BYTES, [2 << bits] * 4 * LANES)
+        low, high = [], []
+        for j in range(PAIRS // 2):
+            number, first = divmod(bits * j, 8)
+            mask = (1 << bits) - 1 << 2
+            inside = mask & (1 << 10 - first) - 1
+            h = self.masked(planes[number], first - 2, inside)
+            if inside < mask:
+                rest = self.masked(planes[number + 1], first - 10, mask - inside)
+                h = self.builder.or_(h, rest)
+            h = self.builder.or_(h, self.masked(parity, j - 1, 2))
+            h, q = (
+                self.builder.bitcast(part, _BYTES) for part in (h, self.masked(quantizer, j, 1))
+            )
+            most = self.call("llvm.umin.v32i8", self.builder.add(h, q), half)
+            value = self.call("llvm.umax.v32i8", self.call("llvm.usub.sat.v32i8", h, q), most)
+            value = self.builder.bitcast(value, _INTS)
+            low.append(self.builder.and_(value, self.constant(0x00FF00FF)))
+            high.append(self.builder.and_(self.shift(value, 8), self.constant(0x00FF00FF)))
+        return low + high
 
     def products(self, pair: ir.Value, columns: ir.Value) -> ir.Value:
         """Return the sums of the products of both halves of two vectors."""
