@@ -73,14 +73,18 @@ for trial in range(300):
     trellis = trial % 3 == 0
     rows_A = rng.integers(0, 2, rows)
     cols_N = rng.integers(0, 2, columns)
-    out = np.empty((rows + 2, columns + 2), np.int32)
-    out[:] = 12345
+    place_N = rng.integers(-9, 20, columns)
+    guarded = np.full((22, 80) if trellis else (82, 20), 12345, np.int32)
+    out = guarded[1:-1]
     rans.decode_chunk(
         words, page_K, pages, shift_K, rows_A, cols_N, per_lane, 1 + trial % 2, trellis,
-        out[1:-1, 1:-1],
+        trial % 11, place_N, out,
     )
-    out[1:-1, 1:-1] = 12345
-    assert (out == 12345).all()
+    inside = (out.T if trellis else out)[trial % 11 : trial % 11 + rows]
+    for place in place_N:
+        if 0 <= place < 20:
+            inside[:, place] = 12345
+    assert (guarded == 12345).all()
 print("done")
 """
 

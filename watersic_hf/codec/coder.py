@@ -21,7 +21,7 @@ from watersic_hf.codec.layout import Geometry, choose_geometry, choose_path_geom
 from watersic_hf.codec.model import CodeModel
 from watersic_hf.codec.payload import EncodedCodes, build, head_bits, rebind
 from watersic_hf.codec.statistics import CodeStatistics, codes_statistics
-from watersic_hf.codec.stream import StreamError, decode_chunks, encode_chunks
+from watersic_hf.codec.stream import Output, StreamError, decode_chunks, encode_chunks
 from watersic_hf.codec.trellis import PathError, codes_of, row_order
 
 #: Cost of a lane beyond its codes, in bits: 16 for the state in which the encoder starts, and about
@@ -199,56 +199,62 @@ def _decode_rows(encoded: EncodedCodes, rows_U: np.ndarray) -> np.ndarray:
     if not codes_UN.size:
         return codes_UN
     if not encoded.header.trellis:
-        segments = np.arange(geometry.segments)
+        segments, place_N = np.arange(geometry.segments), np.arange(geometry.cols)
         bands, band_U = np.unique(rows_U // geometry.band_rows, return_inverse=True)
         for first in range(0, len(bands), geometry.group_bands):
             together = bands[first : first + geometry.group_bands]
-            codes_AN = _decode_part(encoded, together, segments, model)
-            mine_U = (first <= band_U) & (band_U < first + len(together))
-            # only the last band of a matrix is smaller than the others
-            row = (band_U[mine_U] - first) * geometry.band_rows
-            codes_UN[mine_U] = codes_AN[row + rows_U[mine_U] % geometry.band_rows]
+            start, stop = band_U.searchsorted((first, first + len(together)))
+            rows_A = _members(together, geometry.band_rows, geometry.rows)
+            output = Output(codes_UN, start, place_N)
+            complete = np.array_equal(rows_A, rows_U[start:stop])
+            if not complete:
+                output = Output(np.empty((len(rows_A), geometry.cols), np.int32), 0, place_N)
+            _decode_part(encoded, (together, segments), model, output)
+            if not complete:
+                codes_UN[start:stop] = output.codes[rows_A.searchsorted(rows_U[start:stop])]
         return codes_UN
     order_A, model = _stored(model)
     place_U = order_A.argsort()[rows_U]
     paths, path_U = np.unique(place_U // geometry.cols_per_chunk, return_inverse=True)
+    place_N = np.full(len(_members(paths, geometry.cols_per_chunk, geometry.cols)), -1)
     column_U = path_U * geometry.cols_per_chunk + place_U % geometry.cols_per_chunk
+    place_N[column_U] = np.arange(len(rows_U))
     for first in range(0, geometry.bands, geometry.group_bands):
         bands = np.arange(first, min(first + geometry.group_bands, geometry.bands))
-        values_NA = _decode_part(encoded, bands, paths, model)
-        column = first * geometry.band_rows
-        codes_UN[:, column : column + len(values_NA)] = values_NA[:, column_U].T
+        output = Output(codes_UN, first * geometry.band_rows, place_N)
+        _decode_part(encoded, (bands, paths), model, output)
     return codes_UN
 
 
 def _decode_part(
     encoded: EncodedCodes,
-    bands: np.ndarray,
-    segments: np.ndarray,
+    chunks: tuple[np.ndarray, np.ndarray],
     model: CodeModel,
-) -> np.ndarray:
-    """Return the rows of some bands in the columns of some segments, as they are stored.
+    output: Output,
+) -> None:
+    """Decode the rows of some bands in the columns of some segments, as they are stored.
 
     Args:
         encoded: the payload.
-        bands, segments: indices in ascending order.
+        chunks: indices of the bands and of the segments, in ascending order.
         model: model of the matrix as it is stored.
+        output: where their codes go.
     """
+    bands, segments = chunks
     geometry = encoded.header.geometry
     rows_A = _members(bands, geometry.band_rows, geometry.rows)
     cols_N = _members(segments, geometry.cols_per_chunk, geometry.cols)
-    chunks = (bands[:, None] * geometry.segments + segments).ravel()
-    words, offsets = encoded.words_of(chunks)
+    index = (bands[:, None] * geometry.segments + segments).ravel()
+    words, offsets = encoded.words_of(index)
     part = Geometry(len(rows_A), len(cols_N), geometry.rows_per_lane, geometry.cols_per_chunk)
-    codes_AN = np.empty((part.rows, part.cols), np.int32)
     model = dataclasses.replace(
         model, row_class_A=model.row_class_A[rows_A], col_class_N=model.col_class_N[cols_N]
     )
+    trellis = encoded.header.trellis
     try:
-        decode_chunks(words, offsets, model, part, codes_AN, trellis=encoded.header.trellis)
+        decode_chunks(words, offsets, model, part, output, trellis=trellis)
     except StreamError as error:
-        raise CodecError(f"payload: chunk {chunks[error.chunk]}: {error.reason}") from error
-    return codes_AN
+        raise CodecError(f"payload: chunk {index[error.chunk]}: {error.reason}") from error
 
 
 def _members(parts: np.ndarray, size: int, count: int) -> np.ndarray:

@@ -3,9 +3,7 @@
 This package knows no kernels: `use` tells it where to get them.  They give the same bytes.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -42,7 +40,7 @@ def decode(
     offsets: np.ndarray,
     model: CodeModel,
     geometry: Geometry,
-    codes_AN: np.ndarray,
+    output: tuple[np.ndarray, int, np.ndarray],
     *,
     trellis: bool,
 ) -> np.ndarray:
@@ -55,6 +53,7 @@ def decode(
         that end in a wrong state; int64 [C, 3].
     """
     pages, page_K = model.decoder_pages()
+    codes, first, place_N = output
     ends_C3 = np.zeros((geometry.chunks, 3), np.int64)
 
     def work(chunk: int, rows: slice, cols: slice) -> None:
@@ -68,10 +67,12 @@ def decode(
             geometry.rows_per_lane,
             model.escape_words,
             trellis,
-            codes_AN[rows, cols],
+            first + rows.start,
+            place_N[cols],
+            codes,
         )
 
-    _for_each_chunk(work, geometry)
+    _for_each_chunk(kernels, work, geometry)
     return ends_C3
 
 
@@ -104,7 +105,7 @@ def encode(
         )
         words[chunk] = np.concatenate([out[start:], out[:escaped]])
 
-    _for_each_chunk(work, geometry)
+    _for_each_chunk(kernels, work, geometry)
     return np.concatenate(words), np.array([len(part) for part in words])
 
 
@@ -131,20 +132,17 @@ def _or_none(quantizer_AN: np.ndarray | None, codes_AN: np.ndarray) -> np.ndarra
     return quantizer_AN
 
 
-def _for_each_chunk(work: Callable[[int, slice, slice], None], geometry: Geometry) -> None:
+def _for_each_chunk(
+    kernels: ModuleType, work: Callable[[int, slice, slice], None], geometry: Geometry
+) -> None:
     """Call a function with the index of every chunk, its rows and its columns, in threads."""
 
-    def chunk(index: int) -> None:
-        band, segment = divmod(index, geometry.segments)
-        top, left = band * geometry.band_rows, segment * geometry.cols_per_chunk
-        rows = slice(top, min(top + geometry.band_rows, geometry.rows))
-        work(index, rows, slice(left, min(left + geometry.cols_per_chunk, geometry.cols)))
+    def chunks(first: int, stop: int) -> None:
+        for index in range(first, stop):
+            band, segment = divmod(index, geometry.segments)
+            top, left = band * geometry.band_rows, segment * geometry.cols_per_chunk
+            rows = slice(top, min(top + geometry.band_rows, geometry.rows))
+            work(index, rows, slice(left, min(left + geometry.cols_per_chunk, geometry.cols)))
 
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1, geometry.chunks)
-    if threads < 2 or geometry.rows * geometry.cols < ALONE:
-        for index in range(geometry.chunks):
-            chunk(index)
-        return
-    # a pool of its own for every call: nothing is left that a forked process would miss
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(chunk, range(geometry.chunks)))
+    alone = geometry.rows * geometry.cols < ALONE
+    kernels.in_parts(chunks, geometry.chunks, 1 if alone else torch.get_num_threads())

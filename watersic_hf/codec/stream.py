@@ -9,6 +9,7 @@ Shapes: L = lanes of a span (segment, band, lane), T = steps of a block, C = chu
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -180,12 +181,23 @@ def _head_words(start_C: np.ndarray, lanes_C: np.ndarray) -> np.ndarray:
     return (start_C - 2 * first_C).repeat(lanes_C) + 2 * np.arange(int(lanes_C.sum()))
 
 
+class Output(NamedTuple):
+    """The place of a decoded matrix in a larger one."""
+
+    codes: np.ndarray
+    """The larger matrix, int32, transposed with a trellis."""
+    first: int
+    """Its row for the first decoded row."""
+    place_N: np.ndarray
+    """Its column for each decoded column, int64; -1 leaves a column out."""
+
+
 def decode_chunks(
     words: np.ndarray,
     offsets: np.ndarray,
     model: CodeModel,
     geometry: Geometry,
-    codes_AN: np.ndarray,
+    output: Output,
     *,
     trellis: bool,
 ) -> None:
@@ -196,8 +208,8 @@ def decode_chunks(
         offsets: index of the first word of every chunk, and the index after the last chunk.
         model: model of the codes.
         geometry: shape of the matrix as it is stored, and of its chunks.
-        codes_AN: output, int32: codes, or the values of a trellis whose paths are the rows.
-        trellis: whether the matrix is that of a trellis.
+        output: where the codes go, or the values of a trellis.
+        trellis: whether the matrix is that of a trellis, whose paths are the rows.
 
     Raises:
         StreamError: a chunk does not end at the right word, or in the right state.
@@ -205,9 +217,15 @@ def decode_chunks(
     kernels = compiled.functions()
     if kernels is None:
         read = _decode_paths if trellis else _decode_codes
+        codes_AN = np.empty((geometry.rows, geometry.cols), np.int32)
         read(_Reader.at_start(words, offsets, geometry), model, codes_AN)
+        wanted_N = output.place_N >= 0
+        codes_AU = output.codes.T if trellis else output.codes
+        rows = slice(output.first, output.first + geometry.rows)
+        codes_AU[rows, output.place_N[wanted_N]] = codes_AN[:, wanted_N]
         return
-    ends_C3 = compiled.decode(kernels, words, offsets, model, geometry, codes_AN, trellis=trellis)
+    given = words, offsets, model, geometry, output
+    ends_C3 = compiled.decode(kernels, *given, trellis=trellis)
     for chunk in np.flatnonzero((ends_C3[:, 0] != ends_C3[:, 1]) | (ends_C3[:, 2] != 0))[:1]:
         raise _wrong_end(int(chunk), *ends_C3[chunk])
 

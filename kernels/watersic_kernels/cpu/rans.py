@@ -11,17 +11,35 @@ import numba
 import numpy as np
 from numpy import float64, int32, int64, uint8, uint16, uint32, uint64
 
+from watersic_kernels.cpu.threads import in_parts  # noqa: F401, what shares the chunks out
+
 #: Lanes of a chunk.
 LANES = 32
 #: Smallest state, and the state in which the encoder starts.
 STATE_MIN = 1 << 16
 #: Symbol of the escape.
 ESCAPE = -128
+#: Columns that are decoded before they are written.
+BLOCK = 16
+
+jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+inline_jit = numba.njit(nogil=True, error_model="numpy", inline="always")
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def decode_chunk(
-    words_W, page_K, pages, shift_K, row_class_A, col_class_N, per_lane, escape_words, trellis, out
+    words_W,
+    page_K,
+    pages,
+    shift_K,
+    row_class_A,
+    col_class_N,
+    per_lane,
+    escape_words,
+    trellis,
+    start,
+    place_N,
+    out,
 ):
     """Decode one chunk into `out`.
 
@@ -36,84 +54,105 @@ def decode_chunk(
         per_lane: rows that one lane holds.
         escape_words: words of an escaped value.
         trellis: whether to return the values of a trellis, whose quantizer is added to the keys.
-        out: receives the codes, int32, of the chunk.
+        start: the row of `out` that receives the first row of the chunk.
+        place_N: the column of `out` for each column of the chunk, int64; others are left out.
+        out: receives the codes, int32; transposed with a trellis.
 
     Returns:
         The number of words left, the number of words of the escaped values, and the number of
         lanes that do not end in the state in which the encoder starts.
     """
-    rows, columns = out.shape
+    rows, columns = len(row_class_A), len(col_class_N)
     lanes = (rows + per_lane - 1) // per_lane
-    states, keys = np.empty(LANES, uint32), np.empty(LANES, int64)
+    states, keys = np.zeros(LANES, uint32), np.zeros(LANES, int32)
     # the quantizers of this step and of the two before it
-    path = np.zeros((3, LANES), int64)
+    path_3L = np.zeros((3, LANES), int32)
+    codes_BL = np.zeros((BLOCK, LANES), int32)
     for lane in range(lanes):
         states[lane] = uint32(words_W[2 * lane]) | uint32(words_W[2 * lane + 1]) << uint32(16)
-    first_shifted = np.argmax(np.append(shift_K, uint8(1)) > 0)
+    tables = page_K, pages, shift_K, np.argmax(np.append(shift_K, uint8(1)) > 0)
     at, end = uint64(2 * lanes), len(words_W)
     for phase in range(per_lane):
         first = phase * lanes
         active = max(0, min(lanes, rows - first))
-        classes = row_class_A[first : first + active]
-        highest = classes.max() if active else 0
-        path[:] = 0
-        for column in range(columns):
-            codes = out[first : first + active, column]
-            for lane in range(active):
-                keys[lane] = classes[lane] + col_class_N[column] + path[0, lane]
-            at, escaped = _symbols(words_W, page_K, pages, keys, states, at, codes)
-            if highest + col_class_N[column] + trellis >= first_shifted:
-                at = _low_bits(words_W, shift_K, keys, states, at, codes)
-            if escaped:
-                end = _escaped_values(words_W, keys, escape_words, end, codes)
-            if trellis:
-                _values(path, codes)
+        class_L = row_class_A[first : first + active].astype(int32)
+        path_3L[:] = 0
+        for column in range(0, columns, BLOCK):
+            col_class_B = col_class_N[column : column + BLOCK]
+            state = keys, states, path_3L, at, end
+            at, end = _columns(
+                words_W, tables, class_L, col_class_B, escape_words, trellis, state, codes_BL
+            )
+            place_B = place_N[column : column + BLOCK]
+            _write(codes_BL[:, :active], place_B, trellis, start + first, out)
     moved = 0
     for lane in range(lanes):
         moved += states[lane] != STATE_MIN
     return len(words_W) - int64(at), len(words_W) - end, moved
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _take(state, words_W, at):
-    """Return the state after it has read a word, if it is small, and the next position."""
-    small = state < uint32(STATE_MIN)
-    # no word is read outside the chunk, whatever it contains
-    word = uint32(words_W[min(at, uint64(len(words_W) - 1))])
-    return uint32(state << uint32(16) | word) if small else uint32(state), at + uint64(small)
+@jit
+def _columns(words_W, tables, class_L, col_class_B, escape_words, trellis, state, codes_BL):
+    """Decode some columns of the active lanes; return the next positions.
+
+    Arrays that are arguments or slices cost as much as some codes, so this one function computes.
+    """
+    page_K, pages, shift_K, first_shifted = tables
+    keys, states, path_3L, at, end = state
+    lanes, last_word = len(class_L), uint64(len(words_W) - 1)
+    highest = class_L.max() + trellis if lanes else 0
+    for i in range(len(col_class_B)):
+        for lane in range(lanes):
+            keys[lane] = int32(class_L[lane] + int32(col_class_B[i])) + path_3L[0, lane]
+        for lane in range(lanes):
+            state = states[lane]
+            entry = pages[uint64(page_K[uint64(keys[lane])]) + uint64(state & uint32(4095))]
+            codes_BL[i, lane] = int32(entry)
+            state = uint32(uint32(entry & uint32(4095)) * uint32(state >> uint32(12)))
+            state = uint32(state + uint32(entry >> uint32(12) & uint32(4095)))
+            small = state < uint32(STATE_MIN)
+            # no word is read outside the chunk, whatever it contains
+            word = uint32(words_W[min(at, last_word)])
+            states[lane] = uint32(state << uint32(16) | word) if small else state
+            at += uint64(small)
+        least = int32(0)
+        for lane in range(lanes):
+            codes_BL[i, lane] >>= int32(24)
+            least = min(least, codes_BL[i, lane])
+        if highest + col_class_B[i] >= first_shifted:
+            at = _low_bits(words_W, shift_K, keys, states, at, codes_BL[i, :lanes])
+        if least == ESCAPE:
+            end = _escaped_values(words_W, keys, escape_words, end, codes_BL[i, :lanes])
+        if trellis:
+            for lane in range(lanes):
+                code, this, last = codes_BL[i, lane], path_3L[0, lane], path_3L[1, lane]
+                sign = int32(code > 0) - int32(code < 0)
+                codes_BL[i, lane] = int32(2 * code - this * sign)
+                path_3L[0, lane] = int32(int32(last ^ path_3L[2, lane]) ^ code & int32(1))
+                path_3L[1, lane], path_3L[2, lane] = this, last
+    return at, end
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _symbols(words_W, page_K, pages, keys, states, at, codes):
-    """Decode a symbol in every lane; return the next position, and whether one is an escape."""
-    escaped = False
-    for lane in range(len(codes)):
-        state = states[lane]
-        entry = pages[uint64(page_K[uint64(keys[lane])]) + uint64(state & uint32(4095))]
-        state = uint32(uint32(entry & uint32(4095)) * uint32(state >> uint32(12)))
-        state = uint32(state + uint32(entry >> uint32(12) & uint32(4095)))
-        states[lane], at = _take(state, words_W, at)
-        symbol = int32(entry) >> int32(24)
-        codes[lane] = symbol
-        escaped |= symbol == ESCAPE
-    return at, escaped
-
-
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def _low_bits(words_W, shift_K, keys, states, at, codes):
     """Decode the low bits of all lanes; a key of -1 says that a code is no escape any more."""
     for lane in range(len(codes)):
         shift = int64(shift_K[keys[lane]])
         if shift:
-            low = int64(states[lane]) & (1 << shift) - 1
-            states[lane], at = _take(uint32(states[lane] >> uint32(shift)), words_W, at)
+            state = states[lane]
+            low = int64(state) & (1 << shift) - 1
+            state = uint32(state >> uint32(shift))
+            if state < uint32(STATE_MIN):
+                word = uint32(words_W[min(at, uint64(len(words_W) - 1))])
+                state, at = uint32(state << uint32(16) | word), at + uint64(1)
+            states[lane] = state
             if codes[lane] != ESCAPE:
                 codes[lane] = (int64(codes[lane]) << shift) + low - (1 << shift >> 1)
                 keys[lane] = -1
     return at
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def _escaped_values(words_W, keys, escape_words, end, codes):
     """Read the escaped values from the end of the chunk; return where the next one ends."""
     for lane in range(len(codes)):
@@ -128,18 +167,23 @@ def _escaped_values(words_W, keys, escape_words, end, codes):
     return end
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _values(path, codes):
-    """Replace codes by the values of their quantizers, and move on along the paths."""
-    for lane in range(len(codes)):
-        code, this, last = int64(codes[lane]), path[0, lane], path[1, lane]
-        sign = int64(code > 0) - int64(code < 0)
-        codes[lane] = 2 * code - this * sign
-        path[0, lane] = last ^ path[2, lane] ^ code & 1
-        path[1, lane], path[2, lane] = this, last
+@jit
+def _write(codes_BL, place_B, trellis, start, out):
+    """Write the codes of some columns, in the order in which the output lies in memory."""
+    lanes = codes_BL.shape[1]
+    if trellis:
+        for i in range(len(place_B)):
+            if 0 <= place_B[i] < len(out):
+                for lane in range(lanes):
+                    out[place_B[i], start + lane] = codes_BL[i, lane]
+    else:
+        for lane in range(lanes):
+            for i in range(len(place_B)):
+                if 0 <= place_B[i] < out.shape[1]:
+                    out[start + lane, place_B[i]] = codes_BL[i, lane]
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def encode_chunk(
     codes_AN, quantizer_AN, entry_KS, shift_K, row_class_A, col_class_N, per_lane, escape_words, out
 ):
@@ -196,7 +240,7 @@ def encode_chunk(
     return at, escaped
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@inline_jit
 def _put_low_bits(states, lane, code, shift, out, at):
     """Encode the low bits of a code with equal probabilities; return the position of the words."""
     state = int64(states[lane])
@@ -208,7 +252,7 @@ def _put_low_bits(states, lane, code, shift, out, at):
     return at
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@inline_jit
 def _put_symbol(states, lane, entry, out, at):
     """Encode a symbol; return the position of the words."""
     state = states[lane]
@@ -226,14 +270,14 @@ def _put_symbol(states, lane, entry, out, at):
     return at
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+@inline_jit
 def _symbol(code, shift):
     """Return the byte of the symbol of a code: of the multiple of 2^shift that is nearest to it."""
     value = code + (1 << shift >> 1) >> shift
     return min(max(value, -128), 128) & 0xFF
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@jit
 def count_symbols(codes_AN, quantizer_AN, shift_K, row_class_A, col_class_N, count_KS):
     """Count the codes of every key by symbol.
 
