@@ -1,12 +1,12 @@
 """Pack codes into tiles of fixed width on CPUs; the contract is that of `watersic_hf.nn.packing`.
 
 Shapes: A = out_features (rows), N = in_features (columns), B = bands of rows, T = tiles of a band,
-        C = columns of all tiles, r = rows of a band, K = groups of columns, S = slots of a row of
-        words each, O = outlier entries.
+        C = columns of all tiles, r = rows of a band, j = columns of a tile, K = groups of columns,
+        S = slots of a row of words each, O = outlier entries.
 
 Bands are measured first: the widths of their tiles and the numbers of their outliers say where
-their words and entries go.  Then they are written, in any order.  Both read the codes of a band
-into scratch memory, in the order of the tiles.
+their words and entries go.  Then they are written, in any order.  Both read one tile at a time into
+scratch memory in the first-level cache, column by column, so that vectors hold rows.
 """
 
 import numba
@@ -120,25 +120,29 @@ def measure_bands(codes_AN, order_R, order_C, costs, path_bands, first, stop, ou
     """
     widths_BT, state_BT3, count_BKr = out
     band, trellis = count_BKr.shape[2], path_bands > 0
-    codes_rC = np.zeros((band, len(order_C)), int32)
+    codes_jr = np.empty((TILE, band), int32)
+    parity_r, quantizer_r = np.zeros(band, uint32), np.zeros(band, uint32)
+    outside_r = np.empty(band, uint32)
     before_T3 = np.zeros((widths_BT.shape[1], 3), uint32)
     for b in range(first, stop):
         if trellis and b % path_bands == 0:
             before_T3[:] = 0
-        _read_band(codes_AN, order_R[b * band : (b + 1) * band], order_C, trellis, codes_rC)
+        order_r = order_R[b * band : (b + 1) * band]
         for t in range(widths_BT.shape[1]):
             start = t * TILE
-            width = widths_BT[b, t] = _width_of(codes_rC, start, costs, trellis)
-            state_3 = before_T3[t]
+            _read_tile(codes_AN, order_r, order_C[start : start + TILE], trellis, codes_jr)
+            width = widths_BT[b, t] = _width_of(codes_jr, costs, trellis)
             if trellis:
                 for i in range(3):
-                    state_BT3[b, t, i] = int32(state_3[i])
-            count_r = count_BKr[b, start // GROUP]
+                    state_BT3[b, t, i] = int32(before_T3[t, i])
+                _parities(codes_jr, parity_r)
+                after = quantizers(parity_r, state_BT3[b, t], quantizer_r)
+                before_T3[t, 0], before_T3[t, 1], before_T3[t, 2] = after
+            _outside(codes_jr, width, outside_r)
             for r in range(band):
-                count_r[r] += _entries_of(codes_rC[r], start, width, trellis, state_3[0])
-                if trellis:
-                    after = uint32(uint32(state_3[1] ^ state_3[2]) ^ _parity(codes_rC[r], start))
-                    state_3[2], state_3[1], state_3[0] = state_3[1], state_3[0], after
+                if outside_r[r]:
+                    given = outside_r[r], width, trellis, quantizer_r[r]
+                    count_BKr[b, start // GROUP, r] += _entries_of(codes_jr, r, given)
 
 
 @jit
@@ -157,13 +161,14 @@ def write_bands(codes_AN, order_R, order_C, measured, slot_BT, first_BK, trellis
     widths_BT, state_BT3, count_BKr = measured
     words_Sr, entries_O = out
     band = count_BKr.shape[2]
-    codes_rC = np.zeros((band, len(order_C)), int32)
+    codes_jr, place_r = np.empty((TILE, band), int32), np.zeros(band, int64)
     parity_r, quantizer_r = np.zeros(band, uint32), np.zeros(band, uint32)
-    place_r = np.zeros(band, int64)
+    outside_r = np.empty(band, uint32)
     for b in range(first, stop):
-        _read_band(codes_AN, order_R[b * band : (b + 1) * band], order_C, trellis, codes_rC)
+        order_r = order_R[b * band : (b + 1) * band]
         for t in range(widths_BT.shape[1]):
             start = t * TILE
+            _read_tile(codes_AN, order_r, order_C[start : start + TILE], trellis, codes_jr)
             width, slot, group = widths_BT[b, t], slot_BT[b, t], start // GROUP
             if start % GROUP == 0:
                 place = first_BK[b, group]
@@ -171,58 +176,72 @@ def write_bands(codes_AN, order_R, order_C, measured, slot_BT, first_BK, trellis
                     place_r[r] = place
                     place += count_BKr[b, group, r]
             if trellis:
-                for r in range(band):
-                    parity_r[r] = _parity(codes_rC[r], start)
+                _parities(codes_jr, parity_r)
                 quantizers(parity_r, state_BT3[b, t], quantizer_r)
+            if width > 0:
+                _write_words(codes_jr, width, trellis, parity_r, words_Sr[slot : slot + width])
+            _outside(codes_jr, width, outside_r)
             for r in range(band):
-                if width > 0:
-                    _write_row(codes_rC[r], start, width, trellis, words_Sr, slot, r)
-                place_r[r] = _write_entries(
-                    codes_rC[r], start, width, trellis, quantizer_r[r], entries_O, place_r[r]
-                )
+                if outside_r[r]:
+                    given = outside_r[r], width, trellis, quantizer_r[r]
+                    place_r[r] = _write_entries(
+                        codes_jr, r, given, start % GROUP, entries_O, place_r[r]
+                    )
 
 
-@inline_jit
-def _read_band(codes_AN, order_r, order_C, trellis, codes_rC):
-    """Read the codes of a band in the order of the tiles; padding stays zero."""
+@jit
+def _read_tile(codes_AN, order_r, order_j, trellis, codes_jr):
+    """Read the codes of a tile; padding is zero."""
+    # unsigned: signed indices would be checked for counting from the end of an array
+    rows, columns = uint64(codes_AN.shape[0]), uint64(codes_AN.shape[1])
     for r in range(len(order_r)):
-        a = order_r[r]
-        if a >= len(codes_AN):
-            codes_rC[r] = 0
-            continue
-        for c in range(len(order_C)):
-            n = order_C[c]
-            if n < codes_AN.shape[1]:
-                code = int64(codes_AN[a, n])
-                if trellis:
-                    # of the value 2 k - q sign(k)
-                    code = (code + 1) >> 1 if code > 0 else -((1 - code) >> 1)
-                codes_rC[r, c] = code
+        a = uint64(order_r[r])
+        for j in range(len(order_j)):
+            n = uint64(order_j[j])
+            codes_jr[j, r] = codes_AN[a, n] if a < rows and n < columns else 0
+    if trellis:
+        for j in range(TILE):
+            for r in range(len(order_r)):
+                # of the value 2 k - q sign(k)
+                code = codes_jr[j, r]
+                codes_jr[j, r] = int32(code + int32(code > 0)) >> int32(1)
 
 
-@inline_jit
-def _width_of(codes_rC, start, costs, trellis):
+@jit
+def _width_of(codes_jr, costs, trellis):
     """Return the width of a tile that takes the fewest bits, outliers included."""
     per_bit, per_outlier, most = costs
     odd = int32(0)
-    for r in range(len(codes_rC)):
-        for j in range(TILE):
-            odd |= codes_rC[r, start + j]
+    for j in range(TILE):
+        for r in range(codes_jr.shape[1]):
+            odd |= codes_jr[j, r]
     best, width = int64(0), int64(-1)
     # no odd code can be clipped to a width of 0
     for w in range(int64(trellis and odd & 1 == 1), most + 1):
         low, high = _range(w)
         low, high, outside = int32(low), int32(high), int32(0)
-        for r in range(len(codes_rC)):
-            for j in range(TILE):
-                code = codes_rC[r, start + j]
-                outside += int32(code < low) + int32(code > high)
-        bits = w * per_bit + per_outlier * outside
+        for j in range(TILE):
+            for r in range(codes_jr.shape[1]):
+                code = codes_jr[j, r]
+                outside = int32(outside + int32((code < low) | (code > high)))
+        bits = w * per_bit + per_outlier * int64(outside)
         if width < 0 or bits < best:
             best, width = bits, int64(w)
         if outside == 0:
             break
     return width
+
+
+@jit
+def _outside(codes_jr, width, outside_r):
+    """Write for each row of a tile which of its codes have outlier entries: column j is bit j."""
+    low, high = _range(width)
+    low, high = int32(low), int32(high)
+    outside_r[:] = 0
+    for j in range(TILE):
+        for r in range(codes_jr.shape[1]):
+            code = codes_jr[j, r]
+            outside_r[r] |= uint32(uint32((code < low) | (code > high)) << uint32(j))
 
 
 @inline_jit
@@ -253,34 +272,36 @@ def _rest(code, low, high, trellis, quantizer):
 
 
 @inline_jit
-def _entries_of(codes_C, start, width, trellis, quantizers_j):
+def _entries_of(codes_jr, r, given):
     """Return the number of outlier entries of one row of a tile."""
-    (low, high), number = _range(width), int64(0)
-    for j in range(TILE):
-        code = codes_C[start + j]
-        if low <= code <= high:
-            continue
-        rest = _rest(code, low, high, trellis, int64(quantizers_j >> uint32(j)) & 1)
-        while rest:
-            rest -= _leading_digit(rest)[1]
-            number += 1
+    outside, width, trellis, quantizers_j = given
+    (low, high), number, j = _range(width), int64(0), 0
+    while outside:
+        if outside & uint32(1):
+            quantizer = int64(quantizers_j >> uint32(j)) & 1
+            rest = _rest(codes_jr[j, r], low, high, trellis, quantizer)
+            while rest:
+                rest -= _leading_digit(rest)[1]
+                number += 1
+        outside, j = outside >> uint32(1), j + 1
     return number
 
 
 @inline_jit
-def _write_entries(codes_C, start, width, trellis, quantizers_j, entries_O, place):
+def _write_entries(codes_jr, r, given, column, entries_O, place):
     """Write the outlier entries of one row of a tile; return the place behind them."""
-    low, high = _range(width)
-    for j in range(TILE):
-        code = codes_C[start + j]
-        if low <= code <= high:
-            continue
-        rest = _rest(code, low, high, trellis, int64(quantizers_j >> uint32(j)) & 1)
-        while rest:
-            byte, value = _leading_digit(rest)
-            rest -= value
-            entries_O[place] = byte << 8 | (start + j) % GROUP
-            place += 1
+    outside, width, trellis, quantizers_j = given
+    (low, high), j = _range(width), 0
+    while outside:
+        if outside & uint32(1):
+            quantizer = int64(quantizers_j >> uint32(j)) & 1
+            rest = _rest(codes_jr[j, r], low, high, trellis, quantizer)
+            while rest:
+                byte, value = _leading_digit(rest)
+                rest -= value
+                entries_O[place] = byte << 8 | column + j
+                place += 1
+        outside, j = outside >> uint32(1), j + 1
     return place
 
 
@@ -294,30 +315,34 @@ def _leading_digit(value):
     return digit << 2 | exponent, digit << 5 * exponent
 
 
-@inline_jit
-def _parity(codes_C, start):
-    """Return the parities of the codes of a row as a word."""
-    parity = uint32(0)
+@jit
+def _parities(codes_jr, parity_r):
+    """Write the parities of the codes of each row of a tile as a word."""
+    parity_r[:] = 0
     for j in range(TILE):
-        parity |= uint32(codes_C[start + j] & 1) << uint32(j)
-    return parity
+        for r in range(codes_jr.shape[1]):
+            parity_r[r] |= uint32(uint32(codes_jr[j, r] & int32(1)) << uint32(j))
 
 
-@inline_jit
-def _write_row(codes_C, start, width, trellis, words_Sr, slot, r):
-    """Write the words of one row of a tile of width 1 or more."""
+@jit
+def _write_words(codes_jr, width, trellis, parity_r, words_wr):
+    """Write the words of a tile of width 1 or more."""
+    words_wr[:] = 0
     low, high = _range(width)
-    shift = int64(0)
+    slot, shift = 0, int32(0)
     if trellis:
-        words_Sr[slot, r] = _parity(codes_C, start)
-        slot, shift = slot + 1, int64(1)
-    if width == shift:
-        return
-    half, held, filled = int64(1) << (width - shift) >> 1, uint64(0), int64(0)
-    for j in range(TILE):
-        code = _clipped(codes_C[start + j], low, high, trellis) >> shift
-        held |= uint64(code + half) << uint64(filled)
-        filled += width - shift
-        if filled >= 32:
-            words_Sr[slot, r] = uint32(held & uint64(0xFFFFFFFF))
-            held, filled, slot = held >> uint64(32), filled - 32, slot + 1
+        words_wr[0] = parity_r
+        slot, shift, width = 1, int32(1), width - 1
+    low, high, half = int32(low), int32(high), int32(int64(1) << width >> 1)
+    for j in range(TILE if width else 0):
+        word, bit = slot + (j * width >> 5), uint32(j * width & 31)
+        for r in range(codes_jr.shape[1]):
+            code = codes_jr[j, r]
+            clipped = min(max(code, low), high)
+            if trellis:
+                inwards = int32(clipped > code) - int32(clipped < code)
+                clipped = int32(clipped + inwards * int32((clipped ^ code) & int32(1)))
+            stored = uint32(int32(clipped >> shift) + half)
+            words_wr[word, r] |= uint32(stored << bit)
+            if bit + width > 32:
+                words_wr[word + 1, r] |= uint32(stored >> (uint32(32) - bit))

@@ -175,7 +175,7 @@ def decode_path_tile(words_Sr, at, width, state_3, quantizer_r, pairs):
 
 @inline_jit
 def quantizers(parity_r, state_3, quantizer_r):
-    """Compute the quantizers of all rows of a tile, a bit per column.
+    """Compute the quantizers of all rows of a tile, a bit per column; return the state after them.
 
     Args:
         parity_r: parities of the codes, a bit per column, uint32.
@@ -186,6 +186,7 @@ def quantizers(parity_r, state_3, quantizer_r):
     for r in range(len(parity_r)):
         quantizer_r[r] = this
         this, last, earlier = uint32(uint32(last ^ earlier) ^ parity_r[r]), this, last
+    return this, last, earlier
 
 
 @inline_jit
