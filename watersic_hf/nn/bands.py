@@ -80,11 +80,12 @@ def _tile_rows(payload_B: Tensor, header: codec.Header) -> Iterator[slice | Tens
 
     Tiles are complete bands, or paths of a trellis, so that no chunk is decoded twice.
     """
-    band, order_A = header.geometry.band_rows, None
-    if header.trellis:
-        path = codec.read_path(payload_B)
-        band, order_A = path.rows, path.order_A
+    geometry = header.geometry
+    # the columns of a chunk of a trellis are the rows of a path
+    band = geometry.cols_per_chunk if header.trellis else geometry.band_rows
     band *= max(1, SCRATCH_BYTES // (4 * max(1, header.cols) * band))
+    whole = band >= header.rows
+    order_A = None if whole or not header.trellis else codec.read_path(payload_B).order_A
     for start in range(0, header.rows, band):
         rows = slice(start, min(start + band, header.rows))
         yield rows if order_A is None else order_A[rows].sort().values
@@ -94,4 +95,4 @@ def scale_codes(
     codes_AN: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return ``diag(row) @ codes @ diag(col)``, computed in float32, rounded once to `dtype`."""
-    return (row_scale_A[:, None].float() * (codes_AN * col_scale_N.float())).to(dtype)
+    return (codes_AN * col_scale_N.float()).mul_(row_scale_A[:, None].float()).to(dtype)

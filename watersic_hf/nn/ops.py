@@ -61,6 +61,8 @@ def dequantize(
     """
     weight_AN = row_scale_A.new_empty((len(row_scale_A), len(col_scale_N)), dtype=dtype)
     for rows, tile in weight_tiles(payload_B, row_scale_A, col_scale_N, dtype):
+        if isinstance(rows, slice) and len(tile) == len(weight_AN):
+            return tile
         weight_AN[rows] = tile
     return weight_AN
 
