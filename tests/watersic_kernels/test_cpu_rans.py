@@ -77,7 +77,7 @@ for trial in range(300):
     guarded = np.full((22, 80) if trellis else (82, 20), 12345, np.int32)
     out = guarded[1:-1]
     rans.decode_chunk(
-        words, page_K, pages, shift_K, rows_A, cols_N, per_lane, 1 + trial % 2, trellis,
+        words, page_K, pages, shift_K, 0, rows_A, cols_N, per_lane, 1 + trial % 2, trellis,
         trial % 11, place_N, out,
     )
     inside = (out.T if trellis else out)[trial % 11 : trial % 11 + rows]

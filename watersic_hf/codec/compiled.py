@@ -53,6 +53,7 @@ def decode(
         that end in a wrong state; int64 [C, 3].
     """
     pages, page_K = model.decoder_pages()
+    first_shifted = model.first_shifted_key
     codes, first, place_N = output
     ends_C3 = np.zeros((geometry.chunks, 3), np.int64)
 
@@ -62,6 +63,7 @@ def decode(
             page_K,
             pages,
             model.shift_K,
+            first_shifted,
             model.row_class_A[rows],
             model.col_class_N[cols],
             geometry.rows_per_lane,

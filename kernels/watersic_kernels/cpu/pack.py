@@ -331,18 +331,22 @@ def _write_words(codes_jr, width, trellis, parity_r, words_wr):
     low, high = _range(width)
     slot, shift = 0, int32(0)
     if trellis:
-        words_wr[0] = parity_r
+        for r in range(len(parity_r)):
+            words_wr[0, r] = parity_r[r]
         slot, shift, width = 1, int32(1), width - 1
     low, high, half = int32(low), int32(high), int32(int64(1) << width >> 1)
+    stored_r, odd = np.empty_like(parity_r), int32(trellis)
     for j in range(TILE if width else 0):
-        word, bit = slot + (j * width >> 5), uint32(j * width & 31)
-        for r in range(codes_jr.shape[1]):
+        for r in range(len(stored_r)):
             code = codes_jr[j, r]
             clipped = min(max(code, low), high)
-            if trellis:
-                inwards = int32(clipped > code) - int32(clipped < code)
-                clipped = int32(clipped + inwards * int32((clipped ^ code) & int32(1)))
-            stored = uint32(int32(clipped >> shift) + half)
-            words_wr[word, r] |= uint32(stored << bit)
-            if bit + width > 32:
-                words_wr[word + 1, r] |= uint32(stored >> (uint32(32) - bit))
+            # of a trellis, to the nearest code of the same parity
+            inwards = int32(clipped > code) - int32(clipped < code)
+            clipped = int32(clipped + inwards * int32((clipped ^ code) & odd))
+            stored_r[r] = uint32(int32(clipped >> shift) + half)
+        word, bit = uint64(slot + (j * width >> 5)), uint32(j * width & 31)
+        for r in range(len(stored_r)):
+            words_wr[word, r] |= uint32(stored_r[r] << bit)
+        if bit + width > 32:
+            for r in range(len(stored_r)):
+                words_wr[word + uint64(1), r] |= uint32(stored_r[r] >> (uint32(32) - bit))

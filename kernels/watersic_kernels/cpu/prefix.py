@@ -128,7 +128,7 @@ def _run(
     pairs, low = np.zeros(PAIRS * ROWS, int32), np.empty(PAIRS * ROWS, int32)
     quantizer_r = np.empty(ROWS, uint32)
     at_r, parity_r = np.empty(band, uint64), np.empty(band, uint32)
-    running = np.empty(MOST_ENTRIES + 1, int64)
+    running, unit_V = np.empty(MOST_ENTRIES + 1, int64), np.empty(scale_TV.shape[1], np.float32)
     limit, last_table = (len(words_G) - PADDING) << 5, (len(entries_W) >> WINDOW) - 1
     for b in range(first, stop):
         start = (b - base) * band
@@ -151,17 +151,15 @@ def _run(
             if decode:
                 store_tile(pairs, 0, out, t * TILE, start, band)
                 continue
-            pairs_VP, sum_V, scale_V = pairs_TVP[t], sum_TV[t], scale_TV[t]
+            pairs_VP, sum_V = pairs_TVP[t], sum_TV[t]
             parts = 1 + int(size >= VALUE_BITS)
+            if parts > 1:
+                _split(pairs, low)
             for part in range(parts):
-                unit_V = scale_V
-                if part + 1 < parts:
-                    unit_V = scale_V * np.float32(256)
-                    low[:] = pairs
-                    _high_bits(pairs)
-                elif part > 0:
-                    _low_bits(low, pairs)
-                add_tile(pairs, 0, pairs_VP, sum_V, unit_V, out, start, band)
+                values, unit = (low, 1) if part else (pairs, 256 if parts > 1 else 1)
+                for v in range(len(unit_V)):
+                    unit_V[v] = scale_TV[t, v] * np.float32(unit)
+                add_tile(values, 0, pairs_VP, sum_V, unit_V, out, start, band)
         add_band_outliers(entries_O, first_BK, count_BKr, b, fixed_MC, unit_MK, running, out, start)
 
 
@@ -208,7 +206,7 @@ def _decode_rows(words_G, entries_W, table, shift, limit, at_r, pairs, r):
     at_r[r], at_r[r + 1], at_r[r + 2], at_r[r + 3] = at_0, at_1, at_2, at_3
 
 
-@inline_jit
+@jit
 def _symbol(words_G, entries_W, table, shift, at):
     """Return the two codes of a symbol as halves of a number of 32 bits, and the bit behind it.
 
@@ -253,15 +251,10 @@ def _to_values(pairs, quantizer_r, band):
 
 
 @inline_jit
-def _high_bits(pairs):
-    """Divide all values by 256, rounding down."""
+def _split(pairs, low):
+    """Divide all values by 256, rounding down, and write the remainders."""
     for i in range(len(pairs)):
-        low, high = int32(pairs[i] << int32(16)) >> int32(24), pairs[i] >> int32(24)
-        pairs[i] = int32(low & int32(0xFFFF)) | int32(high << int32(16))
-
-
-@inline_jit
-def _low_bits(values, pairs):
-    """Write the remainders of that."""
-    for i in range(len(pairs)):
-        pairs[i] = values[i] & int32(0x00FF00FF)
+        pair = pairs[i]
+        low[i] = pair & int32(0x00FF00FF)
+        first, second = int32(pair << int32(16)) >> int32(24), pair >> int32(24)
+        pairs[i] = int32(first & int32(0xFFFF)) | int32(second << int32(16))

@@ -9,7 +9,7 @@ words contain, nothing outside the arrays is read or written.
 
 import numba
 import numpy as np
-from numpy import float64, int32, int64, uint8, uint16, uint32, uint64
+from numpy import float64, int32, int64, uint16, uint32, uint64
 
 from watersic_kernels.cpu.threads import in_parts  # noqa: F401, what shares the chunks out
 
@@ -32,6 +32,7 @@ def decode_chunk(
     page_K,
     pages,
     shift_K,
+    first_shifted,
     row_class_A,
     col_class_N,
     per_lane,
@@ -49,6 +50,7 @@ def decode_chunk(
         pages: tables of 4096 entries: the symbol, the slot relative to the symbol's first, and the
             frequency, in 8, 12 and 12 bits; uint32.
         shift_K: number of low bits that follow a symbol of each key, uint8.
+        first_shifted: the first key with low bits.
         row_class_A, col_class_N: classes of the rows and columns of the chunk, int64; the sum of
             any two, plus 1 with a trellis, must be a key.
         per_lane: rows that one lane holds.
@@ -70,12 +72,12 @@ def decode_chunk(
     codes_BL = np.zeros((BLOCK, LANES), int32)
     for lane in range(lanes):
         states[lane] = uint32(words_W[2 * lane]) | uint32(words_W[2 * lane + 1]) << uint32(16)
-    tables = page_K, pages, shift_K, np.argmax(np.append(shift_K, uint8(1)) > 0)
+    tables = page_K, pages, shift_K, first_shifted
     at, end = uint64(2 * lanes), len(words_W)
     for phase in range(per_lane):
         first = phase * lanes
         active = max(0, min(lanes, rows - first))
-        class_L = row_class_A[first : first + active].astype(int32)
+        class_L = row_class_A[first : first + active]
         path_3L[:] = 0
         for column in range(0, columns, BLOCK):
             col_class_B = col_class_N[column : column + BLOCK]
@@ -99,11 +101,12 @@ def _columns(words_W, tables, class_L, col_class_B, escape_words, trellis, state
     """
     page_K, pages, shift_K, first_shifted = tables
     keys, states, path_3L, at, end = state
-    lanes, last_word = len(class_L), uint64(len(words_W) - 1)
-    highest = class_L.max() + trellis if lanes else 0
+    lanes, last_word, highest = len(class_L), uint64(len(words_W) - 1), 0
+    for lane in range(lanes):
+        highest = max(highest, class_L[lane] + trellis)
     for i in range(len(col_class_B)):
         for lane in range(lanes):
-            keys[lane] = int32(class_L[lane] + int32(col_class_B[i])) + path_3L[0, lane]
+            keys[lane] = class_L[lane] + col_class_B[i] + path_3L[0, lane]
         for lane in range(lanes):
             state = states[lane]
             entry = pages[uint64(page_K[uint64(keys[lane])]) + uint64(state & uint32(4095))]
@@ -208,7 +211,8 @@ def encode_chunk(
     """
     rows, columns = codes_AN.shape
     lanes = (rows + per_lane - 1) // per_lane
-    states, entries = np.full(LANES, STATE_MIN, uint32), np.empty(LANES, uint32)
+    states, entries = np.empty(LANES, uint32), np.empty(LANES, uint32)
+    states[:] = STATE_MIN
     at = len(out)
     trellis = quantizer_AN.shape[1] > 0
     escaped = 0
