@@ -66,7 +66,8 @@ def decode_chunk(
     """
     rows, columns = len(row_class_A), len(col_class_N)
     lanes = (rows + per_lane - 1) // per_lane
-    states, keys = np.zeros(LANES, uint32), np.zeros(LANES, int32)
+    states = np.zeros(LANES, uint32)
+    keys, class_L = np.zeros(LANES, int32), np.zeros(LANES, int32)
     # the quantizers of this step and of the two before it
     path_3L = np.zeros((3, LANES), int32)
     codes_BL = np.zeros((BLOCK, LANES), int32)
@@ -77,13 +78,21 @@ def decode_chunk(
     for phase in range(per_lane):
         first = phase * lanes
         active = max(0, min(lanes, rows - first))
-        class_L = row_class_A[first : first + active]
+        for lane in range(active):
+            class_L[lane] = row_class_A[first + lane]
         path_3L[:] = 0
         for column in range(0, columns, BLOCK):
             col_class_B = col_class_N[column : column + BLOCK]
             state = keys, states, path_3L, at, end
             at, end = _columns(
-                words_W, tables, class_L, col_class_B, escape_words, trellis, state, codes_BL
+                words_W,
+                tables,
+                class_L[:active],
+                col_class_B,
+                escape_words,
+                trellis,
+                state,
+                codes_BL,
             )
             place_B = place_N[column : column + BLOCK]
             _write(codes_BL[:, :active], place_B, trellis, start + first, out)
@@ -106,7 +115,7 @@ def _columns(words_W, tables, class_L, col_class_B, escape_words, trellis, state
         highest = max(highest, class_L[lane] + trellis)
     for i in range(len(col_class_B)):
         for lane in range(lanes):
-            keys[lane] = class_L[lane] + col_class_B[i] + path_3L[0, lane]
+            keys[lane] = int32(class_L[lane] + int32(col_class_B[i])) + path_3L[0, lane]
         for lane in range(lanes):
             state = states[lane]
             entry = pages[uint64(page_K[uint64(keys[lane])]) + uint64(state & uint32(4095))]
