@@ -24,7 +24,18 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from watersic_kernels import packed, paths, prefix, product, rans, trellis, zsic
+from watersic_kernels import (
+    outliers,
+    packed,
+    paths,
+    prefix,
+    product,
+    rans,
+    streams,
+    tiles,
+    trellis,
+    zsic,
+)
 
 NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100)}
 TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -32,6 +43,9 @@ TARGETS = {**NVIDIA, "gfx942": GPUTarget("hip", "gfx942", 64)}
 #: Types of the kernels' pointer arguments by name; other arguments are 32-bit integers.
 POINTERS = {
     "folded_CM": "*fp32",
+    "folded_LCM": "*fp32",
+    "cleared": "*i32",
+    "arrived_B": "*i32",
     "words_G": "*i32",
     "tiles_BT": "*i32",
     "state_BT3": "*i32",
@@ -72,6 +86,16 @@ POINTERS = {
     "values_A": "*i32",
     "codes_BA": "*i32",
     "arrived": "*i32",
+}
+
+#: Arguments that are tuples with an entry per layer.
+LAYERED = {
+    "_fold_kernel": ("order_C", "scale_N"),
+    "_gemv_kernel": (
+        *("words_G", "tiles_BT", "state_BT3", "first_BS", "shortest_BS", "bits_BSr"),
+        *("outliers_O", "outlier_first_BK", "outlier_count_BKr", "order_R", "scale_A", "y_MA"),
+        *("first_band", "outputs", "slots", "entries", "words"),
+    ),
 }
 
 
@@ -141,10 +165,10 @@ def tiles_without_low_bits(
     m = tl.arange(0, TOKENS)[:, None]
     sums = tl.zeros((TOKENS, BAND), tl.float32)
     at = tl.load(bits_BSr + r).to(tl.int32)
-    w0, w1, w2 = prefix._ahead(words_G, at)
+    w0, w1, w2 = streams._ahead(words_G, at)
     for t in range(tiles):
         at = tl.minimum(at, limit)
-        table, _ = prefix._table(tiles_BT + t, tables_TW, 50, WINDOW)
+        table, _ = streams._table(tiles_BT + t, tables_TW, 50, WINDOW)
         x = folded_CM + t * (32 * TOKENS)
         sums, at, w0, w1, w2 = prefix._add_tile(
             sums, x, table, words_G, at, w0, w1, w2, WINDOW, TOKENS
@@ -159,6 +183,8 @@ def variants() -> dict[str, tuple]:
         for tokens in (1, 8):
             constants = {"BAND": band, "TOKENS": tokens, "TRELLIS": False}
             found[f"gemv {band} rows {tokens} tokens"] = (packed._gemv_kernel, constants, {}, 1)
+    constants = {"BAND": 128, "TOKENS": 1, "TRELLIS": False}
+    found["gemv 128 rows 1 tokens 3 layers"] = (packed._gemv_kernel, constants, {}, 1)
     constants = {"BAND": 128, "TOKENS": 1, "TRELLIS": True}
     found["gemv trellis 128 rows 1 tokens"] = (packed._gemv_kernel, constants, {}, 1)
     for width in range(1, 9):
@@ -173,11 +199,11 @@ def variants() -> dict[str, tuple]:
         for name, on_path in (("", False), (" trellis", True)):
             constants = {"BLOCK_M": 32, "BAND": 128, "PRECISION": precision, "TRELLIS": on_path}
             types = {"folded_CM": f"*{kind}"}
-            found[f"gemm{name} {kind}"] = (packed._gemm_kernel, constants, types, 4)
-    found["decode"] = (packed._decode_kernel, {"BAND": 128, "TRELLIS": False}, {}, 4)
-    found["decode trellis"] = (packed._decode_kernel, {"BAND": 128, "TRELLIS": True}, {}, 4)
+            found[f"gemm{name} {kind}"] = (tiles._gemm_kernel, constants, types, 4)
+    found["decode"] = (tiles._decode_kernel, {"BAND": 128, "TRELLIS": False}, {}, 4)
+    found["decode trellis"] = (tiles._decode_kernel, {"BAND": 128, "TRELLIS": True}, {}, 4)
     found["prefix values"] = (prefix._values_kernel, {"BAND": 128}, {}, 4)
-    found["decode outliers"] = (packed._decode_outliers_kernel, {"BAND": 128}, {}, 1)
+    found["decode outliers"] = (outliers._decode_outliers_kernel, {"BAND": 128}, {}, 1)
     for band in (64, 128):
         for tokens in (1, 8):
             constants = {"BAND": band, "TOKENS": tokens, "WINDOW": 11}
@@ -185,9 +211,11 @@ def variants() -> dict[str, tuple]:
             name = f"{band} rows {tokens} tokens"
             found[f"prefix gemv {name}"] = (prefix._gemv_kernel, constants, types, 1)
             found[f"prefix tile {name}"] = (tiles_without_low_bits, constants, types, 1)
+    constants = {"BAND": 128, "TOKENS": 1, "WINDOW": 11}
+    name = "prefix gemv 128 rows 1 tokens 3 layers"
+    found[name] = (prefix._gemv_kernel, constants, {"tiles_BT": "*i16"}, 1)
     constants = {"BAND": 128, "WINDOW": 11}
     found["prefix decode"] = (prefix._decode_kernel, constants, {"tiles_BT": "*i16"}, 1)
-    found["prefix decode outliers"] = (prefix._decode_outliers_kernel, {"BAND": 128}, {}, 1)
     found["fold"] = (product._fold_kernel, {"BLOCK_C": 1024, "BLOCK_M": 1, "TF32": False}, {}, 4)
     found["rans decode"] = (rans._decode_kernel, {"TRELLIS": False}, {}, 1)
     found["rans decode trellis"] = (rans._decode_kernel, {"TRELLIS": True}, {}, 1)
@@ -206,18 +234,21 @@ def variants() -> dict[str, tuple]:
 def measure(name: str, target: str) -> dict[str, float]:
     """Compile one variant for one target, and return what was counted."""
     kernel, constants, types, warps = variants()[name]
-    signature = {
-        argument: "constexpr"
-        if argument in constants
-        else types.get(argument, POINTERS.get(argument, "i32"))
-        for argument in kernel.arg_names
-    }
-    # as at launch, where pointers of tensors are aligned
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(signature.values())
-        if kind.startswith("*")
-    }
+    if "PREFETCH" in kernel.arg_names:
+        constants = constants | {"PREFETCH": target in NVIDIA}
+    signature: dict[str, str | tuple[str, ...]] = {}
+    aligned = {}
+    for index, argument in enumerate(kernel.arg_names):
+        kind = types.get(argument, POINTERS.get(argument, "i32"))
+        layered = argument in LAYERED.get(kernel.fn.__name__, ())
+        kinds = (kind,) * (3 if name.endswith("3 layers") else 1)
+        signature[argument] = kinds if layered else kind
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif kind.startswith("*"):
+            # as at launch, where pointers of tensors are aligned
+            places = [(index, l) for l in range(len(kinds))] if layered else [(index,)]
+            aligned |= {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(kernel, signature, constants, aligned)
     # as at launch: only the search through the trellis must not fuse
     options = {"num_warps": warps, "enable_fp_fusion": not name.startswith("trellis")}

@@ -19,26 +19,33 @@ import triton.language as tl
 from torch import Tensor
 
 from watersic_kernels.launch import on_device_of_tensors
+from watersic_kernels.layers import (
+    Layer,
+    _layer,
+    _number,
+    _store_sums,
+    layers_of,
+    vector_product,
+)
+from watersic_kernels.outliers import _add_outliers, decode_outliers
 from watersic_kernels.paths import quantizers, value_of
-from watersic_kernels.product import (
-    GEMV_TOKENS,
-    TILE,
-    _add_outliers,
-    _decode_outliers,
-    finish,
-    fold,
-    scratch_dtype,
-    through_scratch,
+from watersic_kernels.product import GEMV_TOKENS, TILE, _of_layer
+from watersic_kernels.scratch import Decode, scratch_dtype, scratch_gradient, scratch_product
+from watersic_kernels.streams import (
+    _ahead,
+    _first,
+    _pair,
+    _prefetch,
+    _second,
+    _streams,
+    _table,
+    _two,
 )
 
 #: Words after the last stream.
 PADDING = 18
 
-#: Upper bound on the bits of all streams of a block together.
-BLOCK_BITS = tl.constexpr(1 << 30)
 
-
-@on_device_of_tensors
 def prefix_linear(
     x_MN: Tensor,
     layout: Sequence[Tensor],
@@ -51,7 +58,7 @@ def prefix_linear(
 
     Up to `GEMV_TOKENS` tokens, products and sums are float32 and always in the same order.  For
     more tokens, and for a trellis, the codes are decoded into scratch memory, and codes and the
-    folded x are rounded to bfloat16 if x is bfloat16.  Reference:
+    folded x are rounded to bfloat16 if x is bfloat16, and to TF32 if x is float16.  Reference:
     `watersic_hf.nn.ops.coded_linear`.
 
     Args:
@@ -64,10 +71,82 @@ def prefix_linear(
     Raises:
         ValueError: the tables are not aligned, or the words lack their padding.
     """
-    *streams, state_BT3, row_order_R, column_order_C, outliers_O, first_BK, count_BKr = layout
-    trellis = state_BT3.shape[-1] > 0
-    words_G, _, _, bits_BSr, tiles_BT = streams
-    tables, entries = tables_TW.shape
+    y_MA = x_MN.new_empty(len(x_MN), len(row_scale_A))
+    prefix_linears(x_MN, [(layout, row_scale_A, col_scale_N)], y_MA, tables_TW=tables_TW)
+    return y_MA
+
+
+@on_device_of_tensors
+def prefix_linears(
+    x_MN: Tensor,
+    weights: Sequence[tuple[Sequence[Tensor], Tensor, Tensor]],
+    y_MA: Tensor,
+    *,
+    tables_TW: Tensor,
+) -> None:
+    """Write the products of x with several weights side by side into `y_MA`, as `prefix_linear`.
+
+    Up to `GEMV_TOKENS` tokens, weights with as many segments, and bands of as many rows, are
+    multiplied in one launch.
+
+    Args:
+        x_MN: input.
+        weights: layout, row scales and column scales of every weight; all with a trellis, or none.
+        y_MA: receives the outputs, in the dtype of x; contiguous in its rows.
+        tables_TW: entries of the symbol tables.
+
+    Raises:
+        ValueError: as for `prefix_linear`.
+    """
+    for layout, *_ in weights:
+        _check(layout, tables_TW)
+    if y_MA.numel() == 0:
+        return
+    for layers in layers_of(x_MN, weights, y_MA):
+        if len(x_MN) <= GEMV_TOKENS and not _is_path(layers[0].layout):
+            _multiply_vectors(x_MN, layers, tables_TW)
+        else:
+            for layer in layers:
+                scratch_product(_decoder(layer.layout, x_MN.dtype, tables_TW), x_MN, layer)
+
+
+@on_device_of_tensors
+def prefix_gradient(
+    grad_MA: Tensor,
+    layout: Sequence[Tensor],
+    row_scale_A: Tensor,
+    col_scale_N: Tensor,
+    *,
+    tables_TW: Tensor,
+) -> Tensor:
+    """Return ``grad @ W``, M x N: the gradient of `prefix_linear` in x.
+
+    The codes are decoded once, into scratch memory.  They and the scaled gradient are rounded to
+    bfloat16 if the gradient is bfloat16, and to TF32 if it is float16.  Reference:
+    `watersic_hf.nn.ops.coded_linear_backward`.
+
+    Args:
+        grad_MA: gradient of the outputs; the other arguments are those of `prefix_linear`.
+        layout: the tensors of `watersic_hf.nn.prefix.PrefixCodes`.
+        row_scale_A: row scales.
+        col_scale_N: column scales.
+        tables_TW: entries of the symbol tables.
+
+    Raises:
+        ValueError: as for `prefix_linear`.
+    """
+    _check(layout, tables_TW)
+    if grad_MA.numel() == 0:
+        return grad_MA.new_zeros(len(grad_MA), len(col_scale_N))
+    grad_MN = grad_MA.new_empty(len(grad_MA), len(col_scale_N))
+    layer = Layer(layout, row_scale_A, col_scale_N, grad_MN)
+    scratch_gradient(_decoder(layout, grad_MA.dtype, tables_TW), grad_MA, layer)
+    return grad_MN
+
+
+def _check(layout: Sequence[Tensor], tables_TW: Tensor) -> None:
+    """Refuse tables and words that the kernels cannot read."""
+    words_G, entries = layout[0], tables_TW.shape[1]
     if tables_TW.data_ptr() % (4 * entries) or not tables_TW.is_contiguous():
         raise ValueError(
             f"prefix_linear: the tables begin at address {tables_TW.data_ptr():#x}, but must be "
@@ -78,46 +157,65 @@ def prefix_linear(
             f"prefix_linear: the layout has {len(words_G)} words, but needs at least {PADDING}, "
             f"which are padding"
         )
-    M, A = len(x_MN), len(row_scale_A)
-    y_MA = x_MN.new_empty(M, A)
-    if y_MA.numel() == 0:
-        return y_MA
-    bands, segments, band = bits_BSr.shape
-    tiles = tiles_BT.shape[1]
-    outliers = (outliers_O, first_BK, count_BKr)
-    sizes = (tiles, triton.cdiv(tiles, segments), len(words_G), tables - 1)
-    window = entries.bit_length() - 1
-    if M <= GEMV_TOKENS and not trellis:
-        tokens = triton.next_power_of_2(M)
-        folded_CM = fold(x_MN, column_order_C, col_scale_N, tokens, dtype=torch.float32)
-        sums_SMR = x_MN.new_empty(segments, tokens, bands * band, dtype=torch.float32)
-        arguments = (folded_CM, *streams, *outliers, tables_TW, sums_SMR, *sizes, len(outliers_O))
-        constants: dict[str, int] = {"TOKENS": tokens, "BAND": band, "WINDOW": window}
-        _gemv_kernel[(bands, segments)](*arguments, **constants, num_warps=1, enable_fp_fusion=True)
-        finish(sums_SMR, row_order_R, row_scale_A, y_MA)
-        return y_MA
+
+
+def _is_path(layout: Sequence[Tensor]) -> bool:
+    """Return whether a layout holds codes of a trellis."""
+    return layout[5].shape[-1] > 0
+
+
+def _sizes(layout: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the tiles of a band, and those of a segment."""
+    tiles, segments = layout[4].shape[1], layout[1].shape[1]
+    return tiles, triton.cdiv(tiles, segments)
+
+
+def _multiply_vectors(x_MN: Tensor, layers: Sequence[Layer], tables_TW: Tensor) -> None:
+    """Multiply at most `GEMV_TOKENS` tokens with layers of the same kind."""
+    layout, (tables, entries) = layers[0].layout, tables_TW.shape
+    vector_product(
+        _gemv_kernel,
+        x_MN,
+        layers,
+        layout[1].shape[1],
+        [(*layer.layout[:5], *layer.layout[-3:]) for layer in layers],
+        [(len(layer.layout[0]), len(layer.layout[-3])) for layer in layers],
+        tables_TW,
+        *_sizes(layout),
+        tables - 1,
+        BAND=layers[0].band,
+        WINDOW=entries.bit_length() - 1,
+        # an instruction of NVIDIA's, which Triton's interpreter does not know either
+        PREFETCH=x_MN.is_cuda and torch.version.hip is None,
+    )
+
+
+def _decoder(layout: Sequence[Tensor], dtype: torch.dtype, tables_TW: Tensor) -> Decode:
+    """Return the function that decodes some bands, for an x of `dtype`."""
+    (*streams, state_BT3), outliers = layout[:-5], layout[-3:]
+    words_G, bits_BSr = layout[0], layout[3]
+    tables, entries = tables_TW.shape
+    segments, band = bits_BSr.shape[1:]
+    tiles, tiles_per_segment = _sizes(layout)
+    sizes = (tiles, tiles_per_segment, len(words_G), tables - 1)
+    constants = {"BAND": band, "WINDOW": entries.bit_length() - 1}
 
     def decode(start: int, count: int) -> Tensor:
-        codes_CR = x_MN.new_empty(tiles * TILE, count * band, dtype=scratch_dtype(x_MN.dtype))
+        codes_CR = words_G.new_empty(tiles * TILE, count * band, dtype=scratch_dtype(dtype))
         _decode_kernel[(count, segments)](
-            *streams, tables_TW, codes_CR, start, *sizes, BAND=band, WINDOW=window, num_warps=1
+            *streams, tables_TW, codes_CR, start, *sizes, **constants, num_warps=1
         )
-        if trellis:
+        if _is_path(layout):
             _values_kernel[(count, tiles)](state_BT3, codes_CR, start, BAND=band)
-        _decode_outliers_kernel[(count, first_BK.shape[1])](
-            *outliers, codes_CR, start, tiles * TILE, len(outliers_O), BAND=band, num_warps=1
-        )
+        decode_outliers(outliers, codes_CR.T, start, band)
         return codes_CR
 
-    through_scratch(
-        decode, bands, x_MN, row_order_R, column_order_C, row_scale_A, col_scale_N, y_MA
-    )
-    return y_MA
+    return decode
 
 
-@triton.jit(do_not_specialize=["tiles", "tiles_per_segment", "words", "last_table", "entries"])
+@triton.jit(do_not_specialize=["tiles", "tiles_per_segment", "last_table"])
 def _gemv_kernel(
-    folded_CM,
+    folded_LCM,
     words_G,
     first_BS,
     shortest_BS,
@@ -126,43 +224,60 @@ def _gemv_kernel(
     outliers_O,
     outlier_first_BK,
     outlier_count_BKr,
-    tables_TW,
+    order_R,
+    scale_A,
+    y_MA,
     sums_SMR,
+    arrived_B,
+    first_band,
+    outputs,
+    words,
+    entries,
+    tables_TW,
     tiles,
     tiles_per_segment,
-    words,
     last_table,
-    entries,
     TOKENS: tl.constexpr,
     BAND: tl.constexpr,
     WINDOW: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
-    b = tl.program_id(0)
+    l = _layer(first_band, tl.program_id(0))
+    b = tl.program_id(0) - _number(first_band, l)
     s = tl.program_id(1)
-    segments = tl.num_programs(1)
-    r = tl.arange(0, BAND)
     m = tl.arange(0, TOKENS)
-    sums = tl.zeros((TOKENS, BAND), tl.float32)
+    folded_CM = folded_LCM + l * (tiles * (32 * TOKENS))
+    tiles_BT = _of_layer(tiles_BT, l)
     first_tile = s * tiles_per_segment
     last_tile = tl.minimum(first_tile + tiles_per_segment, tiles)
+    block, at, limit = _streams(
+        _of_layer(words_G, l),
+        _of_layer(first_BS, l),
+        _of_layer(shortest_BS, l),
+        _of_layer(bits_BSr, l),
+        b,
+        tl.num_programs(1),
+        s,
+        _number(words, l),
+        BAND,
+    )
+    if PREFETCH:
+        _prefetch(block, limit, BAND)
     sums = _add_outliers(
-        sums,
+        tl.zeros((TOKENS, BAND), tl.float32),
         folded_CM,
-        outliers_O,
-        outlier_first_BK,
-        outlier_count_BKr,
+        _of_layer(outliers_O, l),
+        _of_layer(outlier_first_BK, l),
+        _of_layer(outlier_count_BKr, l),
         b,
         first_tile,
         last_tile,
         m,
         TOKENS,
         tiles * 32,
-        entries,
+        _number(entries, l),
         BAND,
         4 if TOKENS <= 2 else 1,
-    )
-    block, at, limit = _streams(
-        words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND
     )
     w0, w1, w2 = _ahead(block, at)
     for t in range(first_tile, last_tile):
@@ -176,9 +291,18 @@ def _gemv_kernel(
                 a, c, at, w0, w1, w2 = _pair(table, shift, block, at, w0, w1, w2, WINDOW)
                 sums += tl.load(x + j * TOKENS + m)[:, None] * a
                 sums += tl.load(x + (j + 1) * TOKENS + m)[:, None] * c
-    rows = tl.num_programs(0) * BAND
-    out = sums_SMR + (s * TOKENS + m)[:, None].to(tl.int64) * rows + b * BAND + r[None, :]
-    tl.store(out, sums)
+    _store_sums(
+        sums,
+        sums_SMR,
+        arrived_B,
+        _of_layer(order_R, l),
+        _of_layer(scale_A, l),
+        _of_layer(y_MA, l),
+        _number(outputs, l),
+        b,
+        TOKENS,
+        BAND,
+    )
 
 
 @triton.jit
@@ -245,131 +369,9 @@ def _values_kernel(state_BT3, codes_CR, start, BAND: tl.constexpr):
     j = tl.arange(0, 32)[:, None]
     rows = tl.num_programs(0) * BAND
     address = codes_CR + (t * 32 + j).to(tl.int64) * rows + b * BAND + r
-    code = tl.load(address).to(tl.int32)
+    code = tl.load(address).to(tl.float32).to(tl.int32)
     # one column per word, in its lowest bit: the state's bits of other columns are cut off
     tile = (start + b) * tl.num_programs(1) + t
     quantizer = quantizers((code & 1) << j, state_BT3 + tile * 3, r, 1)
-    value = value_of(code, (quantizer >> j) & 1)
+    value = value_of(code, (quantizer >> j) & 1).to(tl.float32)
     tl.store(address, value.to(codes_CR.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["start", "columns", "entries"])
-def _decode_outliers_kernel(
-    outliers_O,
-    outlier_first_BK,
-    outlier_count_BKr,
-    codes_CR,
-    start,
-    columns,
-    entries,
-    BAND: tl.constexpr,
-):
-    b = tl.program_id(0)
-    rows = tl.num_programs(0) * BAND
-    _decode_outliers(
-        codes_CR + b * BAND + tl.arange(0, BAND),
-        outliers_O,
-        outlier_first_BK,
-        outlier_count_BKr,
-        start + b,
-        tl.program_id(1),
-        rows,
-        columns,
-        entries,
-        BAND,
-    )
-
-
-@triton.jit
-def _streams(words_G, first_BS, shortest_BS, bits_BSr, b, segments, s, words, BAND: tl.constexpr):
-    # the first word of a block, the bits in it at which the streams of its rows begin, two bits
-    # early, and the last bit at which a tile may begin
-    n = b * segments + s
-    first = tl.minimum(tl.maximum(tl.load(first_BS + n), 0), words - 18)
-    shortest = tl.load(shortest_BS + n)
-    bits = tl.load(bits_BSr + n.to(tl.int64) * BAND + tl.arange(0, BAND)).to(tl.int32)
-    bits = (shortest & 0xFFFF) + (bits << ((shortest >> 16) & 15))
-    limit = tl.minimum(words - 18 - first, BLOCK_BITS // 32) * 32
-    at = tl.minimum(tl.cumsum(bits) - bits, limit)
-    return words_G + first.to(tl.int64), at[None, :], limit
-
-
-@triton.jit
-def _ahead(block, at):
-    word = block + (at >> 5)
-    w0 = tl.load(word).to(tl.uint32, bitcast=True)
-    w1 = tl.load(word + 1).to(tl.uint32, bitcast=True)
-    w2 = tl.load(word + 2).to(tl.uint32, bitcast=True)
-    return w0, w1, w2
-
-
-@triton.jit
-def _table(tile, tables_TW, last_table, WINDOW: tl.constexpr):
-    # a table's address as an integer; it is a multiple of the table's size, so that one `or` with
-    # an offset gives the address of an entry
-    tile = tl.load(tile).to(tl.int32)
-    table = tables_TW + tl.minimum(tile & 255, last_table) * (1 << WINDOW)
-    return table.to(tl.uint64, bitcast=True), tl.minimum((tile >> 8) & 255, 8)
-
-
-@triton.jit
-def _two(table, block, at, w0, w1, w2, WINDOW: tl.constexpr):
-    # two look-ups, of at most WINDOW bits each, in one window of 32 bits
-    bits = _window(w0, w1, at)
-    e0 = _entry(table, bits, WINDOW)
-    e1 = _entry(table, bits >> (e0 & 15), WINDOW)
-    after = at + (e0 & 15).to(tl.int32) + (e1 & 15).to(tl.int32)
-    w0, w1, w2 = _refill(block, at, after, w0, w1, w2)
-    return e0, e1, after, w0, w1, w2
-
-
-@triton.jit
-def _pair(table, shift, block, at, w0, w1, w2, WINDOW: tl.constexpr):
-    # one look-up, followed by the low bits of both codes
-    bits = _window(w0, w1, at)
-    e = _entry(table, bits, WINDOW)
-    n = e & 15
-    low = bits >> (n + 2)
-    ones = ((1 << shift) - 1).to(tl.uint32)
-    scale = (1 << shift).to(tl.float32)
-    half = ((1 << shift) >> 1).to(tl.float32)
-    a = _first(e) * scale + (low & ones).to(tl.float32) - half
-    c = _second(e) * scale + ((low >> shift.to(tl.uint32)) & ones).to(tl.float32) - half
-    after = at + n.to(tl.int32) + 2 * shift
-    w0, w1, w2 = _refill(block, at, after, w0, w1, w2)
-    return a, c, after, w0, w1, w2
-
-
-@triton.jit
-def _window(w0, w1, at):
-    # the 32 bits from bit `at` on, the first two of which precede the code word; a funnel shift
-    s = (at & 31).to(tl.uint32)
-    return (w0 >> s) | ((w1 << 1) << (s ^ 31))
-
-
-@triton.jit
-def _entry(table, bits, WINDOW: tl.constexpr):
-    MASK: tl.constexpr = ((1 << WINDOW) - 1) << 2
-    address = table | (bits & MASK).to(tl.uint64)
-    return tl.load(address.to(tl.pointer_type(tl.int32), bitcast=True)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _refill(block, at, after, w0, w1, w2):
-    # a lane that has advanced into the next word loads a new one, which it needs a word later
-    word = after >> 5
-    crossed = word != (at >> 5)
-    w0 = tl.where(crossed, w1, w0)
-    w1 = tl.where(crossed, w2, w1)
-    found = tl.load(block + word + 2, crossed, other=w2.to(tl.int32, bitcast=True))
-    return w0, w1, found.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _first(e):
-    return (e & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _second(e):
-    return ((e << 16) & 0xFFF00000).to(tl.float32, bitcast=True)

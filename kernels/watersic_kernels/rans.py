@@ -65,7 +65,12 @@ def decode_chunks(
     return good_C
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("A", "N", "stride_row", "stride_column"),
+        *("rows_per_lane", "cols_per_chunk", "escape_words"),
+    ]
+)
 def _decode_kernel(
     words_W,
     offsets_C,

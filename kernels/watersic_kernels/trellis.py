@@ -59,7 +59,7 @@ def search_path(target_A: Tensor, level_A: Tensor, cost_KQV: Tensor, path_rows: 
     return values_A
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A", "K", "V"])
 def _prepare_kernel(target_A, level_A, cost_KQV, best_A4, value_A4, A, K, V, ROWS: tl.constexpr):
     a = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target = tl.load(target_A + a, a < A, other=0.0)
@@ -107,7 +107,7 @@ def _value(target, code, quantizer: tl.constexpr):
     return tl.where(target < 0, -size, size).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["A", "path_rows"])
 def _search_kernel(
     best_A4, value_A4, choice_A, chosen_A, values_A, A, path_rows, ROWS: tl.constexpr
 ):

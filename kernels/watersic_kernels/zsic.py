@@ -66,7 +66,12 @@ def quantize_block(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("B", "A", "stride_target", "stride_codes", "stride_row", "stride_column"),
+        *("programs", "patience"),
+    ]
+)
 def _block_kernel(
     target_BA,
     chol_BB,

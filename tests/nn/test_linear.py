@@ -7,7 +7,8 @@ from torch import nn
 
 from watersic_hf import CheckpointError, WaterSICLinear, set_residency
 from watersic_hf.checkpoint import pack_layer
-from watersic_hf.nn import module_matches, replace_module
+from watersic_hf.nn import layouts, module_matches, replace_module
+from watersic_hf.nn.prefix_tables import prefix_tables
 from watersic_hf.testing import assert_close
 
 
@@ -53,6 +54,18 @@ def test_state_dict_holds_only_the_stored_tensors(residency):
     layer.set_residency(residency)
 
     assert set(layer.state_dict()) == {"weight", "row_scale", "col_scale", "bias"}
+
+
+def test_moving_a_layer_uploads_its_symbol_tables(monkeypatch):
+    # the first product may be inside the capture of a CUDA graph, which allows no upload
+    layer, asked = make(), []
+    layer.set_residency("entropy")
+    tables = prefix_tables(torch.device("cpu"))
+    monkeypatch.setattr(layouts, "prefix_tables", lambda *key: asked.append(key) or tables)
+
+    layer.to("meta")
+
+    assert asked == [(torch.device("meta"), False)]
 
 
 @pytest.mark.parametrize("residency", ["dense", "packed", "entropy", "stored"])

@@ -106,7 +106,18 @@ def test_operators_pass_opcheck():
     for residency in ops.LAYOUTS:
         coded = encoded(40, 24, residency)
         torch.library.opcheck(ops.coded_linear, (x, *coded, "auto"))
-        torch.library.opcheck(ops.coded_linear_backward, (torch.randn(2, 40), *coded))
+        torch.library.opcheck(ops.coded_linear_backward, (torch.randn(2, 40), *coded, "auto"))
+
+
+WAITING = ("dequantize", "dequant_linear", "dequant_linear_backward", "joined_stored_linear")
+RUNNING = ("coded_linear", "coded_linear_backward", "joined_linear")
+
+
+@pytest.mark.parametrize("name", [*WAITING, "payload_rows", "packed_rows", *RUNNING])
+def test_operators_that_wait_for_the_device_are_kept_out_of_cuda_graphs(name):
+    tags = getattr(torch.ops.watersic, name).default.tags
+
+    assert (torch.Tag.cudagraph_unsafe in tags) == (name not in RUNNING)
 
 
 def test_an_input_of_the_wrong_size_is_refused():

@@ -55,7 +55,7 @@ def test_empty_matrix_is_refused():
         encode_codes(torch.zeros(0, 4, dtype=torch.int8))
 
 
-def test_layer_of_real_size_takes_at_most_a_tenth_bit_more_than_on_disk():
+def test_layer_of_real_size_takes_at_most_an_eighth_bit_more_than_on_disk():
     # as in a layer of 3 bits: rows and columns differ in scale
     generator = torch.Generator().manual_seed(0)
     scale_A = torch.exp2(0.25 * torch.randn(2048, 1, generator=generator))
@@ -64,7 +64,7 @@ def test_layer_of_real_size_takes_at_most_a_tenth_bit_more_than_on_disk():
 
     held = encode_codes(codes_AN).nbytes
 
-    assert 8 * (held - len(codec.encode(codes_AN))) / codes_AN.numel() < 0.1
+    assert 8 * (held - len(codec.encode(codes_AN))) / codes_AN.numel() < 0.125
 
 
 @pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0, 2.8])

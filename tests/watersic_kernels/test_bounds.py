@@ -11,7 +11,7 @@ from watersic_hf.nn.packing import pack_codes
 from watersic_hf.nn.prefix import encode_codes
 from watersic_hf.nn.prefix_tables import prefix_tables
 from watersic_hf.testing import assert_close, trellis_values
-from watersic_kernels import packed, prefix, product, rans, trellis
+from watersic_kernels import packed, prefix, rans, scratch, trellis
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="only Triton's interpreter reports every access"
@@ -48,7 +48,7 @@ def memory(monkeypatch):
 
     memory = Memory()
     load, store = builder.create_masked_load, builder.create_masked_store
-    new_empty, finish = torch.Tensor.new_empty, product.finish
+    new_empty, finish = torch.Tensor.new_empty, scratch.finish
 
     def checked_load(pointers, mask, *others):
         memory.check(pointers, mask)
@@ -67,7 +67,7 @@ def memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     # the result of torch's own product was not allocated by `new_empty`
     monkeypatch.setattr(
-        product, "finish", lambda sums, *others: finish(memory.allow(sums), *others)
+        scratch, "finish", lambda sums, *others: finish(memory.allow(sums), *others)
     )
     return memory
 
@@ -81,32 +81,57 @@ def codes(rows, columns):
 
 
 FORMS = {
-    "packed": (pack_codes, packed.packed_linear),
-    "prefix": (encode_codes, prefix.prefix_linear),
-    "packed trellis": (pack_codes, packed.packed_linear),
-    "prefix trellis": (encode_codes, prefix.prefix_linear),
+    "packed": (pack_codes, packed.packed_linears, packed.packed_gradient),
+    "prefix": (encode_codes, prefix.prefix_linears, prefix.prefix_gradient),
+    "packed trellis": (pack_codes, packed.packed_linears, packed.packed_gradient),
+    "prefix trellis": (encode_codes, prefix.prefix_linears, prefix.prefix_gradient),
 }
 
 
-def multiply(form, memory, tokens, damage=None):
-    """A product that may access only its own tensors; `damage` changes the layout."""
-    encode, linear = FORMS[form]
-    expected_AN, path = codes(70, 40), None
+def weight(form, memory, rows, damage=None):
+    """Layout and scales that a kernel may access, its other arguments, and the expected codes."""
+    expected_AN, path = codes(rows, 40), None
     if "trellis" in form:
-        expected_AN, path = trellis_values(70, 40, path_rows=70)
-    layout = [tensor.clone() for tensor in encode(expected_AN, path).tensors().values()]
+        expected_AN, path = trellis_values(rows, 40, path_rows=rows)
+    coded = FORMS[form][0](expected_AN, path)
+    layout = [tensor.clone() for tensor in coded.tensors().values()]
     if damage is not None:
         damage(layout)
-    x_MN = torch.randn(tokens, 40)
     options = {}
     if "prefix" in form:
         tables = prefix_tables(torch.device("cpu"), path is not None)
         options["tables_TW"] = memory.allow(tables.entries_TW)
-    row_scale_A, col_scale_N = torch.ones(70), torch.ones(40)
-    for tensor in (x_MN, *layout, row_scale_A, col_scale_N):
+    row_scale_A, col_scale_N = torch.ones(rows), torch.ones(40)
+    for tensor in (*layout, row_scale_A, col_scale_N):
         memory.allow(tensor)
-    y_MA = linear(x_MN, layout, row_scale_A, col_scale_N, **options)
-    return y_MA, x_MN @ expected_AN.float().T
+    return (layout, row_scale_A, col_scale_N), options, expected_AN
+
+
+def multiply(form, memory, tokens, damage=None):
+    """A product with two layers that may access only its own tensors; `damage` changes layouts."""
+    parts = [weight(form, memory, rows, damage) for rows in (70, 5)]
+    x_MN = memory.allow(torch.randn(tokens, 40))
+    y_MA = memory.allow(torch.full((tokens, 75), float("nan")))
+
+    FORMS[form][1](x_MN, [part[0] for part in parts], y_MA, **parts[0][1])
+
+    return y_MA, x_MN @ torch.cat([part[2] for part in parts]).float().T
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_gradients_access_only_their_tensors(form, damaged, memory):
+    def damage(layout):
+        if damaged:
+            layout[0].random_(-(2**31), 2**31)
+
+    layer, options, codes_AN = weight(form, memory, 70, damage)
+    grad_MA = memory.allow(torch.randn(3, 70))
+
+    grad_MN = FORMS[form][2](grad_MA, *layer, **options)
+
+    if not damaged:
+        assert_close(grad_MN, grad_MA @ codes_AN.float(), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,7 +3,7 @@ import torch
 
 from watersic_hf.nn.packing import pack_codes
 from watersic_hf.testing import assert_close, trellis_values
-from watersic_kernels.packed import packed_linear
+from watersic_kernels.packed import packed_gradient, packed_linear
 
 # they also run on a CPU, in Triton's interpreter
 pytestmark = pytest.mark.gpu
@@ -24,12 +24,10 @@ def layer(rows, columns, *, spread=1.0, outliers=3):
     return codes_AN.int(), row_scale_A, col_scale_N
 
 
-def run(x_MN, codes_AN, row_scale_A, col_scale_N, path=None):
+def run(x_MN, codes_AN, row_scale_A, col_scale_N, path=None, operator=packed_linear):
     packed = pack_codes(codes_AN, path)
     tensors = [tensor.to(DEVICE) for tensor in packed.tensors().values()]
-    return packed_linear(
-        x_MN.to(DEVICE), tensors, row_scale_A.to(DEVICE), col_scale_N.to(DEVICE)
-    ).cpu()
+    return operator(x_MN.to(DEVICE), tensors, row_scale_A.to(DEVICE), col_scale_N.to(DEVICE)).cpu()
 
 
 def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
@@ -88,3 +86,33 @@ def test_product_with_several_paths(tokens):
     y_MA = run(x_MN, values_AN, *scales, path=path)
 
     assert_close(y_MA, expected(x_MN, values_AN, *scales), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "on_path", "scratch_bytes"),
+    [
+        (torch.float32, False, 1),
+        (torch.float32, True, 1 << 20),
+        (torch.float16, False, 1 << 20),
+        (torch.bfloat16, True, 1),
+    ],
+)
+def test_gradient(scratch_bytes, on_path, dtype, monkeypatch):
+    monkeypatch.setattr("watersic_kernels.scratch.SCRATCH_BYTES", scratch_bytes)
+    codes_AN, *scales = layer(140, 65)
+    path = None
+    if on_path:
+        codes_AN, path = trellis_values(140, 65, path_rows=64, spread=1.5)
+    grad_MA = torch.randn(3, 140).to(dtype)
+
+    grad_MN = run(grad_MA, codes_AN, *scales, path=path, operator=packed_gradient)
+
+    assert grad_MN.dtype == dtype
+    weight_AN = scales[0][:, None].double() * codes_AN * scales[1].double()
+    assert_close(grad_MN, grad_MA.double() @ weight_AN, tolerance=2 * TOLERANCE[dtype])
+
+
+def test_gradient_for_zero_tokens():
+    codes_AN, *scales = layer(5, 31)
+
+    assert run(torch.randn(0, 5), codes_AN, *scales, operator=packed_gradient).shape == (0, 31)

@@ -5,7 +5,7 @@ from watersic_hf.nn.prefix import PADDING, encode_codes
 from watersic_hf.nn.prefix_tables import WINDOW, prefix_tables
 from watersic_hf.testing import assert_close, trellis_values
 from watersic_kernels import prefix
-from watersic_kernels.prefix import prefix_linear
+from watersic_kernels.prefix import prefix_gradient, prefix_linear
 
 # they also run on a CPU, in Triton's interpreter
 pytestmark = pytest.mark.gpu
@@ -27,11 +27,11 @@ def layer(rows, columns, *, spread=1.0, outliers=3):
     return codes_AN.int(), row_scale_A, col_scale_N
 
 
-def run(x_MN, codes_AN, *scales, path=None):
+def run(x_MN, codes_AN, *scales, path=None, operator=prefix_linear):
     layout = [tensor.to(DEVICE) for tensor in encode_codes(codes_AN, path).tensors().values()]
     x_MN, *scales = (tensor.to(DEVICE) for tensor in (x_MN, *scales))
     tables_TW = prefix_tables(torch.device(DEVICE), path is not None).entries_TW
-    return prefix_linear(x_MN, layout, *scales, tables_TW=tables_TW).cpu()
+    return operator(x_MN, layout, *scales, tables_TW=tables_TW).cpu()
 
 
 def expected(x_MN, codes_AN, row_scale_A, col_scale_N):
@@ -68,8 +68,8 @@ def test_product_for_ragged_sizes(shape, tokens):
 
 
 def test_product_with_low_bits_in_several_segments_and_bands(monkeypatch):
-    monkeypatch.setattr("watersic_hf.nn.prefix.STREAM_COLUMNS", (64, 64))
-    monkeypatch.setattr("watersic_kernels.product.SCRATCH_BYTES", 1)
+    monkeypatch.setattr("watersic_hf.nn.prefix.STREAM_COLUMNS", 64)
+    monkeypatch.setattr("watersic_kernels.scratch.SCRATCH_BYTES", 1)
     codes_AN, *scales = layer(130, 200, spread=3.0)
     coded = encode_codes(codes_AN)
     assert coded.first_BS.shape == (3, 4)
@@ -94,7 +94,7 @@ def test_padding_of_kernel_and_layout_agree():
 
 def test_unaligned_tables_are_refused():
     codes_AN, *scales = layer(5, 31)
-    layout = encode_codes(codes_AN).tensors().values()
+    layout = list(encode_codes(codes_AN).tensors().values())
     moved = torch.empty(5 * (1 << WINDOW) + 1, dtype=torch.int32)[1:].view(5, -1)
 
     with pytest.raises(ValueError, match="begin at a multiple of 8192 bytes"):
@@ -111,3 +111,33 @@ def test_product_with_a_trellis(shape, path_rows, tokens):
     y_MA = run(x_MN, values_AN, *scales, path=path)
 
     assert_close(y_MA, expected(x_MN, values_AN, *scales), tolerance=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "on_path", "scratch_bytes"),
+    [
+        (torch.float32, False, 1),
+        (torch.float32, True, 1 << 20),
+        (torch.float16, False, 1 << 20),
+        (torch.bfloat16, True, 1),
+    ],
+)
+def test_gradient(scratch_bytes, on_path, dtype, monkeypatch):
+    monkeypatch.setattr("watersic_kernels.scratch.SCRATCH_BYTES", scratch_bytes)
+    codes_AN, *scales = layer(140, 65)
+    path = None
+    if on_path:
+        codes_AN, path = trellis_values(140, 65, path_rows=64, spread=1.5)
+    grad_MA = torch.randn(3, 140).to(dtype)
+
+    grad_MN = run(grad_MA, codes_AN, *scales, path=path, operator=prefix_gradient)
+
+    assert grad_MN.dtype == dtype
+    weight_AN = scales[0][:, None].double() * codes_AN * scales[1].double()
+    assert_close(grad_MN, grad_MA.double() @ weight_AN, tolerance=2 * TOLERANCE[dtype])
+
+
+def test_gradient_for_zero_tokens():
+    codes_AN, *scales = layer(5, 31)
+
+    assert run(torch.randn(0, 5), codes_AN, *scales, operator=prefix_gradient).shape == (0, 31)

@@ -129,7 +129,9 @@ class JoinedForms(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the products of `x`, (..., N), with all weights: (..., rows)."""
-        return ops.joined_linear(x, self.kinds, self.tensors, self.rows, self.backend)
+        stored = "stored" in self.kinds.split(",")
+        multiply = ops.joined_stored_linear if stored else ops.joined_linear
+        return multiply(x, self.kinds, self.tensors, self.rows, self.backend)
 
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Return rows of a single weight that is ``packed`` or ``stored``, (*index.shape, N)."""

@@ -321,6 +321,9 @@ class PackedMatrix(nn.Module):
             setattr(self, name, nn.Parameter(before.to(device), False))
         self._place_payload()
         self._note_source()
+        if self.coded_as is not None:
+            layout = [getattr(self, name) for name in _LAYOUTS[self.coded_as]]
+            ops.LAYOUTS[self.coded_as].prepare(layout[0].device, layout)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

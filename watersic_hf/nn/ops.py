@@ -5,12 +5,15 @@ Shapes: A = out_features, N = in_features, B = bytes of the payload, M = tokens,
 
 Every operator is registered with torch under ``watersic::``, with a reference that runs on any
 device and a fake for tracing, so that compiled and exported models call it as one opaque node.
-The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  `coded_linear` has Triton
-kernels on CUDA, and compiled ones for `packed` on CPUs; `watersic_hf.nn.backends` chooses.
+The reference decodes a band of rows at a time (`watersic_hf.nn.bands`).  `coded_linear`, its
+gradient and `joined_linear` have Triton kernels on CUDA, and the products compiled ones on CPUs;
+`watersic_hf.nn.backends` chooses.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from watersic_hf import codec
-from watersic_hf.nn.backends import product_kernels
+from watersic_hf.nn.backends import kernels_on, product_kernels
 from watersic_hf.nn.bands import coded_bands, scale_codes, weight_tiles
 from watersic_hf.nn.layouts import LAYOUTS
 from watersic_hf.nn.packing import PackedCodes, unpack_rows
@@ -47,7 +50,15 @@ def _as_given(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return compute
 
 
-@torch.library.custom_op("watersic::dequantize", mutates_args=())
+def _check_input(operator: str, x: Tensor, rows: int, columns: int) -> None:
+    if x.shape[-1:] != (columns,):
+        raise ValueError(
+            f"{operator}: x has shape {tuple(x.shape)}, but a layer of {rows} x {columns} needs "
+            f"(..., {columns})"
+        )
+
+
+@torch.library.custom_op("watersic::dequantize", mutates_args=(), tags=SYNCHRONISES)
 def dequantize(
     payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -72,7 +83,7 @@ def _(payload_B, row_scale_A, col_scale_N, dtype):
     return row_scale_A.new_empty((row_scale_A.shape[0], col_scale_N.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("watersic::dequant_linear", mutates_args=())
+@torch.library.custom_op("watersic::dequant_linear", mutates_args=(), tags=SYNCHRONISES)
 @_as_given
 def dequant_linear(
     x: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
@@ -87,11 +98,7 @@ def dequant_linear(
         CodecError: the payload is damaged.
     """
     A, N = len(row_scale_A), len(col_scale_N)
-    if x.shape[-1:] != (N,):
-        raise ValueError(
-            f"dequant_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs "
-            f"(..., {N})"
-        )
+    _check_input("dequant_linear", x, A, N)
     y = x.new_empty((*x.shape[:-1], A))
     for rows, tile in weight_tiles(payload_B, row_scale_A, col_scale_N, x.dtype):
         y[..., rows] = x @ tile.T
@@ -103,7 +110,7 @@ def _(x, payload_B, row_scale_A, col_scale_N):
     return x.new_empty((*x.shape[:-1], row_scale_A.shape[0]))
 
 
-@torch.library.custom_op("watersic::dequant_linear_backward", mutates_args=())
+@torch.library.custom_op("watersic::dequant_linear_backward", mutates_args=(), tags=SYNCHRONISES)
 @_as_given
 def dequant_linear_backward(
     grad_y: Tensor, payload_B: Tensor, row_scale_A: Tensor, col_scale_N: Tensor
@@ -160,10 +167,7 @@ def coded_linear(
         ImportError: `backend` is ``triton`` and Triton cannot be imported.
     """
     A, N = len(row_scale_A), len(col_scale_N)
-    if x.shape[-1:] != (N,):
-        raise ValueError(
-            f"coded_linear: x has shape {tuple(x.shape)}, but a layer of {A} x {N} needs (..., {N})"
-        )
+    _check_input("coded_linear", x, A, N)
     kind = LAYOUTS[residency]
     kernels = product_kernels(x, backend)
     if kernels is not None:
@@ -188,8 +192,15 @@ def coded_linear_backward(
     layout: Sequence[Tensor],
     row_scale_A: Tensor,
     col_scale_N: Tensor,
+    backend: str,
 ) -> Tensor:
     """Return the gradient of `coded_linear` in x: ``grad_y @ W``, summed in float32 or wider."""
+    kernels = kernels_on(grad_y.device, backend)
+    if kernels is not None:
+        grad_MA = grad_y.reshape(-1, len(row_scale_A))
+        weight = layout, row_scale_A, col_scale_N
+        grad_MN = LAYOUTS[residency].gradient(kernels, grad_MA, *weight)
+        return grad_MN.view(*grad_y.shape[:-1], len(col_scale_N))
     wide = torch.promote_types(grad_y.dtype, torch.float32)
     grad_x = grad_y.new_zeros((*grad_y.shape[:-1], len(col_scale_N)), dtype=wide)
     for rows, weight_rN in coded_bands(residency, layout, row_scale_A, col_scale_N, grad_y.dtype):
@@ -198,32 +209,32 @@ def coded_linear_backward(
 
 
 @coded_linear_backward.register_fake
-def _(grad_y, residency, layout, row_scale_A, col_scale_N):
+def _(grad_y, residency, layout, row_scale_A, col_scale_N, backend):
     return grad_y.new_empty((*grad_y.shape[:-1], col_scale_N.shape[0]))
 
 
 def _setup_coded_context(ctx, inputs, output):
-    _, ctx.residency, layout, row_scale_A, col_scale_N, _ = inputs
+    _, ctx.residency, layout, row_scale_A, col_scale_N, ctx.backend = inputs
     ctx.save_for_backward(*layout, row_scale_A, col_scale_N)
 
 
 def _coded_backward(ctx, grad_y):
     *layout, row_scale_A, col_scale_N = ctx.saved_tensors
-    grad_x = coded_linear_backward(grad_y, ctx.residency, layout, row_scale_A, col_scale_N)
+    weight = layout, row_scale_A, col_scale_N
+    grad_x = coded_linear_backward(grad_y, ctx.residency, *weight, ctx.backend)
     return grad_x, None, [None] * len(layout), None, None, None
 
 
 coded_linear.register_autograd(_coded_backward, setup_context=_setup_coded_context)
 
 
-@torch.library.custom_op("watersic::joined_linear", mutates_args=())
-@_as_given
-def joined_linear(
+def _joined_linear(
     x: Tensor, kinds: str, tensors: Sequence[Tensor], rows: int, backend: str
 ) -> Tensor:
     """Return the products with several weights side by side, in the dtype of `x`: (..., rows).
 
-    One operator, so that no compiler takes the concatenation apart.
+    One operator, so that no compiler takes the concatenation apart.  On CUDA, weights in the same
+    layout are multiplied in one launch if there are few tokens.
 
     Args:
         x: input, (..., N).
@@ -236,24 +247,49 @@ def joined_linear(
         ValueError: the last dimension of `x` is not N.
     """
     y = x.new_empty((*x.shape[:-1], rows))
-    first, rest = 0, list(tensors)
-    for kind in kinds.split(","):
-        count = {"dense": 1, "stored": 3}.get(kind) or len(LAYOUTS[kind].codes.names()) + 2
-        found, rest = rest[:count], rest[count:]
-        if kind == "dense":
-            part = F.linear(x, found[0].to(x.dtype))
-        elif kind == "stored":
-            part = dequant_linear(x, *found)
-        else:
-            *layout, row_scale_r, col_scale_N = found
-            part = coded_linear(x, kind, layout, row_scale_r, col_scale_N, backend)
-        y[..., first : first + part.shape[-1]] = part
-        first += part.shape[-1]
+    first, kernels = 0, kernels_on(x.device, backend)
+    for kind, parts in groupby(_weights(kinds, tensors), itemgetter(0)):
+        weights = [weight for _, weight in parts]
+        if kernels is not None and kind in LAYOUTS:
+            columns = len(weights[0][-1])
+            count = sum(len(row_scale_r) for _, row_scale_r, _ in weights)
+            _check_input("joined_linear", x, count, columns)
+            y_MA = y.view(-1, rows)[:, first : first + count]
+            LAYOUTS[kind].join(kernels, x.reshape(-1, columns), weights, y_MA)
+            first += count
+            continue
+        for weight in weights:
+            if kind == "dense":
+                part = F.linear(x, weight[0].to(x.dtype))
+            elif kind == "stored":
+                part = dequant_linear(x, *weight)
+            else:
+                part = coded_linear(x, kind, *weight, backend)
+            y[..., first : first + part.shape[-1]] = part
+            first += part.shape[-1]
     y[..., first:] = 0
     return y
 
 
+def _weights(kinds: str, tensors: Sequence[Tensor]) -> Iterator[tuple[str, tuple]]:
+    """Yield the residency of every weight, and the arguments of its operator after x."""
+    rest = list(tensors)
+    for kind in kinds.split(","):
+        count = {"dense": 1, "stored": 3}.get(kind) or len(LAYOUTS[kind].codes.names()) + 2
+        found, rest = rest[:count], rest[count:]
+        yield kind, (found[:-2], *found[-2:]) if kind in LAYOUTS else tuple(found)
+
+
+#: The product with several weights; `joined_stored_linear` is for those that are ``stored``, some
+#: or all.
+joined_linear, joined_stored_linear = (
+    torch.library.custom_op(f"watersic::{name}", _as_given(_joined_linear), mutates_args=(), tags=t)
+    for name, t in (("joined_linear", ()), ("joined_stored_linear", SYNCHRONISES))
+)
+
+
 @joined_linear.register_fake
+@joined_stored_linear.register_fake
 def _(x, kinds, tensors, rows, backend):
     return x.new_empty((*x.shape[:-1], rows))
 

@@ -47,12 +47,9 @@ TABLE_BITS = 8
 #: bits early, which multiplies its value by four: the offset of a table entry in bytes.
 FIRST_BIT = 2
 
-#: Number of streams that a layer is divided into, as far as `STREAM_COLUMNS` permits: fewer take
-#: less memory, more keep a GPU busier.  Not yet measured on a GPU.
-STREAMS = 1 << 16
-
-#: Smallest and largest number of columns of a stream, about.
-STREAM_COLUMNS = (512, 1024)
+#: Columns of a stream, about.  A stream is decoded step by step, so short ones keep a GPU busier;
+#: each takes 8 bits or slightly more for its length.
+STREAM_COLUMNS = 256
 
 #: Words after the last stream: as many as a decoder can read ahead within one tile, whatever the
 #: bits are.
@@ -133,8 +130,7 @@ def encode_codes(codes_AN: Tensor, path: Path | None = None) -> PrefixCodes:
     if trellis:
         row_order_R[:rows] = path.order_A.to(codes_AN.device)
     bands, tiles = len(row_order_R) // band, len(column_order_C) // TILE
-    target = min(max(rows * columns / STREAMS, STREAM_COLUMNS[0]), STREAM_COLUMNS[1])
-    tiles_per_segment = math.ceil(tiles / max(1, round(tiles * TILE / target)))
+    tiles_per_segment = math.ceil(tiles / max(1, round(tiles * TILE / STREAM_COLUMNS)))
     tables = prefix_tables(codes_AN.device, trellis)
     step = max(1, CHUNK // (band * len(column_order_C)))
     parts, states, after_3C = [], [], None
