@@ -3,9 +3,10 @@
     python benchmarks/kernel_time.py [--gpus H200 ...] [--json FILE]
 
 A layer with random codes is laid out here; its bytes, the instructions per weight of the committed
-table and the longest chain of outliers that wait for each other then give the time on a GPU: the
-longest of what its memory, its issue slots, its table lookups and the chain take, by `OVERLAP`, and
-the launches.  The numbers are predictions, in a CUDA graph; nothing is timed.
+table and the longest chains of steps that wait for each other then give the time on a GPU: the
+longest of what its memory, its issue slots, its table lookups and the chains take, by `OVERLAP`,
+the sum over the splits, and the launches.  The numbers are predictions, in a CUDA graph; nothing is
+timed.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from pathlib import Path
 from kernels_speed import PATH_ROWS, codes_of, on_a_path
 
 from watersic_hf.nn import ops
-from watersic_hf.nn.tiles import TiledCodes
+from watersic_hf.nn.prefix import PrefixCodes
+from watersic_hf.nn.tiles import TILE, TiledCodes
+from watersic_kernels.packed import PROGRAMS
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTIONS = ROOT / "tests" / "watersic_kernels" / "instructions.json"
@@ -59,10 +62,18 @@ FORMS = {
 READING = 0.9
 #: What the longest part takes grows by this factor, since the others do not hide behind it wholly.
 OVERLAP = 1.15
-#: Microseconds per kernel in a graph, and kernels of a product: it lies between fold and finish.
-LAUNCH, LAUNCHES = 2.0, 3
+#: Microseconds per kernel in a graph, and kernels of a product: the first scales x.
+LAUNCH, LAUNCHES = 2.0, 2
 #: Microseconds of an iteration over outliers: an entry, then the input that it multiplies.
 ITERATION = 0.5
+#: Microseconds in which four columns of a stream are decoded: the next word comes from the L2
+#: cache, into which the block is prefetched.
+STEP = 0.2
+#: Microseconds until the last program of a band knows that it is, and in which it adds up the sums
+#: of `SUMMED` splits.
+ARRIVAL, SUM = 0.5, 0.25
+#: Splits that are added up at once, as in the kernels with one token.
+SUMMED = 8
 #: Entries of a row that are read at once; `AT_ONCE` of the kernels with one token.
 AT_ONCE = 4
 #: Conflicts of a lookup of 32 lanes in a symbol table; there is a lookup for every two codes.
@@ -87,9 +98,20 @@ def microseconds(gpu: Gpu, form: str, layout: TiledCodes, instructions: dict) ->
         "issue": weights * per_weight / gpu.lanes,
         "outliers": ITERATION * chain(layout),
     }
+    splits = splits_of(layout)
     if FORMS[form][0] == "entropy":
         parts["lookups"] = weights / 64 * CONFLICTS / (gpu.processors * 1e3 * gpu.gigahertz)
-    return parts | {"total": OVERLAP * max(parts.values()) + LAUNCHES * LAUNCH}
+        parts["steps"] = STEP * layout.tiles_per_segment * TILE / 4
+    sums = ARRIVAL + SUM * -(-splits // SUMMED)
+    return parts | {"total": OVERLAP * max(parts.values()) + sums + LAUNCHES * LAUNCH}
+
+
+def splits_of(layout: TiledCodes) -> int:
+    """Return the parts into which the columns of a product with one token are split."""
+    bands, tiles = layout.tensors()["tiles_BT"].shape
+    if isinstance(layout, PrefixCodes):
+        return layout.first_BS.shape[1]
+    return -(-tiles // -(-tiles // max(1, PROGRAMS // bands)))
 
 
 def laid_out(shape: tuple[int, int], form: str, bits: float) -> TiledCodes:

@@ -27,7 +27,7 @@ from kernel_time import FORMS, GPUS, INSTRUCTIONS, laid_out, microseconds
 FOLDER = Path(__file__).parent
 KERNEL_TESTS = [
     f"tests/watersic_kernels/test_{name}.py"
-    for name in ("packed", "prefix", "rans", "zsic", "trellis")
+    for name in ("packed", "prefix", "layers", "launch", "rans", "zsic", "trellis")
 ]
 #: One test of each product, for compute-sanitizer, which slows them down by a factor of a hundred.
 SANITIZED = "packed or prefix"
@@ -93,7 +93,10 @@ def run(part: Part, out: Path) -> tuple[str, list[dict]]:
 
 
 def with_predictions(rows: list[dict]) -> list[dict]:
-    """Add what `kernel_time.py` predicts for this GPU to the rows of products with one token."""
+    """Add what `kernel_time.py` predicts for this GPU to the rows of products with one token.
+
+    `times predicted` is the speed in a graph relative to the prediction.
+    """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     gpu = next((gpu for key, gpu in GPUS.items() if key.split()[-1] in name), None)
     if gpu is None:
@@ -105,6 +108,8 @@ def with_predictions(rows: list[dict]) -> list[dict]:
             layout = laid_out((int(A), int(N)), row["form"], 3.0)
             found = microseconds(gpu, row["form"], layout, instructions)
             row["predicted us"] = round(found["total"], 1)
+            if "graph us" in row:
+                row["times predicted"] = round(found["total"] / row["graph us"], 2)
     return rows
 
 
