@@ -12,6 +12,7 @@ downloaded.  ``--dry-run`` does the same on any machine, without the tests and w
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{device}, torch {torch.__version__}, Python {platform.python_version()}", flush=True)
+    if arguments.dry_run and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     ends, rows = {}, []
     for part in parts(arguments.which, arguments.dry_run):
         ends[part.name], found = run(part, out)
