@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 COMMITTED = json.loads((Path(__file__).parent / "instructions.json").read_text())
 KERNELS = [
     "gemv 128 rows 8 tokens",
+    "gemv 128 rows 1 tokens 3 layers",
     "gemv tile 3 bits",
     "gemv trellis 128 rows 1 tokens",
     "gemv trellis tile 3 bits",
