@@ -8,12 +8,14 @@ weights take.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +309,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print("| kernel | " + " | ".join(arguments.targets) + " |")
     print("|---|" + "---|" * len(arguments.targets))
     table: dict[str, Any] = {"triton": triton.__version__}
-    for name in variants():
-        if name in arguments.only:
-            table[name] = {target: measure(name, target) for target in arguments.targets}
+    names = [name for name in variants() if name in arguments.only]
+    with ProcessPoolExecutor() as pool:
+        rows = pool.map(measure, *zip(*itertools.product(names, arguments.targets), strict=True))
+        for name in names:
+            table[name] = {target: next(rows) for target in arguments.targets}
             cells = [" / ".join(map(str, row.values())) for row in table[name].values()]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     if arguments.json:
