@@ -24,7 +24,8 @@ class Layer(NamedTuple):
     """A weight in a layout, and where its products go."""
 
     layout: Sequence[Tensor]
-    """Tensors of the layout; the last are row order, column order, and three of the outliers."""
+    """Tensors of the layout; the last are the states of a trellis, row order, column order, and
+    three of the outliers."""
     row_scale_A: Tensor
     col_scale_N: Tensor
     y_MA: Tensor
@@ -44,6 +45,11 @@ class Layer(NamedTuple):
     def band(self) -> int:
         """Rows of a band."""
         return self.rows // self.bands
+
+
+def is_path(layout: Sequence[Tensor]) -> bool:
+    """Return whether a layout holds codes of a trellis."""
+    return layout[-6].shape[-1] > 0
 
 
 def layers_of(

@@ -20,6 +20,7 @@ from watersic_kernels.layers import (
     _layer,
     _number,
     _store_sums,
+    is_path,
     layers_of,
     vector_product,
 )
@@ -27,7 +28,7 @@ from watersic_kernels.outliers import _add_outliers
 from watersic_kernels.paths import _add_path, as_float, quantizers
 from watersic_kernels.product import GEMV_TOKENS, _of_layer
 from watersic_kernels.scratch import scratch_gradient, scratch_product
-from watersic_kernels.tiles import GEMM_TOKENS, _locate, decoder, is_path, multiply_tiles
+from watersic_kernels.tiles import GEMM_TOKENS, _locate, decoder, multiply_tiles
 
 #: The exponent bits of a float32.
 EXPONENTS = 0xFF << 23
@@ -78,8 +79,7 @@ def packed_linears(
             multiply_tiles(x_MN, *layers)
         else:
             for layer in layers:
-                decode = decoder(layer.layout, x_MN.dtype)
-                scratch_product(decode, x_MN, layer)
+                scratch_product(decoder(layer.layout, x_MN.dtype), x_MN, layer)
 
 
 def _multiply_vectors(x_MN: Tensor, layers: Sequence[Layer]) -> None:

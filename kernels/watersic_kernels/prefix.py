@@ -24,6 +24,7 @@ from watersic_kernels.layers import (
     _layer,
     _number,
     _store_sums,
+    is_path,
     layers_of,
     vector_product,
 )
@@ -103,7 +104,7 @@ def prefix_linears(
     if y_MA.numel() == 0:
         return
     for layers in layers_of(x_MN, weights, y_MA):
-        if len(x_MN) <= GEMV_TOKENS and not _is_path(layers[0].layout):
+        if len(x_MN) <= GEMV_TOKENS and not is_path(layers[0].layout):
             _multiply_vectors(x_MN, layers, tables_TW)
         else:
             for layer in layers:
@@ -159,11 +160,6 @@ def _check(layout: Sequence[Tensor], tables_TW: Tensor) -> None:
         )
 
 
-def _is_path(layout: Sequence[Tensor]) -> bool:
-    """Return whether a layout holds codes of a trellis."""
-    return layout[5].shape[-1] > 0
-
-
 def _sizes(layout: Sequence[Tensor]) -> tuple[int, int]:
     """Return the tiles of a band, and those of a segment."""
     tiles, segments = layout[4].shape[1], layout[1].shape[1]
@@ -205,7 +201,7 @@ def _decoder(layout: Sequence[Tensor], dtype: torch.dtype, tables_TW: Tensor) ->
         _decode_kernel[(count, segments)](
             *streams, tables_TW, codes_CR, start, *sizes, **constants, num_warps=1
         )
-        if _is_path(layout):
+        if is_path(layout):
             _values_kernel[(count, tiles)](state_BT3, codes_CR, start, BAND=band)
         decode_outliers(outliers, codes_CR.T, start, band)
         return codes_CR

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from watersic_kernels.layers import Layer
+from watersic_kernels.layers import Layer, is_path
 from watersic_kernels.outliers import _add_outliers, decode_outliers
 from watersic_kernels.paths import quantizers, value_of
 from watersic_kernels.product import TILE, finish, fold
@@ -69,11 +69,6 @@ def decoder(layout: Sequence[Tensor], dtype: torch.dtype) -> Decode:
         return codes_RC.T
 
     return decode
-
-
-def is_path(layout: Sequence[Tensor]) -> bool:
-    """Return whether a layout holds codes of a trellis."""
-    return layout[2].shape[-1] > 0
 
 
 @triton.jit

@@ -33,9 +33,8 @@ class Replay:
 
     Only modules with layers in them and torch's attention are answered: they take nearly all the
     time.  An output is final, and kept, if no layer that is still to be replaced ran before it or
-    in it.
-    What the store has no place for is computed again, and so is an output in memory that the model
-    writes into later, as some do when they add to the residual stream.
+    in it.  What the store has no place for is computed again, and so is an output in memory that
+    the model writes into later, as some do when they add to the residual stream.
 
     Args:
         layers: names of the layers within the block.
