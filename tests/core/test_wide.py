@@ -51,13 +51,14 @@ def both_moments(drift, residual, *, dead=False):
     square = MomentAccumulator(
         COLUMNS, drift=drift is not None, rows_of_residual=ROWS if residual else None
     )
-    small = ProjectedAccumulator({"layer": weight_AN}, drift=drift, residual=residual)
+    small = ProjectedAccumulator(weight_AN, drift=drift, residual=residual)
     for part in (slice(0, 400), slice(400, None)):
         given = [stream[part] for stream in streams]
         error = None if residual_TA is None else residual_TA[part]
         square.add(*given, residual_TA=error)
-        small.add(*given, residual_TA=error)
-    return weight_AN, square.result().with_drift(drift or 0), small.result()["layer"]
+        output_TA = None if drift is None else x_TN[part] @ weight_AN.T
+        small.add(*given, output_TA=output_TA, residual_TA=error)
+    return weight_AN, square.result().with_drift(drift or 0), small.result()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,6 @@ def test_wide_weight_is_quantized_as_any_other(drift, residual, dead):
     assert found.step == pytest.approx(expected.step, rel=1e-6)
     assert found.error == pytest.approx(expected.error, rel=1e-5)
     torch.testing.assert_close(found.dequantize(), expected.dequantize(), rtol=1e-4, atol=1e-5)
-    # the layers of a group share this matrix
     assert torch.equal(small.cov_KK, before)
 
 
@@ -110,9 +110,9 @@ def test_columns_of_zero_weights_have_no_codes():
 def test_zero_input_and_zero_weight_are_quantized_as_without_data():
     weight_AN = torch.randn(ROWS, COLUMNS)
     for scale, zero_input in ((0.0, True), (1.0, False)):
-        sums = ProjectedAccumulator({"layer": weight_AN}, drift=None, residual=False)
+        sums = ProjectedAccumulator(weight_AN, drift=None, residual=False)
         sums.add(scale * torch.randn(TOKENS, COLUMNS))
-        moments = sums.result()["layer"]
+        moments = sums.result()
 
         given = weight_AN if zero_input else torch.zeros_like(weight_AN)
         found = quantize_wide(given, moments, bits=3.0, charge=charge)
@@ -147,8 +147,9 @@ def test_moments_can_be_used_only_once():
 
 def test_layers_are_wide_if_the_products_are_smaller_than_the_moments():
     assert is_wide(8192, 28672)
-    # what there is of smaller models is quantized as before
-    assert not is_wide(4096, 14336)
+    assert is_wide(576, 1536)
+    assert is_wide(28672, 28672)
+    assert not is_wide(4096, 4096)
     assert not is_wide(2 * 28672, 28672)
 
 
@@ -159,7 +160,7 @@ from watersic_hf.core import ProjectedAccumulator, inplace, projected, quantize_
 from watersic_hf.streams.memory import return_large_tensors
 
 return_large_tensors()
-columns = 2400
+columns = 4032
 rows = 8192 * columns // 28672
 inplace.PANEL = columns // 28
 projected.ROWS_PER_BLOCK = wide.ROWS_PER_BLOCK = rows // 8
@@ -176,9 +177,10 @@ for used in (256, columns):
     # the first round loads libraries
     if used == columns:
         before = resident_bytes()
-    sums = ProjectedAccumulator({"a": weight_AN[:, :used]}, drift=0.5, residual=True)
-    sums.add(x_TN[:, :used], x_TN[:, :used], residual_TA=residual_TA)
-    moments = sums.result()["a"]
+    sums = ProjectedAccumulator(weight_AN[:, :used], drift=0.5, residual=True)
+    output_TA = x_TN[:, :used] @ weight_AN[:, :used].T
+    sums.add(x_TN[:, :used], x_TN[:, :used], output_TA=output_TA, residual_TA=residual_TA)
+    moments = sums.result()
     del sums
     quantize_wide(weight_AN[:, :used], moments, bits=3.0, charge=charge)
 print((peak_bytes() - before) / (8 * columns**2))

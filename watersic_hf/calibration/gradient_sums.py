@@ -90,7 +90,7 @@ class SharedInputGradients:
             moments_of(x_TN),
             damping,
             name=names[self.layers[0].name],
-            in_place=is_wide(0, x_TN.shape[1]),
+            in_place=is_wide(x_TN.shape[1], x_TN.shape[1]),
         )
         leverage_T = whitening.leverages(x_TN)
         return {

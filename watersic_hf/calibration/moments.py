@@ -1,10 +1,12 @@
 """Second moments of the inputs of linear layers, measured in one model or in two.
 
-Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = in_features.
+Shapes: B = windows in a batch, T = tokens, S = tokens of an expert, N = in_features,
+        A = out_features.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,11 +65,12 @@ def group_moments(
 
     plain, weighted = accumulator(), None if importance is None else accumulator()
     with _errors_of(name, group):
-        for batch, streams, residual_TA in _streams(working, original, group, residual):
-            plain.add(*streams, residual_TA=residual_TA)
+        for call in _calls(working, original, group, residual=residual):
+            streams = call.x_TN, call.drifted_TN
+            plain.add(*streams, residual_TA=call.residual_TA)
             if weighted is not None:
-                weight_T = importance[batch].to(streams[0].device)
-                weighted.add(*streams, residual_TA=residual_TA, weight_T=weight_T)
+                weight_T = importance[call.batch].to(call.x_TN.device)
+                weighted.add(*streams, residual_TA=call.residual_TA, weight_T=weight_T)
     for sums in (plain, weighted):
         if sums is not None:
             sums.combine(all_reduce_sum)
@@ -82,26 +85,31 @@ def projected_moments(
     drift: float,
     original: BlockView | None = None,
     residual: bool = False,
-) -> dict[str, ProjectedMoments]:
-    """Return the moments of a group of layers that `is_wide`, by name within the block.
+) -> ProjectedMoments:
+    """Return the moments of a layer that `is_wide`, the only one of its group.
 
     Args:
         working, group, name, original, residual: as for `group_moments`.
-        drift: fraction of the drift of the input that the layers compensate for.
+        drift: fraction of the drift of the input that the layer compensates for.
 
     Raises:
         CalibrationError: the inputs are not finite; the message names the layer.
     """
-    residual = residual and group.residual is not None
     sums = ProjectedAccumulator(
-        {layer: working.block.get_submodule(layer).weight for layer in group.layers},
+        working.block.get_submodule(group.layers[0]).weight,
         drift=None if original is None else drift,
-        residual=residual,
+        residual=residual and group.residual is not None,
         device=next(working.block.parameters()).device,
     )
     with _errors_of(name, group):
-        for _, streams, residual_TA in _streams(working, original, group, residual):
-            sums.add(*streams, residual_TA=residual_TA)
+        residual = residual and group.residual is not None
+        for call in _calls(working, original, group, residual=residual, outputs=True):
+            sums.add(
+                call.x_TN,
+                call.drifted_TN,
+                output_TA=call.output_TA,
+                residual_TA=call.residual_TA,
+            )
     sums.combine(all_reduce_sum)
     return sums.result()
 
@@ -115,24 +123,47 @@ def _errors_of(name: str, group: InputGroup) -> Iterator[None]:
         raise CalibrationError(f"{name}.{group.layers[0]}: {error}") from error
 
 
-def _streams(
-    working: BlockView, original: BlockView | None, group: InputGroup, residual: bool
-) -> Iterator[tuple[int, tuple[Tensor, Tensor | None], Tensor | None]]:
-    """Yield, for every call of the group, the number of the batch and what reaches the group.
+class _Call(NamedTuple):
+    """What reaches a group of layers in one of its calls."""
 
-    That is its input in the original model and, if two models run, that in the other one; and the
-    error of the residual stream if that is wanted.
-    """
+    batch: int
+    """Number of the batch."""
+    x_TN: Tensor
+    """Its input in the original model, or in the only one."""
+    drifted_TN: Tensor | None
+    """Its input in the partly quantized model; None if only one model runs."""
+    output_TA: Tensor | None
+    """W x for its first layer, if that is wanted and two models run."""
+    residual_TA: Tensor | None
+    """The error of the residual stream, if that is wanted."""
+
+
+def _calls(
+    working: BlockView,
+    original: BlockView | None,
+    group: InputGroup,
+    *,
+    residual: bool,
+    outputs: bool = False,
+) -> Iterator[_Call]:
+    """Yield what reaches the group in every one of its calls; see `_Call`."""
     for batch in range(working.batches):
         x = group_record(working, group, batch)
-        drifted, residual_TA = None, None
-        if original is not None:
-            x, drifted = group_record(original, group, batch), x
+        if original is None:
+            for x_TN in x.inputs:
+                yield _Call(batch, x_TN, None, None, None)
+            continue
+        x, drifted = group_record(original, group, batch, outputs=outputs), x
+        residual_TA = None
         if residual:
             wide = torch.promote_types(x.residual.dtype, torch.float32)
             residual_TA = x.residual.to(wide) - drifted.residual.to(wide)
+        bias_A = original.block.get_submodule(group.layers[0]).bias
         for call, x_TN in enumerate(x.inputs):
-            yield batch, (x_TN, None if drifted is None else drifted.inputs[call]), residual_TA
+            output_TA = None
+            if outputs:
+                output_TA = x.outputs[call] if bias_A is None else x.outputs[call] - bias_A
+            yield _Call(batch, x_TN, drifted.inputs[call], output_TA, residual_TA)
 
 
 def moments_of(x_SN: Tensor, drifted_SN: Tensor | None = None) -> Moments:

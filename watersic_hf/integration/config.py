@@ -140,9 +140,9 @@ class WaterSICConfig(QuantizationConfigMixin):
         2048, "tokens per calibration window", check=positive_integer, option="--sequence-length"
     )
     batch_size: int = setting(
-        8,
+        2,
         "number of calibration windows that pass through a block at a time",
-        "More is faster and takes more memory; the result is the same.",
+        "More takes more memory, and is faster only on a GPU; the result is the same.",
         check=positive_integer,
         saved=False,
         option="--batch-size",

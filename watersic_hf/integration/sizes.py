@@ -261,8 +261,8 @@ class Outlook:
 
 def _moment_products(shapes: list[tuple[int, int]]) -> float:
     """Return the products per token for the moments of a block, in units of `Rates.moments`."""
-    wide = [(a, n) for a, n in shapes if is_wide(a, n)]
-    # half of a square, and the outputs and their products with the inputs
-    products = sum(n**2 / 4 + a * n for a, n in wide)
     # of the layers with the same number of inputs most share their input, and one does not
-    return products + sum(2 * n**2 for n in {n for a, n in shapes if not is_wide(a, n)})
+    square = {n for a, n in shapes if not is_wide(a, n)}
+    wide = [(a, n) for a, n in shapes if n not in square]
+    # half of a square, and the products of the outputs and of the residual with the inputs
+    return sum(n**2 / 4 + a * n for a, n in wide) + sum(2 * n**2 for n in square)

@@ -60,11 +60,13 @@ class BlockQuantizer:
         """
         block = self.working.block
         experts = experts_in(block, layers)
+        # what the original model computes here need not be computed again
+        view = self.original or self.working
         groups = input_groups(
-            block,
+            view.block,
             layers_outside_experts(layers, experts),
-            lambda: self.working.run(0),
-            self.working.stream.hidden[0],
+            lambda: view.run_on(0, watched=layers),
+            view.stream.hidden[0],
         )
         if self.working.index == 0:
             self._log_what_does_not_apply(groups)
@@ -120,11 +122,11 @@ class BlockQuantizer:
             "original": self.original,
             "residual": settings.residual and self.original is not None,
         }
-        layers = [self.working.block.get_submodule(layer) for layer in group.layers]
-        rows = sum(layer.out_features for layer in layers)
-        if importance is None and not mixing and is_wide(rows, layers[0].in_features):
+        layer = self.working.block.get_submodule(group.layers[0])
+        alone = len(group.layers) == 1 and importance is None and not mixing
+        if alone and is_wide(layer.out_features, layer.in_features):
             projected = projected_moments(self.working, group, drift=settings.drift, **streams)
-            return lambda name: projected[name.removeprefix(f"{self.name}.")]
+            return lambda name: projected
         plain, weighted = group_moments(self.working, group, importance=importance, **streams)
 
         def mixture(drift: float, attention: float) -> Moments:

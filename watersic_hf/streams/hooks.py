@@ -5,7 +5,7 @@ Shapes: B = windows in a batch, T = tokens, N = inputs of a layer.
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -80,21 +80,37 @@ class GroupRecord:
     residual: Tensor | None
     """State of the residual stream that the group's output is added to, if there is one."""
 
+    outputs: list[Tensor] = field(default_factory=list)
+    """Output of the group's first layer, one tensor per call, if it was asked for."""
+
 
 def group_inputs(view: BlockView, group: InputGroup, batch: int) -> list[Tensor]:
     """Return the inputs of a group in one batch, one tensor per call."""
     return group_record(view, group, batch).inputs
 
 
-def group_record(view: BlockView, group: InputGroup, batch: int) -> GroupRecord:
-    """Run a block on one batch until all inputs of a group have been seen."""
+def group_record(
+    view: BlockView, group: InputGroup, batch: int, *, outputs: bool = False
+) -> GroupRecord:
+    """Run a block on one batch until all inputs of a group have been seen.
+
+    Args:
+        view: the block.
+        group: the group.
+        batch: number of the batch.
+        outputs: whether to record the outputs of its first layer as well.
+    """
     record = GroupRecord([], view.stream.hidden[batch] if group.residual == "" else None)
     parallel_outputs: list[Tensor] = []
 
     def record_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         record.inputs.append(args[0])
-        if len(record.inputs) == group.calls:
-            raise StopForwardError
+        if not outputs:
+            _stop_after(group.calls, record.inputs)
+
+    def record_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        record.outputs.append(output)
+        _stop_after(group.calls, record.outputs)
 
     def record_residual(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         record.residual = args[0]
@@ -102,28 +118,30 @@ def group_record(view: BlockView, group: InputGroup, batch: int) -> GroupRecord:
     def record_parallel(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         parallel_outputs.append(output)
 
-    handles = []
-    # registered first, as the input of the layer itself can be the residual stream
-    if group.residual:
-        base = view.block.get_submodule(group.residual)
-        handles.append(base.register_forward_pre_hook(record_residual))
-    if group.parallel_layer is not None:
-        other = view.block.get_submodule(group.parallel_layer)
-        handles.append(other.register_forward_hook(record_parallel))
-    layer = view.block.get_submodule(group.layers[0])
-    handles.append(layer.register_forward_pre_hook(record_input))
+    first = view.block.get_submodule(group.layers[0])
     watched = [group.layers[0], group.residual or "", group.parallel_layer or ""]
-    try:
+    with contextlib.ExitStack() as hooks, contextlib.suppress(StopForwardError):
+        # registered first, as the input of the layer itself can be the residual stream
+        if group.residual:
+            base = view.block.get_submodule(group.residual)
+            hooks.enter_context(base.register_forward_pre_hook(record_residual))
+        if group.parallel_layer is not None:
+            other = view.block.get_submodule(group.parallel_layer)
+            hooks.enter_context(other.register_forward_hook(record_parallel))
+        hooks.enter_context(first.register_forward_pre_hook(record_input))
+        if outputs:
+            hooks.enter_context(first.register_forward_hook(record_output))
         view.run_on(batch, watched=watched)
-    except StopForwardError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     if parallel_outputs:
         output = parallel_outputs[0].view(record.residual.shape)
         record.residual = record.residual.to(output.device) + output
     return record
+
+
+def _stop_after(calls: int, recorded: list[Tensor]) -> None:
+    """Stop the run of the block once a tensor was recorded in every call."""
+    if len(recorded) == calls:
+        raise StopForwardError
 
 
 def module_arguments(view: BlockView, name: str) -> list[tuple]:

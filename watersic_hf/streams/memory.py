@@ -10,8 +10,9 @@ from accelerate.utils import get_max_memory
 
 logger = logging.getLogger(__name__)
 
-#: Bytes from which the memory of a freed tensor is returned at once.
-_LARGE = 1 << 20
+#: Bytes from which the memory of a freed tensor is returned at once.  To return it costs time: the
+#: system fills it with zeros before it is used again.
+_LARGE = 1 << 22
 #: A parameter of glibc's `mallopt`.
 _M_MMAP_THRESHOLD = -3
 
