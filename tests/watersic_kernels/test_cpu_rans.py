@@ -103,6 +103,41 @@ def test_random_words_touch_nothing_outside_the_arrays(tmp_path):
     assert done.stdout.strip() == "done", done.stderr
 
 
+#: Encodes and decodes matrices on a CPU without vector instructions beyond the most common ones.
+GENERIC = """
+import sys
+import torch
+from watersic_hf import codec
+
+for file in sys.argv[1:]:
+    given = torch.load(file, weights_only=False)
+    assert torch.equal(codec.encode(given["codes"], path=given["path"]), given["payload"])
+    assert torch.equal(codec.decode(given["payload"]), given["codes"])
+print("done")
+"""
+
+
+def test_bytes_do_not_depend_on_the_instructions_of_the_cpu(tmp_path):
+    files = []
+    for path_rows in (None, 100):
+        codes_AN, path = matrix(300, 90, path_rows=path_rows)
+        given = {"codes": codes_AN, "path": path, "payload": codec.encode(codes_AN, path=path)}
+        files.append(str(tmp_path / f"{path_rows}.pt"))
+        torch.save(given, files[-1])
+    environment = os.environ | {
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-c", GENERIC, *files], env=environment, capture_output=True, text=True
+    )
+
+    assert done.stdout.strip() == "done", done.stderr
+
+
 def test_without_numba_the_codec_uses_numpy_and_says_so():
     code = """
 import sys

@@ -83,7 +83,7 @@ def _path_codes(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray,
         )
     order_A = row_order(row_class_A)
     try:
-        codes_AN, quantizer_AN = codes_of(values[order_A], path.rows)
+        codes_AN, quantizer_AN = codes_of(values, order_A, path.rows)
     except PathError as error:
         raise CodecError(f"values: {error}") from error
     return codes_AN, quantizer_AN, row_class_A[order_A]
@@ -126,7 +126,7 @@ def encode(codes_AN: Tensor, *, path: Path | None = None, associated: bytes = b"
         model = dataclasses.replace(
             stored_model, row_class_A=natural_A, col_class_N=stored_model.row_class_A
         )
-        codes, quantizer = (np.ascontiguousarray(part.T) for part in (codes, quantizer))
+        codes, quantizer = codes.T, quantizer.T
     groups = []
     for band, part in geometry.groups():
         rows = slice(band * geometry.band_rows, band * geometry.band_rows + part.rows)

@@ -14,6 +14,8 @@ from watersic_hf.codec.model import SYMBOLS, CodeModel
 
 #: Codes below which starting threads takes longer than the work.
 ALONE = 1 << 17
+#: Columns of paths that one thread walks down at a time.
+STRIP = 64
 
 _loader: Callable[[], ModuleType | None] | None = None
 
@@ -22,7 +24,7 @@ def use(loader: Callable[[], ModuleType | None]) -> None:
     """Set the function that returns the compiled functions, or None if there are none.
 
     Args:
-        loader: returns a module like `watersic_kernels.cpu.rans`; it is called at every use, so
+        loader: returns a module like `watersic_kernels.cpu.codec`; it is called at every use, so
             that nothing is imported before the first.
     """
     global _loader
@@ -86,19 +88,29 @@ def encode(
     quantizer_AN: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode a matrix as `watersic_hf.codec.stream.encode_chunks` does."""
-    entry_KS = model.encoder_table().reshape(-1, SYMBOLS)
-    quantizer_AN = _or_none(quantizer_AN, codes_AN)
+    entries, trellis = model.encoder_table(), quantizer_AN is not None
+    if trellis:
+        # the matrix as it is stored is transposed
+        codes, quantizers = _in_one_dimension(codes_AN.T), _in_one_dimension(quantizer_AN.T)
+    else:
+        codes, quantizers = _in_one_dimension(codes_AN), _in_one_dimension(None)
+    first_shifted = model.first_shifted_key
     words: list[np.ndarray] = [np.empty(0, np.uint16)] * geometry.chunks
     per_code = 2 + model.escape_words
 
     def work(chunk: int, rows: slice, cols: slice) -> None:
-        part_AN = codes_AN[rows, cols]
-        out = np.empty(128 + per_code * part_AN.size, np.uint16)
+        size = (rows.stop - rows.start) * (cols.stop - cols.start)
+        out = np.empty(128 + per_code * size, np.uint16)
         start, escaped = kernels.encode_chunk(
-            part_AN,
-            quantizer_AN[rows, cols],
-            entry_KS,
+            codes,
+            quantizers,
+            trellis,
+            geometry.rows if trellis else geometry.cols,
+            rows.start,
+            cols.start,
+            entries,
             model.shift_K,
+            first_shifted,
             model.row_class_A[rows],
             model.col_class_N[cols],
             geometry.rows_per_lane,
@@ -115,23 +127,110 @@ def count(
     kernels: ModuleType, codes_AN: np.ndarray, model: CodeModel, quantizer_AN: np.ndarray | None
 ) -> np.ndarray:
     """Return the number of codes of every key by symbol, float64 [K, 256]."""
-    count_KS = np.zeros((len(model.shift_K), SYMBOLS), np.int64)
-    kernels.count_symbols(
-        codes_AN,
-        _or_none(quantizer_AN, codes_AN),
-        model.shift_K,
-        model.row_class_A,
-        model.col_class_N,
-        count_KS,
-    )
-    return count_KS.astype(np.float64)
+    codes, quantizers = _in_one_dimension(codes_AN), _in_one_dimension(quantizer_AN)
+    keys, first_shifted = len(model.shift_K), model.first_shifted_key
+    parts = []
+
+    def work(first: int, stop: int) -> None:
+        counts = np.zeros(2 * keys * SYMBOLS + 1, np.uint32)
+        kernels.count_symbols(
+            codes,
+            quantizers,
+            quantizer_AN is not None,
+            model.shift_K,
+            first_shifted,
+            model.row_class_A,
+            model.col_class_N,
+            first,
+            stop,
+            counts,
+        )
+        parts.append(counts[:-1])
+
+    _for_rows(kernels, work, codes_AN.shape)
+    count_KS = np.zeros((keys, SYMBOLS))
+    for counts in parts:
+        count_KS += counts.reshape(2, keys, SYMBOLS).sum(0, dtype=np.float64)
+    return count_KS
 
 
-def _or_none(quantizer_AN: np.ndarray | None, codes_AN: np.ndarray) -> np.ndarray:
-    """Return the quantizers, or for none an array of no columns, as compiled code has one type."""
-    if quantizer_AN is None:
-        return np.empty((len(codes_AN), 0), np.uint8)
-    return quantizer_AN
+def column_sums(
+    kernels: ModuleType, codes_AN: np.ndarray, bound_N: np.ndarray, step: int
+) -> np.ndarray:
+    """Return the sums over every `step`-th row of min(|code|, bound), float64 [N]."""
+    codes, bounds = _in_one_dimension(codes_AN), _bounds(bound_N)
+    A, N = codes_AN.shape
+    parts = []
+
+    def work(first: int, stop: int) -> None:
+        sums = np.zeros(len(bounds), np.int64)
+        kernels.add_columns(codes, bounds, N, first * step, min(stop * step, A), step, sums)
+        parts.append(sums[:N])
+
+    _for_rows(kernels, work, (-(-A // step), N))
+    return sum(parts).astype(np.float64)
+
+
+def row_sums(
+    kernels: ModuleType, codes_AN: np.ndarray, bound_N: np.ndarray, weight_N: np.ndarray
+) -> np.ndarray:
+    """Return the sums of min(|code|, bound) * weight of every row, float64 [A]."""
+    codes, bounds = _in_one_dimension(codes_AN), _bounds(bound_N)
+    A, N = codes_AN.shape
+    weights, sums = _padded(weight_N.astype(np.int64)), np.empty(A, np.int64)
+
+    def work(first: int, stop: int) -> None:
+        kernels.sum_rows(codes, bounds, weights, N, first, stop, sums)
+
+    _for_rows(kernels, work, (A, N))
+    return sums.astype(np.float64)
+
+
+def path_codes(
+    kernels: ModuleType, values_AN: np.ndarray, order_A: np.ndarray, path_rows: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return what `watersic_hf.codec.trellis.codes_of` does, or None if values are on no path."""
+    A, N = values_AN.shape
+    values = _in_one_dimension(values_AN)
+    codes, quantizers = np.empty(A * N, np.int32), np.empty(A * N, np.uint8)
+    found = []
+
+    def work(first: int, stop: int) -> None:
+        cols = first * STRIP, min(stop * STRIP, N)
+        found.append(
+            kernels.find_path_codes(values, order_A, path_rows, N, *cols, codes, quantizers)
+        )
+
+    alone = A * N < ALONE
+    kernels.in_parts(work, -(-N // STRIP), 1 if alone else torch.get_num_threads())
+    return (codes.reshape(A, N), quantizers.reshape(A, N)) if all(found) else None
+
+
+def _bounds(bound_N: np.ndarray) -> np.ndarray:
+    """Return bounds as uint32; no magnitude exceeds 2^31."""
+    return _padded(np.minimum(bound_N, 2.0**31).astype(np.uint32))
+
+
+def _padded(numbers_N: np.ndarray) -> np.ndarray:
+    """Return numbers of columns with zeros up to the next multiple of eight columns."""
+    padded = np.zeros(-(-len(numbers_N) // 8) * 8, numbers_N.dtype)
+    padded[: len(numbers_N)] = numbers_N
+    return padded
+
+
+def _in_one_dimension(part_AN: np.ndarray | None) -> np.ndarray:
+    """Return a matrix row by row; or for none an array of length 0, as types must not vary."""
+    if part_AN is None:
+        return np.empty(0, np.uint8)
+    return np.ascontiguousarray(part_AN).reshape(-1)
+
+
+def _for_rows(
+    kernels: ModuleType, work: Callable[[int, int], None], shape: tuple[int, int]
+) -> None:
+    """Call a function with parts of the rows of a matrix, in threads."""
+    alone = shape[0] * shape[1] < ALONE
+    kernels.in_parts(work, shape[0], 1 if alone else torch.get_num_threads())
 
 
 def _for_each_chunk(

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from watersic_hf.codec import compiled
 from watersic_hf.codec.layout import LARGE
@@ -77,18 +78,40 @@ def _magnitudes(codes_AN: np.ndarray, bound_N: np.ndarray) -> Iterator[tuple[sli
         yield rows, np.minimum(magnitude, bound_N, out=magnitude)
 
 
-def _column_means(codes_AN: np.ndarray, bound_N: np.ndarray) -> np.ndarray:
-    """Return the mean of the bounded magnitudes of every column; the sums are exact."""
-    return sum(block.sum(0) for _, block in _magnitudes(codes_AN, bound_N)) / len(codes_AN)
+def _column_means(codes_AN: np.ndarray, bound_N: np.ndarray, step: int = 1) -> np.ndarray:
+    """Return the mean of the bounded magnitudes of every column; the sums are exact.
+
+    Args:
+        codes_AN: codes, int32.
+        bound_N: bounds of the magnitudes, whole numbers in float64.
+        step: distance of the rows that are used; default: 1, for all rows.
+    """
+    kernels = compiled.functions()
+    if kernels is not None:
+        sum_N = compiled.column_sums(kernels, codes_AN, bound_N, step)
+    else:
+        sum_N = sum(block.sum(0) for _, block in _magnitudes(codes_AN[::step], bound_N))
+    return sum_N / len(range(0, len(codes_AN), step))
+
+
+def _row_sums(codes_AN: np.ndarray, bound_N: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
+    """Return the weighted sums of the bounded magnitudes of every row; they are exact."""
+    kernels = compiled.functions()
+    if kernels is not None:
+        return compiled.row_sums(kernels, codes_AN, bound_N, weight_N)
+    sum_A = np.empty(len(codes_AN))
+    for rows, magnitude_BN in _magnitudes(codes_AN, bound_N):
+        sum_A[rows] = magnitude_BN @ weight_N
+    return sum_A
 
 
 def _column_bounds(codes_AN: np.ndarray) -> np.ndarray:
     """Return the bound of the magnitudes of every column, found by iteration on a sample."""
     A, N = codes_AN.shape
     bound_N = np.full(N, 2.0**31)
-    sample_AN = codes_AN[:: max(1, A * N // SAMPLE)]
+    step = max(1, A * N // SAMPLE)
     for _ in range(COL_ROUNDS):
-        bound_N = np.rint(COL_BOUND * _column_means(sample_AN, bound_N)) + 2
+        bound_N = np.rint(COL_BOUND * _column_means(codes_AN, bound_N, step)) + 2
     return bound_N
 
 
@@ -104,7 +127,6 @@ def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np
         codes_AN: codes, int32, not empty.
         resolution: number of classes per octave.
     """
-    A = len(codes_AN)
     log_scale, magnitude = _magnitude_curve()
     bound_N = _column_bounds(codes_AN)
     mean_N = _column_means(codes_AN, bound_N)
@@ -112,9 +134,7 @@ def scale_classes(codes_AN: np.ndarray, resolution: int) -> tuple[np.ndarray, np
     col_class_N = np.rint(resolution * level_N).astype(np.int64)
     # whole numbers, so that the sums are exact; capped, as nearly empty columns say little of a row
     weight_N = np.rint(4096 * 2.0 ** -np.maximum(level_N, -2))
-    sum_A = np.empty(A)
-    for rows, magnitude_BN in _magnitudes(codes_AN, ROW_BOUND * bound_N):
-        sum_A[rows] = magnitude_BN @ weight_N
+    sum_A = _row_sums(codes_AN, ROW_BOUND * bound_N, weight_N)
     first = col_class_N.min()
     mass_C = np.bincount(col_class_N - first, weights=weight_N)
     factor = np.arange(int(resolution * ROW_RANGE[0]), int(resolution * ROW_RANGE[1]) + 1)
@@ -227,7 +247,9 @@ def _empty_fit(row_class_A: np.ndarray, columns: int) -> Fit:
 
 def _escape_words(codes_AN: np.ndarray) -> int:
     """Return the number of words in which every code fits."""
-    return 1 if -(2**15) <= codes_AN.min() <= codes_AN.max() < 2**15 else 2
+    # torch reads the codes once, on its threads
+    low, high = torch.from_numpy(codes_AN).aminmax()
+    return 1 if low >= -(2**15) and high < 2**15 else 2
 
 
 @functools.lru_cache(maxsize=1)

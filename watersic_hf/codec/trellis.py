@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from watersic_hf.codec import compiled
 from watersic_hf.codec.ans import Decoder
 from watersic_hf.codec.model import LIMIT, TOTAL, join_values
 
@@ -29,16 +30,25 @@ def row_order(row_class_A: np.ndarray) -> np.ndarray:
     return row_class_A.argsort(kind="stable")
 
 
-def codes_of(values_AN: np.ndarray, path_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes of values, int32, and their quantizers, uint8.
+def codes_of(
+    values_AN: np.ndarray, order_A: np.ndarray, path_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes of values, int32, and their quantizers, uint8, in the order of the path.
 
     Args:
-        values_AN: values, int32, rows in the order of the path.
+        values_AN: values, int32.
+        order_A: the rows in the order of the path, as `row_order` returns them.
         path_rows: rows of a path; the next one starts after them.
 
     Raises:
         PathError: a value is not one of its quantizer.
     """
+    kernels = compiled.functions()
+    if kernels is not None:
+        found = compiled.path_codes(kernels, values_AN, order_A, path_rows)
+        if found is not None:
+            return found
+    values_AN = values_AN[order_A]
     size_AN = np.abs(values_AN)
     codes_AN = np.sign(values_AN) * ((size_AN >> 1) + (size_AN & 1))
     quantizer_AN = quantizers(codes_AN, path_rows)

@@ -182,7 +182,7 @@ def path_search(device: torch.device) -> PathSearch:
 def compiled_codec() -> ModuleType | None:
     """Return the compiled functions of the codec, or None if numba cannot be imported."""
     try:
-        import watersic_kernels.cpu.rans
+        import watersic_kernels.cpu.codec
     except ImportError as error:
         logger.warning(
             "numba cannot be imported: %s. Quantized layers are encoded and decoded by numpy, some "
@@ -190,7 +190,7 @@ def compiled_codec() -> ModuleType | None:
             error,
         )
         return None
-    return watersic_kernels.cpu.rans
+    return watersic_kernels.cpu.codec
 
 
 codec.use_compiled(compiled_codec)

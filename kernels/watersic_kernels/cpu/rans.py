@@ -1,6 +1,6 @@
-"""Encode and decode the entropy-coded payload of a layer, one chunk per call, compiled for CPUs.
+"""Decode the entropy-coded payload of a layer, one chunk per call, compiled for CPUs.
 
-Shapes: A x N codes of the matrix as it is stored, K = keys, S = 256 symbols, W = 16-bit words.
+Shapes: A x N codes of the matrix as it is stored, K = keys, W = 16-bit words, L = lanes.
 
 `watersic_hf/codec/FORMAT.md` defines the format, and what the words of a chunk are.  All functions
 release the interpreter's lock, so that threads work on several chunks at a time.  Whatever the
@@ -9,9 +9,17 @@ words contain, nothing outside the arrays is read or written.
 
 import numba
 import numpy as np
-from numpy import float64, int32, int64, uint16, uint32, uint64
+from numpy import int32, int64, uint16, uint32
 
-from watersic_kernels.cpu.threads import in_parts  # noqa: F401, what shares the chunks out
+from watersic_kernels.cpu.rans_vectors import (
+    copy_lanes,
+    decode_lanes,
+    decode_low_bits,
+    look_up,
+    walk_lanes,
+    write_square,
+)
+from watersic_kernels.cpu.vectors import LANES as GROUP
 
 #: Lanes of a chunk.
 LANES = 32
@@ -20,10 +28,12 @@ STATE_MIN = 1 << 16
 #: Symbol of the escape.
 ESCAPE = -128
 #: Columns that are decoded before they are written.
-BLOCK = 16
+BLOCK = 32
 
-jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-inline_jit = numba.njit(nogil=True, error_model="numpy", inline="always")
+jit = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
+inner_jit = numba.njit(
+    cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True
+)
 
 
 @jit
@@ -64,248 +74,176 @@ def decode_chunk(
         The number of words left, the number of words of the escaped values, and the number of
         lanes that do not end in the state in which the encoder starts.
     """
-    rows, columns = len(row_class_A), len(col_class_N)
+    rows, columns, count = len(row_class_A), len(col_class_N), len(words_W)
     lanes = (rows + per_lane - 1) // per_lane
-    states = np.zeros(LANES, uint32)
-    keys, class_L = np.zeros(LANES, int32), np.zeros(LANES, int32)
-    # the quantizers of this step and of the two before it
-    path_3L = np.zeros((3, LANES), int32)
-    codes_BL = np.zeros((BLOCK, LANES), int32)
+    words_W = _padded(words_W)
+    states, kept = np.zeros(LANES, uint32), np.zeros(LANES, uint32)
     for lane in range(lanes):
         states[lane] = uint32(words_W[2 * lane]) | uint32(words_W[2 * lane + 1]) << uint32(16)
-    tables = page_K, pages, shift_K, first_shifted
-    at, end = uint64(2 * lanes), len(words_W)
+    keys, path = np.zeros(LANES, int32), np.zeros(4 * LANES, int32)
+    codes = np.zeros(BLOCK * LANES, int32)
+    at, end = 2 * lanes, count
     for phase in range(per_lane):
         first = phase * lanes
         active = max(0, min(lanes, rows - first))
-        for lane in range(active):
-            class_L[lane] = row_class_A[first + lane]
-        path_3L[:] = 0
-        for column in range(0, columns, BLOCK):
-            col_class_B = col_class_N[column : column + BLOCK]
-            state = keys, states, path_3L, at, end
-            at, end = _columns(
+        path[:] = 0
+        for lane in range(LANES):
+            # lanes without a row decode something, too, and get their states back
+            kept[lane] = states[lane]
+            keys[lane] = path[lane] = row_class_A[min(first + lane, rows - 1)]
+        for left in range(0, columns, BLOCK):
+            width = min(BLOCK, columns - left)
+            at, end = _decode_columns(
                 words_W,
-                tables,
-                class_L[:active],
-                col_class_B,
+                count,
+                page_K,
+                pages,
+                shift_K,
+                first_shifted,
+                col_class_N,
+                left,
+                width,
+                active,
                 escape_words,
                 trellis,
-                state,
-                codes_BL,
+                states,
+                keys,
+                path,
+                codes,
+                at,
+                end,
             )
-            place_B = place_N[column : column + BLOCK]
-            _write(codes_BL[:, :active], place_B, trellis, start + first, out)
+            if trellis:
+                _write_rows(codes, place_N, left, width, start + first, active, out)
+            else:
+                _write_columns(codes, place_N, left, width, start + first, active, out)
+        for lane in range(active, LANES):
+            states[lane] = kept[lane]
     moved = 0
     for lane in range(lanes):
         moved += states[lane] != STATE_MIN
-    return len(words_W) - int64(at), len(words_W) - end, moved
+    return count - at, count - end, moved
 
 
-@jit
-def _columns(words_W, tables, class_L, col_class_B, escape_words, trellis, state, codes_BL):
+@inner_jit
+def _padded(words_W):
+    """Return the words with copies of the last one after them: enough for all lanes."""
+    words = np.empty(len(words_W) + LANES, uint16)
+    for i in range(len(words_W)):
+        words[i] = words_W[i]
+    for i in range(len(words_W), len(words)):
+        words[i] = words_W[len(words_W) - 1]
+    return words
+
+
+@inner_jit
+def _decode_columns(
+    words_W,
+    count,
+    page_K,
+    pages,
+    shift_K,
+    first_shifted,
+    col_class_N,
+    left,
+    width,
+    active,
+    escape_words,
+    trellis,
+    states,
+    keys,
+    path,
+    codes,
+    at,
+    end,
+):
     """Decode some columns of the active lanes; return the next positions.
 
-    Arrays that are arguments or slices cost as much as some codes, so this one function computes.
+    At and after the position `count`, the words are copies of the last one.
     """
-    page_K, pages, shift_K, first_shifted = tables
-    keys, states, path_3L, at, end = state
-    lanes, last_word, highest = len(class_L), uint64(len(words_W) - 1), 0
-    for lane in range(lanes):
-        highest = max(highest, class_L[lane] + trellis)
-    for i in range(len(col_class_B)):
-        for lane in range(lanes):
-            keys[lane] = int32(class_L[lane] + int32(col_class_B[i])) + path_3L[0, lane]
-        for lane in range(lanes):
-            state = states[lane]
-            entry = pages[uint64(page_K[uint64(keys[lane])]) + uint64(state & uint32(4095))]
-            codes_BL[i, lane] = int32(entry)
-            state = uint32(uint32(entry & uint32(4095)) * uint32(state >> uint32(12)))
-            state = uint32(state + uint32(entry >> uint32(12) & uint32(4095)))
-            small = state < uint32(STATE_MIN)
-            # no word is read outside the chunk, whatever it contains
-            word = uint32(words_W[min(at, last_word)])
-            states[lane] = uint32(state << uint32(16) | word) if small else state
-            at += uint64(small)
-        least = int32(0)
-        for lane in range(lanes):
-            codes_BL[i, lane] >>= int32(24)
-            least = min(least, codes_BL[i, lane])
-        if highest + col_class_B[i] >= first_shifted:
-            at = _low_bits(words_W, shift_K, keys, states, at, codes_BL[i, :lanes])
-        if least == ESCAPE:
-            end = _escaped_values(words_W, keys, escape_words, end, codes_BL[i, :lanes])
+    highest = 0
+    for lane in range(active):
+        highest = max(highest, path[lane] + trellis)
+    for i in range(width):
+        col_class, to = col_class_N[left + i], i * LANES
+        for lane in range(0, active, GROUP):
+            look_up(states, keys, lane, page_K, col_class, pages, codes, to + lane)
+        # beyond the end, more words are counted than there are
+        first = position = min(at, count)
+        escaped = 0
+        for lane in range(0, active, GROUP):
+            mask = (1 << min(GROUP, active - lane)) - 1
+            found = decode_lanes(states, lane, codes, to + lane, words_W, position, mask)
+            position += found & 0xFF
+            escaped |= found >> 8 << lane
+        at += position - first
+        if highest + col_class >= first_shifted:
+            first = position = min(at, count)
+            for lane in range(0, active, GROUP):
+                mask = (1 << min(GROUP, active - lane)) - 1
+                position += decode_low_bits(
+                    states,
+                    keys,
+                    lane,
+                    shift_K,
+                    col_class,
+                    codes,
+                    to + lane,
+                    words_W,
+                    position,
+                    mask,
+                )
+            at += position - first
+        if escaped:
+            end = _escaped_values(words_W, escape_words, escaped, codes, to, end)
         if trellis:
-            for lane in range(lanes):
-                code, this, last = codes_BL[i, lane], path_3L[0, lane], path_3L[1, lane]
-                sign = int32(code > 0) - int32(code < 0)
-                codes_BL[i, lane] = int32(2 * code - this * sign)
-                path_3L[0, lane] = int32(int32(last ^ path_3L[2, lane]) ^ code & int32(1))
-                path_3L[1, lane], path_3L[2, lane] = this, last
+            for lane in range(0, active, GROUP):
+                walk_lanes(path, keys, lane, codes, to + lane)
     return at, end
 
 
-@jit
-def _low_bits(words_W, shift_K, keys, states, at, codes):
-    """Decode the low bits of all lanes; a key of -1 says that a code is no escape any more."""
-    for lane in range(len(codes)):
-        shift = int64(shift_K[keys[lane]])
-        if shift:
-            state = states[lane]
-            low = int64(state) & (1 << shift) - 1
-            state = uint32(state >> uint32(shift))
-            if state < uint32(STATE_MIN):
-                word = uint32(words_W[min(at, uint64(len(words_W) - 1))])
-                state, at = uint32(state << uint32(16) | word), at + uint64(1)
-            states[lane] = state
-            if codes[lane] != ESCAPE:
-                codes[lane] = (int64(codes[lane]) << shift) + low - (1 << shift >> 1)
-                keys[lane] = -1
-    return at
-
-
-@jit
-def _escaped_values(words_W, keys, escape_words, end, codes):
-    """Read the escaped values from the end of the chunk; return where the next one ends."""
-    for lane in range(len(codes)):
-        if codes[lane] == ESCAPE and keys[lane] >= 0:
+@inner_jit
+def _escaped_values(words_W, escape_words, escaped, codes, to, end):
+    """Read the escaped values of some lanes, which are bits; return where the next one ends."""
+    for lane in range(LANES):
+        if escaped >> lane & 1:
             end -= escape_words
             value = int64(words_W[max(end, 0)])
             if escape_words == 2:
                 value |= int64(words_W[max(end + 1, 0)]) << 16
-                codes[lane] = (value ^ 0x80000000) - 0x80000000
+                codes[to + lane] = (value ^ 0x80000000) - 0x80000000
             else:
-                codes[lane] = (value ^ 0x8000) - 0x8000
+                codes[to + lane] = (value ^ 0x8000) - 0x8000
     return end
 
 
-@jit
-def _write(codes_BL, place_B, trellis, start, out):
+@inner_jit
+def _write_rows(codes, place_N, left, width, start, active, out):
+    """Write the codes of some columns to rows of the output."""
+    whole = active // GROUP * GROUP if start + active <= out.shape[1] else 0
+    for i in range(width):
+        place = place_N[left + i]
+        if 0 <= place < len(out):
+            for lane in range(0, whole, GROUP):
+                copy_lanes(codes, i * LANES + lane, out, place * out.shape[1] + start + lane)
+            for lane in range(whole, active):
+                out[place, start + lane] = codes[i * LANES + lane]
+
+
+@inner_jit
+def _write_columns(codes, place_N, left, width, start, active, out):
     """Write the codes of some columns, in the order in which the output lies in memory."""
-    lanes = codes_BL.shape[1]
-    if trellis:
-        for i in range(len(place_B)):
-            if 0 <= place_B[i] < len(out):
-                for lane in range(lanes):
-                    out[place_B[i], start + lane] = codes_BL[i, lane]
-    else:
-        for lane in range(lanes):
-            for i in range(len(place_B)):
-                if 0 <= place_B[i] < out.shape[1]:
-                    out[start + lane, place_B[i]] = codes_BL[i, lane]
-
-
-@jit
-def encode_chunk(
-    codes_AN, quantizer_AN, entry_KS, shift_K, row_class_A, col_class_N, per_lane, escape_words, out
-):
-    """Encode one chunk.
-
-    Args:
-        codes_AN: codes of the chunk, int32.
-        quantizer_AN: what is added to the keys, uint8, for the codes of a trellis; otherwise of no
-            columns.
-        entry_KS: entries of the symbols by key: whether it is escaped, its start and its frequency,
-            in 8, 12 and 12 bits, uint32.
-        shift_K: number of low bits that follow a symbol of each key, uint8.
-        row_class_A, col_class_N: classes of the rows and columns, int64.
-        per_lane: rows that one lane holds.
-        escape_words: words of an escaped value.
-        out: receives the words of the states, symbols and low bits at its end, which are written
-            backwards, and the escaped values in reverse coding order at its start; uint16.  It
-            must have room for two per lane, two per code, and the escaped values.
-
-    Returns:
-        Where the words begin, and the number of words of the escaped values.
-    """
-    rows, columns = codes_AN.shape
-    lanes = (rows + per_lane - 1) // per_lane
-    states, entries = np.empty(LANES, uint32), np.empty(LANES, uint32)
-    states[:] = STATE_MIN
-    at = len(out)
-    trellis = quantizer_AN.shape[1] > 0
-    escaped = 0
-    for phase in range(per_lane - 1, -1, -1):
-        first = phase * lanes
-        active = max(0, min(lanes, rows - first))
-        for column in range(columns - 1, -1, -1):
-            for lane in range(active - 1, -1, -1):
-                row = first + lane
-                key = row_class_A[row] + col_class_N[column]
-                if trellis:
-                    key += quantizer_AN[row, column]
-                code, shift = int64(codes_AN[row, column]), int64(shift_K[key])
-                entry = entry_KS[uint64(key), uint64(_symbol(code, shift))]
-                entries[lane] = entry
-                if shift:
-                    at = _put_low_bits(states, lane, code, shift, out, at)
-                if entry >> uint32(24):
-                    out[escaped] = uint16(code & 0xFFFF)
-                    if escape_words == 2:
-                        out[escaped + 1] = uint16(code >> 16 & 0xFFFF)
-                    escaped += escape_words
-            for lane in range(active - 1, -1, -1):
-                at = _put_symbol(states, lane, entries[lane], out, at)
-    for lane in range(lanes - 1, -1, -1):
-        at -= 2
-        out[at] = uint16(states[lane] & uint32(0xFFFF))
-        out[at + 1] = uint16(states[lane] >> uint32(16))
-    return at, escaped
-
-
-@inline_jit
-def _put_low_bits(states, lane, code, shift, out, at):
-    """Encode the low bits of a code with equal probabilities; return the position of the words."""
-    state = int64(states[lane])
-    if state >> (32 - shift):
-        at -= 1
-        out[at] = uint16(state & 0xFFFF)
-        state >>= 16
-    states[lane] = uint32(state << shift | code + (1 << shift >> 1) & (1 << shift) - 1)
-    return at
-
-
-@inline_jit
-def _put_symbol(states, lane, entry, out, at):
-    """Encode a symbol; return the position of the words."""
-    state = states[lane]
-    frequency = uint32(entry & uint32(4095))
-    full = uint32(state >> uint32(20)) >= frequency
-    # the word counts only if the state is too large for the symbol
-    out[at - 1] = uint16(state & uint32(0xFFFF))
-    at -= full
-    state = uint32(state >> uint32(16)) if full else state
-    # exact: a float64 quotient of integers below 2^32 never rounds up to the next integer
-    quotient = uint32(float64(state) / float64(frequency))
-    rest = uint32(state - quotient * frequency)
-    start = uint32(entry >> uint32(12) & uint32(4095))
-    states[lane] = uint32(quotient << uint32(12)) + rest + start
-    return at
-
-
-@inline_jit
-def _symbol(code, shift):
-    """Return the byte of the symbol of a code: of the multiple of 2^shift that is nearest to it."""
-    value = code + (1 << shift >> 1) >> shift
-    return min(max(value, -128), 128) & 0xFF
-
-
-@jit
-def count_symbols(codes_AN, quantizer_AN, shift_K, row_class_A, col_class_N, count_KS):
-    """Count the codes of every key by symbol.
-
-    Args:
-        codes_AN: codes, int32.
-        quantizer_AN: as for `encode_chunk`.
-        shift_K: number of low bits of every key, uint8.
-        row_class_A, col_class_N: classes of the rows and columns, int64.
-        count_KS: int64; the counts are added to it.
-    """
-    rows, columns = codes_AN.shape
-    trellis = quantizer_AN.shape[1] > 0
-    for row in range(rows):
-        for column in range(columns):
-            key = row_class_A[row] + col_class_N[column]
-            if trellis:
-                key += quantizer_AN[row, column]
-            count_KS[key, _symbol(int64(codes_AN[row, column]), int64(shift_K[key]))] += 1
+    place = place_N[left]
+    together = place >= 0 and place + width <= out.shape[1] and start + active <= len(out)
+    for i in range(width):
+        together &= place_N[left + i] == place + i
+    whole = width // GROUP * GROUP if together else 0
+    square = active // GROUP * GROUP if together else 0
+    for lane in range(0, square, GROUP):
+        for i in range(0, whole, GROUP):
+            to = (start + lane) * out.shape[1] + place + i
+            write_square(codes, i * LANES + lane, out, to, out.shape[1])
+    for lane in range(active):
+        for i in range(whole if lane < square else 0, width):
+            if 0 <= place_N[left + i] < out.shape[1]:
+                out[start + lane, place_N[left + i]] = codes[i * LANES + lane]

@@ -35,8 +35,8 @@ _BLEND = ir.Constant(
 )
 
 
-class _Code:
-    """Writes vector instructions into the code of a function."""
+class Code:
+    """Writes vector instructions of `LANES` lanes into the code of a function."""
 
     def __init__(self, context, builder: ir.IRBuilder, kinds: Sequence, values: Sequence) -> None:
         self.builder = builder
@@ -53,15 +53,21 @@ class _Code:
         return self.builder.add(at, self.builder.mul(step, ir.Constant(_AT, times)))
 
     def address(self, data: ir.Value, at: ir.Value, kind: ir.Type) -> ir.Value:
+        """Return the address of a position of an array, as that of a value of another type."""
         return self.builder.bitcast(self.builder.gep(data, [at]), kind.as_pointer())
 
-    def load(self, data: ir.Value, at: ir.Value, kind: ir.Type = _INTS) -> ir.Value:
-        return self.builder.load(self.address(data, at, kind), align=4)
+    def load(
+        self, data: ir.Value, at: ir.Value, kind: ir.Type = _INTS, *, align: int = 4
+    ) -> ir.Value:
+        """Return the value at a position; `align` is what its address is a multiple of."""
+        return self.builder.load(self.address(data, at, kind), align=align)
 
-    def store(self, value: ir.Value, data: ir.Value, at: ir.Value) -> None:
-        self.builder.store(value, self.address(data, at, value.type), align=4)
+    def store(self, value: ir.Value, data: ir.Value, at: ir.Value, *, align: int = 4) -> None:
+        """Store a value at a position; `align` is what its address is a multiple of."""
+        self.builder.store(value, self.address(data, at, value.type), align=align)
 
     def constant(self, value: int) -> ir.Constant:
+        """Return a vector with a number in all lanes."""
         return ir.Constant(_INTS, [value] * LANES)
 
     def spread(self, value: ir.Value) -> ir.Value:
@@ -82,6 +88,7 @@ class _Code:
         return self.builder.and_(self.shift(value, right), self.constant(mask * 0x01010101))
 
     def halves(self, value: ir.Value) -> ir.Value:
+        """Return a vector with two lanes of 16 bits for each of 32."""
         return self.builder.bitcast(value, _HALVES)
 
     def call(self, name: str, *values: ir.Value, returns: ir.Type = _BYTES) -> ir.Value:
@@ -183,7 +190,7 @@ class _Code:
         return self.builder.add(low, high)
 
 
-def _by_width(code: _Code, width: ir.Value, widths: range, store: Callable[[int], None]) -> None:
+def _by_width(code: Code, width: ir.Value, widths: range, store: Callable[[int], None]) -> None:
     """Write ``store(width)`` for every width, and have one of them executed."""
     builder = code.builder
     end = builder.append_basic_block("end")
@@ -212,7 +219,7 @@ def decode_rows(typing, words, at, band, width, pairs, to):
     kinds = words, types.int64, types.int64, types.int64, pairs, types.int64
 
     def write(context, builder, signature, values):
-        code = _Code(context, builder, signature.args, values)
+        code = Code(context, builder, signature.args, values)
         words, at, band, width, pairs, to = code.values
 
         def store(number: int) -> None:
@@ -242,7 +249,7 @@ def decode_path_rows(typing, words, at, band, width, quantizers, r, pairs, to):
     kinds = *kinds, types.int64
 
     def write(context, builder, signature, values):
-        code = _Code(context, builder, signature.args, values)
+        code = Code(context, builder, signature.args, values)
         words, at, band, width, quantizers, r, pairs, to = code.values
 
         def store(number: int) -> None:
@@ -276,7 +283,7 @@ def add_rows(typing, pairs, r, columns, at, start, scale, sums, to):
     kinds = pairs, types.int64, columns, types.int64, types.int32, types.float32, sums, types.int64
 
     def write(context, builder, signature, values):
-        code = _Code(context, builder, signature.args, values)
+        code = Code(context, builder, signature.args, values)
         pairs, r, columns, at, start, scale, sums, to = code.values
         # two sums: the latency of a sum would be longer than the time that its terms take
         totals = [code.spread(start), code.constant(0)]
@@ -304,7 +311,7 @@ def prefetch(typing, words, at):
     kinds = words, types.int64
 
     def write(context, builder, signature, values):
-        code = _Code(context, builder, signature.args, values)
+        code = Code(context, builder, signature.args, values)
         words, at = code.values
         # for reading, into all caches, data
         options = [ir.Constant(_INT, value) for value in (0, 3, 1)]
