@@ -76,6 +76,7 @@ for trial in range(300):
     place_N = rng.integers(-9, 20, columns)
     guarded = np.full((22, 80) if trellis else (82, 20), 12345, np.int32)
     out = guarded[1:-1]
+    words = np.concatenate([words, words[-1:].repeat(rans.LANES)])
     rans.decode_chunk(
         words, page_K, pages, shift_K, 0, rows_A, cols_N, per_lane, 1 + trial % 2, trellis,
         trial % 11, place_N, out,

@@ -60,8 +60,9 @@ def decode(
     ends_C3 = np.zeros((geometry.chunks, 3), np.int64)
 
     def work(chunk: int, rows: slice, cols: slice) -> None:
+        own = words[offsets[chunk] : offsets[chunk + 1]]
         ends_C3[chunk] = kernels.decode_chunk(
-            words[offsets[chunk] : offsets[chunk + 1]],
+            np.concatenate([own, own[-1:].repeat(kernels.LANES)]),
             page_K,
             pages,
             model.shift_K,
@@ -97,6 +98,7 @@ def encode(
     first_shifted = model.first_shifted_key
     words: list[np.ndarray] = [np.empty(0, np.uint16)] * geometry.chunks
     per_code = 2 + model.escape_words
+    row_class_A, col_class_N = _short(model.row_class_A), _short(model.col_class_N)
 
     def work(chunk: int, rows: slice, cols: slice) -> None:
         size = (rows.stop - rows.start) * (cols.stop - cols.start)
@@ -111,8 +113,9 @@ def encode(
             entries,
             model.shift_K,
             first_shifted,
-            model.row_class_A[rows],
-            model.col_class_N[cols],
+            row_class_A[rows],
+            _padded(col_class_N[cols]),
+            cols.stop - cols.start,
             geometry.rows_per_lane,
             model.escape_words,
             out,
@@ -129,23 +132,25 @@ def count(
     """Return the number of codes of every key by symbol, float64 [K, 256]."""
     codes, quantizers = _in_one_dimension(codes_AN), _in_one_dimension(quantizer_AN)
     keys, first_shifted = len(model.shift_K), model.first_shifted_key
+    row_class_A, col_class_N = _short(model.row_class_A), _padded(_short(model.col_class_N))
     parts = []
 
     def work(first: int, stop: int) -> None:
-        counts = np.zeros(2 * keys * SYMBOLS + 1, np.uint32)
+        counts = np.zeros(2 * keys * SYMBOLS, np.uint32)
         kernels.count_symbols(
             codes,
             quantizers,
             quantizer_AN is not None,
             model.shift_K,
             first_shifted,
-            model.row_class_A,
-            model.col_class_N,
+            row_class_A,
+            col_class_N,
+            codes_AN.shape[1],
             first,
             stop,
             counts,
         )
-        parts.append(counts[:-1])
+        parts.append(counts)
 
     _for_rows(kernels, work, codes_AN.shape)
     count_KS = np.zeros((keys, SYMBOLS))
@@ -177,7 +182,7 @@ def row_sums(
     """Return the sums of min(|code|, bound) * weight of every row, float64 [A]."""
     codes, bounds = _in_one_dimension(codes_AN), _bounds(bound_N)
     A, N = codes_AN.shape
-    weights, sums = _padded(weight_N.astype(np.int64)), np.empty(A, np.int64)
+    weights, sums = _padded(weight_N.astype(np.uint32)), np.empty(A, np.int64)
 
     def work(first: int, stop: int) -> None:
         kernels.sum_rows(codes, bounds, weights, N, first, stop, sums)
@@ -209,6 +214,11 @@ def path_codes(
 def _bounds(bound_N: np.ndarray) -> np.ndarray:
     """Return bounds as uint32; no magnitude exceeds 2^31."""
     return _padded(np.minimum(bound_N, 2.0**31).astype(np.uint32))
+
+
+def _short(classes: np.ndarray) -> np.ndarray:
+    """Return classes as int32."""
+    return classes.astype(np.int32)
 
 
 def _padded(numbers_N: np.ndarray) -> np.ndarray:

@@ -7,10 +7,9 @@ are shared among threads.  They release the interpreter's lock.
 """
 
 import numba
-import numpy as np
 from numpy import int32, int64, uint64
 
-from watersic_kernels.cpu.codes_vectors import add_magnitudes, add_weighted, count_codes
+from watersic_kernels.cpu.codes_vectors import add_magnitudes, count_codes, weighted_sum
 from watersic_kernels.cpu.vectors import LANES
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
@@ -26,9 +25,11 @@ def add_columns(codes, bound_N, columns, first, stop, step, sum_N):
         columns: N, the number of columns.
         sum_N: int64, as long as `bound_N`; the sums are added to it.
     """
-    for row in range(first, stop, step):
+    for row in range(first, stop, 4 * step):
+        rows = (stop - row + step - 1) // step
         for n in range(0, columns, LANES):
-            add_magnitudes(codes, row * columns + n, columns - n, bound_N, n, sum_N)
+            at = row * columns + n
+            add_magnitudes(codes, at, columns - n, step * columns, rows, bound_N, n, sum_N)
 
 
 @jit
@@ -38,18 +39,14 @@ def sum_rows(codes, bound_N, weight_N, columns, first, stop, sum_A):
     Args:
         codes, columns: as for `add_columns`.
         bound_N: bounds of the magnitudes, uint32, up to the next multiple of eight columns.
-        weight_N: weights of the columns below 2^32, int64, as long; 0 after the last column.
+        weight_N: weights of the columns, uint32, as long; 0 after the last column.
         sum_A: int64; receives the sums.
     """
-    sums = np.empty(LANES, int64)
     for row in range(first, stop):
-        for i in range(LANES):
-            sums[i] = 0
-        for n in range(0, columns, LANES):
-            add_weighted(codes, row * columns + n, columns - n, bound_N, weight_N, n, sums)
         total = 0
-        for i in range(LANES):
-            total += sums[i]
+        for n in range(0, columns, LANES):
+            at = row * columns + n
+            total += weighted_sum(codes, at, columns - n, bound_N, weight_N, n)
         sum_A[row] = total
 
 
@@ -62,6 +59,7 @@ def count_symbols(
     first_shifted,
     row_class_A,
     col_class_N,
+    columns,
     first,
     stop,
     counts,
@@ -74,13 +72,13 @@ def count_symbols(
         trellis: whether the codes are those of a trellis.
         shift_K: number of low bits of every key, uint8.
         first_shifted: the first key with low bits.
-        row_class_A, col_class_N: classes of the rows and columns, int64.
-        counts: uint32, two tables [K * S] and one more number; a count is the sum of both tables.
+        row_class_A: classes of the rows, int32.
+        col_class_N: classes of the columns, int32, up to the next multiple of eight columns.
+        columns: N, the number of columns.
+        counts: uint32, two tables [K * S]; a count is the sum of both.
     """
-    columns, highest = len(col_class_N), 0
-    class_N = np.zeros(columns + LANES, int32)
+    highest = 0
     for n in range(columns):
-        class_N[n] = col_class_N[n]
         highest = max(highest, col_class_N[n] + trellis)
     for row in range(first, stop):
         base = row_class_A[row]
@@ -93,7 +91,7 @@ def count_symbols(
                 columns - n,
                 int64(trellis),
                 base,
-                class_N,
+                col_class_N,
                 n,
                 shift_K,
                 shifted,

@@ -25,6 +25,16 @@ class Codes(Code):
         """Return one lane of a vector."""
         return self.builder.extract_element(vector, ir.Constant(_INT, number))
 
+    def indices(self, vector: ir.Value) -> list[ir.Value]:
+        """Return the lanes as numbers of 64 bits; two at a time leave the vector."""
+        builder, found = self.builder, []
+        pairs = builder.bitcast(vector, ir.VectorType(_AT, LANES // 2))
+        for i in range(LANES // 2):
+            pair = self.lane(pairs, i)
+            found.append(builder.and_(pair, ir.Constant(_AT, 0xFFFFFFFF)))
+            found.append(builder.lshr(pair, ir.Constant(_AT, 32)))
+        return found
+
     def eight(self, data: ir.Value, at: ir.Value, count: ir.Value, kind: ir.Type) -> ir.Value:
         """Return the numbers from a position on, of which there are at least `count`."""
         builder, vector = self.builder, ir.VectorType(kind, LANES)
@@ -61,8 +71,7 @@ class Codes(Code):
     def shifts(self, keys: ir.Value, shift_K: ir.Value) -> ir.Value:
         """Return the numbers of low bits of keys."""
         found = ir.Constant(_INTS, ir.Undefined)
-        for i in range(LANES):
-            place = self.builder.zext(self.lane(keys, i), _AT)
+        for i, place in enumerate(self.indices(keys)):
             shift = self.builder.zext(self.load(shift_K, place, _BYTE, align=1), _INT)
             found = self.builder.insert_element(found, shift, ir.Constant(_INT, i))
         return found
@@ -111,55 +120,58 @@ class Codes(Code):
 
 
 @intrinsic
-def add_magnitudes(typing, codes, at, count, bounds, n, sums):
-    """Add bounded magnitudes of codes to sums.
+def add_magnitudes(typing, codes, at, count, stride, rows, bounds, n, sums):
+    """Add bounded magnitudes of codes of up to four rows to the sums of their columns.
 
     Args:
         codes: codes, int32.
-        at: position of the first one.
-        count: number of codes from there on.
+        at: position of the first one of the first row.
+        count: number of codes of a row from there on.
+        stride: distance of the rows.
+        rows: number of rows; more than four count as four.
         bounds: bounds of the magnitudes, uint32.
         n: position of the first bound and of the first sum.
         sums: the sums, int64.
     """
-    kinds = codes, types.int64, types.int64, bounds, types.int64, sums
+    kinds = codes, types.int64, types.int64, types.int64, types.int64, bounds, types.int64, sums
 
     def write(context, builder, signature, values):
         code = Codes(context, builder, signature.args, values)
-        codes, at, count, bounds, n, sums = code.values
-        found = code.magnitudes(code.eight(codes, at, count, _INT), code.load(bounds, n))
-        before = code.load(sums, n, _LONGS, align=8)
-        code.store(builder.add(before, found), sums, n, align=8)
+        codes, at, count, stride, rows, bounds, n, sums = code.values
+        bound, total = code.load(bounds, n), code.load(sums, n, _LONGS, align=8)
+        # a sum is loaded and stored once for all rows
+        for i in range(4):
+            inside = builder.icmp_signed("<", ir.Constant(_AT, i), rows)
+            place = builder.select(inside, code.offset(at, stride, i), at)
+            found = code.magnitudes(code.eight(codes, place, count, _INT), bound)
+            none = ir.Constant(_LONGS, [0] * LANES)
+            total = builder.add(total, builder.select(inside, found, none))
+        code.store(total, sums, n, align=8)
         return context.get_dummy_value()
 
     return types.void(*kinds), write
 
 
 @intrinsic
-def add_weighted(typing, codes, at, count, bounds, weights, n, sums):
-    """Add the weighted and bounded magnitudes of codes to eight sums.
+def weighted_sum(typing, codes, at, count, bounds, weights, n):
+    """Return the sum of the weighted and bounded magnitudes of codes.
 
     Args:
         codes, at, count, bounds: as for `add_magnitudes`.
-        weights: weights of the codes, int64; 0 where there is no code.
+        weights: weights of the codes, uint32; 0 where there is no code.
         n: position of the first bound and of the first weight.
-        sums: the eight sums, int64.
     """
-    kinds = codes, types.int64, types.int64, bounds, weights, types.int64, sums
+    kinds = codes, types.int64, types.int64, bounds, weights, types.int64
 
     def write(context, builder, signature, values):
         code = Codes(context, builder, signature.args, values)
-        codes, at, count, bounds, weights, n, sums = code.values
+        codes, at, count, bounds, weights, n = code.values
         found = code.magnitudes(code.eight(codes, at, count, _INT), code.load(bounds, n))
-        # both have 32 bits, which LLVM is to see: CPUs multiply no numbers of 64 bits in vectors
-        weight = code.load(weights, n, _LONGS, align=8)
-        weight = builder.and_(weight, ir.Constant(_LONGS, [0xFFFFFFFF] * LANES))
-        start = ir.Constant(_AT, 0)
-        before = code.load(sums, start, _LONGS, align=8)
-        code.store(builder.add(before, builder.mul(found, weight)), sums, start, align=8)
-        return context.get_dummy_value()
+        weight = builder.zext(code.load(weights, n), _LONGS)
+        product = builder.mul(found, weight)
+        return code.call("llvm.vector.reduce.add.v8i64", product, returns=_AT)
 
-    return types.void(*kinds), write
+    return types.int64(*kinds), write
 
 
 @intrinsic
@@ -179,9 +191,8 @@ def count_codes(
         n: position of the first class.
         shift_K: number of low bits of every key, uint8.
         shifted: whether keys may have low bits.
-        counts: uint32, two tables with 256 counts of every key, and one more number.  Neighbours
-            are counted in different tables, as an addition to a count that was increased just
-            before would have to wait.
+        counts: uint32, two tables with 256 counts of every key.  Neighbours are counted in
+            different tables, as an addition to a count that was increased just before would wait.
     """
     kinds = codes, quantizers, types.int64, types.int64, types.int64, types.int64
     kinds = *kinds, classes, types.int64, shift_K, types.int64, counts
@@ -194,17 +205,24 @@ def count_codes(
         found = code.eight(codes, at, count, _INT)
         keys = _keys(code, quantizers, (at, count, trellis), base, code.load(classes, n))
         places, _ = code.split(found, keys, shift_K, shifted)
-        counts_type = signature.args[-1]
-        length = context.make_array(counts_type)(context, builder, values[-1]).nitems
-        half = builder.lshr(length, ir.Constant(_AT, 1))
-        for i in range(LANES):
-            place = builder.zext(code.lane(places, i), _AT)
-            place = builder.add(place, half) if i % 2 else place
-            inside = builder.icmp_signed("<", ir.Constant(_AT, i), count)
-            last = builder.sub(length, ir.Constant(_AT, 1))
-            address = code.address(counts, builder.select(inside, place, last), _INT)
-            one = builder.add(builder.load(address), ir.Constant(_INT, 1))
-            builder.store(one, address)
+        table = context.make_array(signature.args[-1])(context, builder, values[-1])
+        half = builder.lshr(table.nitems, ir.Constant(_AT, 1))
+        halves = counts, builder.gep(counts, [half])
+
+        def add(data: ir.Value, place: ir.Value) -> None:
+            address = code.address(data, place, _INT)
+            builder.store(builder.add(builder.load(address), ir.Constant(_INT, 1)), address)
+
+        enough = builder.icmp_signed(">=", count, ir.Constant(_AT, LANES))
+        with builder.if_else(enough) as (then, otherwise):
+            with then:
+                for i, place in enumerate(code.indices(places)):
+                    add(halves[i % 2], place)
+            with otherwise:
+                for i, place in enumerate(code.indices(places)):
+                    inside = builder.icmp_signed("<", ir.Constant(_AT, i), count)
+                    with builder.if_then(inside):
+                        add(halves[i % 2], place)
         return context.get_dummy_value()
 
     return types.void(*kinds), write
@@ -270,8 +288,8 @@ def find_entries(
         keys = _keys(code, quantizers, (at, count, trellis), base, code.load(classes, n))
         places, low = code.split(given, keys, shift_K, shifted)
         flags = ir.Constant(_INT, 0)
-        for i in range(LANES):
-            entry = code.load(entries, builder.zext(code.lane(places, i), _AT), _INT)
+        for i, place in enumerate(code.indices(places)):
+            entry = code.load(entries, place, _INT)
             code.store(entry, found, code.offset(to, step, i))
             flags = builder.or_(flags, entry)
         with builder.if_then(builder.icmp_signed("!=", shifted, ir.Constant(_AT, 0))):

@@ -9,7 +9,7 @@ words contain, nothing outside the arrays is read or written.
 
 import numba
 import numpy as np
-from numpy import int32, int64, uint16, uint32
+from numpy import int32, int64
 
 from watersic_kernels.cpu.rans_vectors import (
     copy_lanes,
@@ -55,7 +55,8 @@ def decode_chunk(
     """Decode one chunk into `out`.
 
     Args:
-        words_W: words of the chunk, uint16, at least two per lane.
+        words_W: words of the chunk, uint16, at least two per lane, and `LANES` copies of the last
+            one, which are read if the chunk is damaged.
         page_K: first entry of the table of every key in `pages`, int64.
         pages: tables of 4096 entries: the symbol, the slot relative to the symbol's first, and the
             frequency, in 8, 12 and 12 bits; uint32.
@@ -74,19 +75,20 @@ def decode_chunk(
         The number of words left, the number of words of the escaped values, and the number of
         lanes that do not end in the state in which the encoder starts.
     """
-    rows, columns, count = len(row_class_A), len(col_class_N), len(words_W)
+    rows, columns, count = len(row_class_A), len(col_class_N), len(words_W) - LANES
     lanes = (rows + per_lane - 1) // per_lane
-    words_W = _padded(words_W)
-    states, kept = np.zeros(LANES, uint32), np.zeros(LANES, uint32)
-    for lane in range(lanes):
-        states[lane] = uint32(words_W[2 * lane]) | uint32(words_W[2 * lane + 1]) << uint32(16)
-    keys, path = np.zeros(LANES, int32), np.zeros(4 * LANES, int32)
-    codes = np.zeros(BLOCK * LANES, int32)
+    states, kept = np.empty(LANES, int32), np.empty(LANES, int32)
+    keys, path = np.empty(LANES, int32), np.empty(4 * LANES, int32)
+    codes = np.empty(BLOCK * LANES, int32)
+    for lane in range(LANES):
+        words = min(2 * lane, count - 2)
+        states[lane] = int64(words_W[words]) | int64(words_W[words + 1]) << 16
     at, end = 2 * lanes, count
     for phase in range(per_lane):
         first = phase * lanes
         active = max(0, min(lanes, rows - first))
-        path[:] = 0
+        for lane in range(4 * LANES):
+            path[lane] = 0
         for lane in range(LANES):
             # lanes without a row decode something, too, and get their states back
             kept[lane] = states[lane]
@@ -126,17 +128,6 @@ def decode_chunk(
 
 
 @inner_jit
-def _padded(words_W):
-    """Return the words with copies of the last one after them: enough for all lanes."""
-    words = np.empty(len(words_W) + LANES, uint16)
-    for i in range(len(words_W)):
-        words[i] = words_W[i]
-    for i in range(len(words_W), len(words)):
-        words[i] = words_W[len(words_W) - 1]
-    return words
-
-
-@inner_jit
 def _decode_columns(
     words_W,
     count,
@@ -159,7 +150,7 @@ def _decode_columns(
 ):
     """Decode some columns of the active lanes; return the next positions.
 
-    At and after the position `count`, the words are copies of the last one.
+    From the position `count` on, the words are copies of the last one.
     """
     highest = 0
     for lane in range(active):
@@ -170,7 +161,7 @@ def _decode_columns(
             look_up(states, keys, lane, page_K, col_class, pages, codes, to + lane)
         # beyond the end, more words are counted than there are
         first = position = min(at, count)
-        escaped = 0
+        escaped = int64(0)
         for lane in range(0, active, GROUP):
             mask = (1 << min(GROUP, active - lane)) - 1
             found = decode_lanes(states, lane, codes, to + lane, words_W, position, mask)

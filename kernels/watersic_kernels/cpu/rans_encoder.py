@@ -5,7 +5,7 @@ Shapes and format are those of `rans.py`.
 
 import numba
 import numpy as np
-from numpy import int32, int64, uint16, uint32
+from numpy import int32, int64
 
 from watersic_kernels.cpu.codes_vectors import find_entries
 from watersic_kernels.cpu.rans import LANES, STATE_MIN
@@ -15,8 +15,6 @@ from watersic_kernels.cpu.vectors import prefetch
 
 #: Columns whose entries are found before they are encoded.
 BLOCK = 32
-#: Numbers of 32 bits in a line of memory.
-LINE = 16
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
 inner_jit = numba.njit(
@@ -37,6 +35,7 @@ def encode_chunk(
     first_shifted,
     row_class_A,
     col_class_N,
+    columns,
     per_lane,
     escape_words,
     out,
@@ -45,7 +44,7 @@ def encode_chunk(
 
     Args:
         codes: codes of a matrix, int32, row by row; column by column with a trellis.
-        quantizers: with a trellis, what is added to the keys, uint8; otherwise it is not read.
+        quantizers: with a trellis, what is added to the keys, uint8; otherwise not read.
         trellis: whether the codes are those of a trellis.
         stride: distance of the rows in `codes`, or of the columns with a trellis.
         top, left: first row and first column of the chunk.
@@ -53,7 +52,9 @@ def encode_chunk(
             frequency, in 8, 12 and 12 bits, uint32.
         shift_K: number of low bits that follow a symbol of each key, uint8.
         first_shifted: the first key with low bits.
-        row_class_A, col_class_N: classes of the rows and columns of the chunk, int64.
+        row_class_A: classes of the rows of the chunk, int32.
+        col_class_N: classes of its columns, int32, up to the next multiple of eight columns.
+        columns: number of its columns.
         per_lane: rows that one lane holds.
         escape_words: words of an escaped value.
         out: receives the words of the states, symbols and low bits at its end, which are written
@@ -63,40 +64,41 @@ def encode_chunk(
     Returns:
         Where the words begin, and the number of words of the escaped values.
     """
-    rows, columns = len(row_class_A), len(col_class_N)
+    rows = len(row_class_A)
     lanes = (rows + per_lane - 1) // per_lane
-    states, kept = np.empty(LANES, uint32), np.empty(LANES, uint32)
+    states, kept = np.empty(LANES, int32), np.empty(LANES, int32)
+    class_L = np.empty(LANES, int32)
+    found, lows = np.empty(BLOCK * LANES, int32), np.empty(BLOCK * LANES, int32)
     for lane in range(LANES):
         states[lane] = STATE_MIN
-    class_L = np.zeros(LANES, int32)
-    class_N = np.zeros(columns + GROUP, int32)
-    for column in range(columns):
-        class_N[column] = col_class_N[column]
-    # a frequency of 0 would be no divisor for lanes without a row
-    found, lows = np.ones(BLOCK * LANES, uint32), np.empty(BLOCK * LANES, uint32)
+    for i in range(BLOCK * LANES):
+        # a frequency of 0 would be no divisor for lanes without a row
+        found[i] = 1
     row_step, col_step = (1, stride) if trellis else (stride, 1)
-    end, escaped = len(out), 0
+    # a literal 0 would have another type than later values, and would be compiled for by itself
+    end, escaped = len(out), int64(0)
     for phase in range(per_lane - 1, -1, -1):
         first = phase * lanes
         active = max(0, min(lanes, rows - first))
+        highest_row = int64(0)
         for lane in range(LANES):
             kept[lane] = states[lane]
-        for lane in range(active):
-            class_L[lane] = row_class_A[first + lane]
+            class_L[lane] = row_class_A[min(first + lane, rows - 1)]
+            highest_row = max(highest_row, class_L[lane])
         for column in range((columns - 1) // BLOCK * BLOCK, -1, -BLOCK):
             end, escaped = _encode_columns(
                 codes,
                 quantizers,
                 trellis,
-                row_step,
-                col_step,
+                stride,
                 (top + first) * row_step + (left + column) * col_step,
                 entries,
                 shift_K,
                 first_shifted,
                 class_L,
+                highest_row,
                 active,
-                class_N,
+                col_class_N,
                 column,
                 min(BLOCK, columns - column),
                 escape_words,
@@ -111,8 +113,8 @@ def encode_chunk(
             states[lane] = kept[lane]
     for lane in range(lanes - 1, -1, -1):
         end -= 2
-        out[end] = uint16(states[lane] & uint32(0xFFFF))
-        out[end + 1] = uint16(states[lane] >> uint32(16))
+        out[end] = states[lane] & 0xFFFF
+        out[end + 1] = states[lane] >> 16 & 0xFFFF
     return end, escaped
 
 
@@ -121,13 +123,13 @@ def _encode_columns(
     codes,
     quantizers,
     trellis,
-    row_step,
-    col_step,
+    stride,
     start,
     entries,
     shift_K,
     first_shifted,
     class_L,
+    highest_row,
     active,
     class_N,
     column,
@@ -141,64 +143,45 @@ def _encode_columns(
     escaped,
 ):
     """Encode some columns of the active lanes; return the next positions."""
-    highest = highest_column = 0
-    for lane in range(active):
-        highest = max(highest, class_L[lane] + trellis)
+    highest = 0
     for i in range(width):
-        highest_column = max(highest_column, class_N[column + i])
-    shifted = int64(highest + highest_column >= first_shifted)
-    flags = 0
+        highest = max(highest, class_N[column + i])
+    shifted = int64(highest_row + highest + trellis >= first_shifted)
+    # a line of codes that are next to each other is a column with a trellis, and otherwise a row
     if trellis:
-        for i in range(width):
-            at, base, to = start + i * col_step, class_N[column + i], i * LANES
-            for line in range(LANES // LINE):
-                prefetch(codes, at - BLOCK * col_step + line * LINE)
-            for lane in range(0, active, GROUP):
-                flags |= find_entries(
-                    codes,
-                    quantizers,
-                    at + lane,
-                    active - lane,
-                    1,
-                    base,
-                    class_L,
-                    lane,
-                    shift_K,
-                    shifted,
-                    entries,
-                    found,
-                    lows,
-                    to + lane,
-                    1,
-                )
+        lines, bases, base, line_step, ahead = width, class_N, column, LANES, BLOCK * stride
+        count, classes, first, code_step = active, class_L, 0, 1
     else:
-        for lane in range(active):
-            at, base = start + lane * row_step, class_L[lane]
-            # for the next columns: the CPU does not foresee 32 rows at a time
-            for line in range(1, BLOCK // LINE + 1):
-                prefetch(codes, at - line * LINE)
-            for i in range(0, width, GROUP):
-                flags |= find_entries(
-                    codes,
-                    quantizers,
-                    at + i,
-                    width - i,
-                    0,
-                    base,
-                    class_N,
-                    column + i,
-                    shift_K,
-                    shifted,
-                    entries,
-                    found,
-                    lows,
-                    i * LANES + lane,
-                    LANES,
-                )
+        lines, bases, base, line_step, ahead = active, class_L, 0, 1, BLOCK
+        count, classes, first, code_step = width, class_N, column, LANES
+    flags = 0
+    for line in range(lines):
+        at = start + line * stride
+        # the codes of the next call: the CPU does not foresee so many lines at a time
+        prefetch(codes, at - ahead)
+        prefetch(codes, at - ahead + BLOCK // 2)
+        for n in range(0, count, GROUP):
+            flags |= find_entries(
+                codes,
+                quantizers,
+                at + n,
+                count - n,
+                int64(trellis),
+                bases[base + line],
+                classes,
+                first + n,
+                shift_K,
+                shifted,
+                entries,
+                found,
+                lows,
+                line * line_step + n * code_step,
+                code_step,
+            )
+    col_step, row_step = (stride, 1) if trellis else (1, stride)
     for i in range(width - 1, -1, -1):
-        to = i * LANES
+        to, at = i * LANES, start + i * col_step
         if flags:
-            at = start + i * col_step
             escaped = _put_escaped(
                 codes, at, row_step, active, found, to, escape_words, out, escaped
             )
