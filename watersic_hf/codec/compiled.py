@@ -74,7 +74,8 @@ def decode(
             trellis,
             first + rows.start,
             place_N[cols],
-            codes,
+            codes.reshape(-1),
+            codes.shape[1],
         )
 
     _for_each_chunk(kernels, work, geometry)

@@ -51,6 +51,7 @@ def decode_chunk(
     start,
     place_N,
     out,
+    stride,
 ):
     """Decode one chunk into `out`.
 
@@ -67,9 +68,12 @@ def decode_chunk(
         per_lane: rows that one lane holds.
         escape_words: words of an escaped value.
         trellis: whether to return the values of a trellis, whose quantizer is added to the keys.
-        start: the row of `out` that receives the first row of the chunk.
-        place_N: the column of `out` for each column of the chunk, int64; others are left out.
-        out: receives the codes, int32; transposed with a trellis.
+        start: the row of the output that receives the first row of the chunk; with a trellis, its
+            column.
+        place_N: the column of the output for each column of the chunk, int64; with a trellis, its
+            row.  Places outside the output are left out.
+        out: the output, row by row, int32; it has all rows, or with a trellis all columns.
+        stride: columns of the output.
 
     Returns:
         The number of words left, the number of words of the escaped values, and the number of
@@ -115,10 +119,7 @@ def decode_chunk(
                 at,
                 end,
             )
-            if trellis:
-                _write_rows(codes, place_N, left, width, start + first, active, out)
-            else:
-                _write_columns(codes, place_N, left, width, start + first, active, out)
+            _write(codes, place_N, left, width, trellis, start + first, active, out, stride)
         for lane in range(active, LANES):
             states[lane] = kept[lane]
     moved = 0
@@ -209,32 +210,36 @@ def _escaped_values(words_W, escape_words, escaped, codes, to, end):
 
 
 @inner_jit
-def _write_rows(codes, place_N, left, width, start, active, out):
-    """Write the codes of some columns to rows of the output."""
-    whole = active // GROUP * GROUP if start + active <= out.shape[1] else 0
+def _write(codes, place_N, left, width, trellis, start, active, out, stride):
+    """Write the codes of some columns of the active lanes."""
+    if trellis:
+        places, place_step, lane_step = len(out) // stride, stride, 1
+    else:
+        places, place_step, lane_step = stride, 1, stride
+    whole, squares = active // GROUP * GROUP, int64(0)
+    if not trellis and _in_order(place_N, left, width, places):
+        squares = width // GROUP * GROUP
+    # in the order in which the output lies in memory
+    for lane in range(0, whole, GROUP):
+        for i in range(0, squares, GROUP):
+            to = (start + lane) * stride + place_N[left] + i
+            write_square(codes, i * LANES + lane, out, to, stride)
     for i in range(width):
-        place = place_N[left + i]
-        if 0 <= place < len(out):
-            for lane in range(0, whole, GROUP):
-                copy_lanes(codes, i * LANES + lane, out, place * out.shape[1] + start + lane)
-            for lane in range(whole, active):
-                out[place, start + lane] = codes[i * LANES + lane]
+        place, first = place_N[left + i], whole if i < squares else 0
+        if 0 <= place < places:
+            if trellis:
+                for first in range(0, whole, GROUP):
+                    copy_lanes(codes, i * LANES + first, out, place * stride + start + first)
+                first = whole
+            for lane in range(first, active):
+                out[place * place_step + (start + lane) * lane_step] = codes[i * LANES + lane]
 
 
 @inner_jit
-def _write_columns(codes, place_N, left, width, start, active, out):
-    """Write the codes of some columns, in the order in which the output lies in memory."""
+def _in_order(place_N, left, width, places):
+    """Return whether some places are next to each other, and in the output."""
     place = place_N[left]
-    together = place >= 0 and place + width <= out.shape[1] and start + active <= len(out)
+    found = 0 <= place <= places - width
     for i in range(width):
-        together &= place_N[left + i] == place + i
-    whole = width // GROUP * GROUP if together else 0
-    square = active // GROUP * GROUP if together else 0
-    for lane in range(0, square, GROUP):
-        for i in range(0, whole, GROUP):
-            to = (start + lane) * out.shape[1] + place + i
-            write_square(codes, i * LANES + lane, out, to, out.shape[1])
-    for lane in range(active):
-        for i in range(whole if lane < square else 0, width):
-            if 0 <= place_N[left + i] < out.shape[1]:
-                out[start + lane, place_N[left + i]] = codes[i * LANES + lane]
+        found &= place_N[left + i] == place + i
+    return found
