@@ -36,6 +36,21 @@ def functions() -> ModuleType | None:
     return None if _loader is None else _loader()
 
 
+def share(run: Callable[[int, int], None], count: int, codes: int) -> None:
+    """Call ``run(first, stop)`` for parts of a number of items, in any order.
+
+    Args:
+        run: releases Python's lock while it computes.
+        count: number of items.
+        codes: number of codes in them, or of words; few are not shared out on threads.
+    """
+    kernels = functions()
+    if kernels is None or codes < ALONE:
+        run(0, count)
+    else:
+        kernels.in_parts(run, count, torch.get_num_threads())
+
+
 def decode(
     kernels: ModuleType,
     words: np.ndarray,
@@ -78,7 +93,7 @@ def decode(
             codes.shape[1],
         )
 
-    _for_each_chunk(kernels, work, geometry)
+    _for_each_chunk(work, geometry)
     return ends_C3
 
 
@@ -123,7 +138,7 @@ def encode(
         )
         words[chunk] = np.concatenate([out[start:], out[:escaped]])
 
-    _for_each_chunk(kernels, work, geometry)
+    _for_each_chunk(work, geometry)
     return np.concatenate(words), np.array([len(part) for part in words])
 
 
@@ -153,7 +168,7 @@ def count(
         )
         parts.append(counts)
 
-    _for_rows(kernels, work, codes_AN.shape)
+    share(work, len(codes_AN), codes_AN.size)
     count_KS = np.zeros((keys, SYMBOLS))
     for counts in parts:
         count_KS += counts.reshape(2, keys, SYMBOLS).sum(0, dtype=np.float64)
@@ -173,7 +188,7 @@ def column_sums(
         kernels.add_columns(codes, bounds, N, first * step, min(stop * step, A), step, sums)
         parts.append(sums[:N])
 
-    _for_rows(kernels, work, (-(-A // step), N))
+    share(work, -(-A // step), A * N // step)
     return sum(parts).astype(np.float64)
 
 
@@ -188,7 +203,7 @@ def row_sums(
     def work(first: int, stop: int) -> None:
         kernels.sum_rows(codes, bounds, weights, N, first, stop, sums)
 
-    _for_rows(kernels, work, (A, N))
+    share(work, A, A * N)
     return sums.astype(np.float64)
 
 
@@ -207,8 +222,7 @@ def path_codes(
             kernels.find_path_codes(values, order_A, path_rows, N, *cols, codes, quantizers)
         )
 
-    alone = A * N < ALONE
-    kernels.in_parts(work, -(-N // STRIP), 1 if alone else torch.get_num_threads())
+    share(work, -(-N // STRIP), A * N)
     return (codes.reshape(A, N), quantizers.reshape(A, N)) if all(found) else None
 
 
@@ -236,17 +250,7 @@ def _in_one_dimension(part_AN: np.ndarray | None) -> np.ndarray:
     return np.ascontiguousarray(part_AN).reshape(-1)
 
 
-def _for_rows(
-    kernels: ModuleType, work: Callable[[int, int], None], shape: tuple[int, int]
-) -> None:
-    """Call a function with parts of the rows of a matrix, in threads."""
-    alone = shape[0] * shape[1] < ALONE
-    kernels.in_parts(work, shape[0], 1 if alone else torch.get_num_threads())
-
-
-def _for_each_chunk(
-    kernels: ModuleType, work: Callable[[int, slice, slice], None], geometry: Geometry
-) -> None:
+def _for_each_chunk(work: Callable[[int, slice, slice], None], geometry: Geometry) -> None:
     """Call a function with the index of every chunk, its rows and its columns, in threads."""
 
     def chunks(first: int, stop: int) -> None:
@@ -256,5 +260,4 @@ def _for_each_chunk(
             rows = slice(top, min(top + geometry.band_rows, geometry.rows))
             work(index, rows, slice(left, min(left + geometry.cols_per_chunk, geometry.cols)))
 
-    alone = geometry.rows * geometry.cols < ALONE
-    kernels.in_parts(chunks, geometry.chunks, 1 if alone else torch.get_num_threads())
+    share(chunks, geometry.chunks, geometry.rows * geometry.cols)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from watersic_hf.codec import rice
+from watersic_hf.codec import compiled, rice
 from watersic_hf.codec.header import (
     ASSOCIATED,
     CHECKSUM,
@@ -30,6 +30,24 @@ from watersic_hf.codec.model import EVEN_TABLES, MAX_SHIFT, CodeModel, first_tab
 
 def _head_checksum(head: np.ndarray) -> int:
     return zlib.crc32(head[HEADER.size :], zlib.crc32(head[: CHECKSUM.start]))
+
+
+def _checksums(words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return the CRC-32 of the words of chunks, uint32.
+
+    Args:
+        words: words that contain those of the chunks, uint16.
+        offsets: index of the first word of every chunk, and the index after the last chunk.
+    """
+    found = np.empty(len(offsets) - 1, np.uint32)
+
+    def check(first: int, stop: int) -> None:
+        for chunk in range(first, stop):
+            own = words[offsets[chunk] : offsets[chunk + 1]]
+            found[chunk] = zlib.crc32(own.astype("<u2", copy=False))
+
+    compiled.share(check, len(found), len(words))
+    return found
 
 
 def _pack_classes(classes: np.ndarray) -> tuple[int, int, bytes]:
@@ -183,14 +201,12 @@ class EncodedCodes:
             CodecError: the words of a chunk are damaged.
         """
         stop = self.header.geometry.chunks if stop is None else stop
-        for chunk in range(first, stop):
-            words = self.words[self.offsets[chunk] : self.offsets[chunk + 1]]
-            checksum = zlib.crc32(words.astype("<u2", copy=False))
-            if checksum != self.checksums[chunk]:
-                fail(
-                    f"chunk {chunk} has checksum {checksum:08x}, not {self.checksums[chunk]:08x}; "
-                    "it is damaged"
-                )
+        found = _checksums(self.words, self.offsets[first : stop + 1])
+        for chunk in np.flatnonzero(found != self.checksums[first:stop])[:1].tolist():
+            fail(
+                f"chunk {first + chunk} has checksum {found[chunk]:08x}, not "
+                f"{self.checksums[first + chunk]:08x}; it is damaged"
+            )
 
     def words_of(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the words of some chunks, uint16, and the first word of each and the end.
@@ -201,11 +217,12 @@ class EncodedCodes:
         Raises:
             CodecError: the words of a chunk are damaged.
         """
-        for chunk in chunks.tolist():
-            self.check_chunks(chunk, chunk + 1)
         if len(chunks) and chunks[-1] - chunks[0] == len(chunks) - 1:
             # consecutive chunks need no copy
+            self.check_chunks(int(chunks[0]), int(chunks[-1]) + 1)
             return self.words, self.offsets[chunks[0] : chunks[-1] + 2]
+        for chunk in chunks.tolist():
+            self.check_chunks(chunk, chunk + 1)
         words = [self.words[self.offsets[chunk] : self.offsets[chunk + 1]] for chunk in chunks]
         return np.concatenate(words), np.cumsum([0, *map(len, words)])
 
@@ -230,12 +247,10 @@ def build(
     first_shifted = model.first_shifted_key
     row_centre, row_parameter, row_code = _pack_classes(model.row_class_A // (1 + trellis))
     col_centre, col_parameter, col_code = _pack_classes(model.col_class_N // (1 + trellis))
-    entries = []
+    entries = [np.empty((0, 2), "<u4")]
     for words, length_C in groups:
-        stops = length_C.cumsum()
-        words = words.astype("<u2", copy=False)
-        for start, stop in zip(stops - length_C, stops, strict=True):
-            entries += [stop - start, zlib.crc32(words[start:stop])]
+        found = _checksums(words, np.append(0, length_C.cumsum()))
+        entries.append(np.stack([length_C, found], axis=1).astype("<u4"))
     fields = HEADER.pack(
         MAGIC,
         FORMAT_VERSION,
@@ -258,7 +273,7 @@ def build(
     )[: CHECKSUM.start]
     numbers_K = (model.table_K % EVEN_TABLES).astype(np.uint8)
     rest = numbers_K.tobytes() + model.shift_K[first_shifted:].tobytes() + row_code + col_code
-    rest += bytes(-(len(rest) + HEADER.size) % 4) + np.array(entries, "<u4").tobytes()
+    rest += bytes(-(len(rest) + HEADER.size) % 4) + np.concatenate(entries).tobytes()
     head = fields + struct.pack("<I", zlib.crc32(rest, zlib.crc32(fields))) + rest
     parts = [np.frombuffer(head, np.uint8)]
     parts += [words.astype("<u2", copy=False).view(np.uint8) for words, _ in groups]
