@@ -67,9 +67,7 @@ def test_codes_of_inverts_value_of():
     codes_AN = np.random.default_rng(2).integers(-40, 41, (70, 30)).astype(np.int32)
     quantizer_AN = quantizers(codes_AN, 32)
 
-    found_AN, found_quantizer_AN = codes_of(
-        value_of(codes_AN, quantizer_AN), np.arange(len(codes_AN)), 32
-    )
+    found_AN, found_quantizer_AN = codes_of(value_of(codes_AN, quantizer_AN), 32)
 
     assert np.array_equal(found_AN, codes_AN)
     assert np.array_equal(found_quantizer_AN, quantizer_AN)
@@ -125,7 +123,7 @@ def test_payload_bits_predicts_the_size_from_all_rows_and_from_a_sample(rows):
 def codes_of_rows(values_AN, path):
     order_A = row_order(path.row_class_A.numpy())
     codes_AN = np.empty_like(values_AN.numpy())
-    codes_AN[order_A], _ = codes_of(values_AN.numpy(), order_A, path.rows)
+    codes_AN[order_A], _ = codes_of(values_AN.numpy()[order_A], path.rows)
     return codes_AN
 
 

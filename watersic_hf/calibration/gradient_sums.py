@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from watersic_hf.calibration.experts import effective_pool_fraction, pool_indices
 from watersic_hf.calibration.moments import moments_of
-from watersic_hf.core import Moments, Whitening, is_wide
+from watersic_hf.core import Moments, Whitening, is_large
 from watersic_hf.nn import SeparateExperts
 from watersic_hf.streams.processes import gather
 
@@ -90,7 +90,7 @@ class SharedInputGradients:
             moments_of(x_TN),
             damping,
             name=names[self.layers[0].name],
-            in_place=is_wide(x_TN.shape[1], x_TN.shape[1]),
+            in_place=is_large(x_TN.shape[1]),
         )
         leverage_T = whitening.leverages(x_TN)
         return {

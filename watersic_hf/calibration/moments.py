@@ -95,14 +95,14 @@ def projected_moments(
     Raises:
         CalibrationError: the inputs are not finite; the message names the layer.
     """
+    residual = residual and group.residual is not None
     sums = ProjectedAccumulator(
         working.block.get_submodule(group.layers[0]).weight,
         drift=None if original is None else drift,
-        residual=residual and group.residual is not None,
+        residual=residual,
         device=next(working.block.parameters()).device,
     )
     with _errors_of(name, group):
-        residual = residual and group.residual is not None
         for call in _calls(working, original, group, residual=residual, outputs=True):
             sums.add(
                 call.x_TN,

@@ -83,7 +83,7 @@ def _path_codes(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray,
         )
     order_A = row_order(row_class_A)
     try:
-        codes_AN, quantizer_AN = codes_of(values, order_A, path.rows)
+        codes_AN, quantizer_AN = codes_of(values, path.rows, order_A)
     except PathError as error:
         raise CodecError(f"values: {error}") from error
     return codes_AN, quantizer_AN, row_class_A[order_A]

@@ -31,23 +31,26 @@ def row_order(row_class_A: np.ndarray) -> np.ndarray:
 
 
 def codes_of(
-    values_AN: np.ndarray, order_A: np.ndarray, path_rows: int
+    values_AN: np.ndarray, path_rows: int, order_A: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes of values, int32, and their quantizers, uint8, in the order of the path.
 
     Args:
         values_AN: values, int32.
-        order_A: the rows in the order of the path, as `row_order` returns them.
         path_rows: rows of a path; the next one starts after them.
+        order_A: the rows in the order of the path, as `row_order` returns them; default: they are
+            in that order.
 
     Raises:
         PathError: a value is not one of its quantizer.
     """
+    order_A = np.arange(len(values_AN)) if order_A is None else order_A
     kernels = compiled.functions()
     if kernels is not None:
         found = compiled.path_codes(kernels, values_AN, order_A, path_rows)
         if found is not None:
             return found
+    # also where the compiled function has found that values are on no path: the error names one
     values_AN = values_AN[order_A]
     size_AN = np.abs(values_AN)
     codes_AN = np.sign(values_AN) * ((size_AN >> 1) + (size_AN & 1))

@@ -14,7 +14,12 @@ from watersic_hf.core.profile import (
     column_deviations,
     column_profile,
 )
-from watersic_hf.core.projected import ProjectedAccumulator, ProjectedMoments, is_wide
+from watersic_hf.core.projected import (
+    ProjectedAccumulator,
+    ProjectedMoments,
+    is_large,
+    is_wide,
+)
 from watersic_hf.core.quantize import LATTICES, LayerSettings, QuantizedWeight, quantize_weight
 from watersic_hf.core.rate import to_smallest_dtype
 from watersic_hf.core.tall import ROWS_PER_BAND, quantize_tall
@@ -44,6 +49,7 @@ __all__ = [
     "column_deviations",
     "column_profile",
     "gap_to_bound",
+    "is_large",
     "is_wide",
     "not_finite",
     "pool_fraction",

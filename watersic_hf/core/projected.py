@@ -26,12 +26,17 @@ from watersic_hf.core.accumulator import TOKENS_PER_BLOCK, MomentAccumulator
 from watersic_hf.core.inplace import restore_lower_, select_
 from watersic_hf.core.whiten import live_columns
 
-#: Number of inputs from which moments are collected in this form, if it is the smaller one.
+#: Number of inputs from which no copy of a square moment is made that can be avoided.
 WIDE = 16385
 #: Inputs per output from which they are collected in this form, as it is much faster.
 INPUTS_PER_OUTPUT = 2
 #: Number of rows of a weight that are converted to another dtype at a time.
 ROWS_PER_BLOCK = 1024
+
+
+def is_large(columns: int) -> bool:
+    """Return whether the square moments of so many inputs must not be copied, for their memory."""
+    return columns >= WIDE
 
 
 def is_wide(rows: int, columns: int) -> bool:
@@ -41,7 +46,7 @@ def is_wide(rows: int, columns: int) -> bool:
         rows: number of its output rows.
         columns: number of its inputs.
     """
-    return columns >= INPUTS_PER_OUTPUT * rows or (columns >= WIDE and columns >= rows)
+    return columns >= INPUTS_PER_OUTPUT * rows or (is_large(columns) and columns >= rows)
 
 
 @dataclass(kw_only=True)
@@ -138,7 +143,14 @@ class ProjectedAccumulator:
         if self.drift is None:
             self._sums.add(x_TN, residual_TA=residual_TA)
             return
-        given = [x_TN, drifted_TN, output_TA] + [residual_TA] * (residual_TA is not None)
+        if drifted_TN is None or output_TA is None:
+            raise ValueError(
+                "ProjectedAccumulator: the drifted stream and the output of the original layer are "
+                "needed, as a fraction of the drift was given."
+            )
+        given = [x_TN, drifted_TN, output_TA]
+        if residual_TA is not None:
+            given.append(residual_TA)
         blocks = [stream.detach().flatten(0, -2).split(TOKENS_PER_BLOCK) for stream in given]
         for x_BN, drifted_BN, *stacked in zip(*blocks, strict=True):
             wide = torch.promote_types(x_BN.dtype, torch.float32)
@@ -166,19 +178,17 @@ class ProjectedAccumulator:
         sums = self._sums.result()
         tokens, cov_NN, stacked = sums.tokens, sums.cov, sums.residual_AN
         del sums
-        residual_AN = None
-        if self.drift is None:
+        rows, residual_AN = len(self.weight_AN), None
+        if stacked is None:
             power_N = cov_NN.diagonal().clone()
             linear_AN = cov_NN.new_empty(self.weight_AN.shape)
-            energy_A = self._blend(linear_AN, cov_NN, tokens)
         else:
             power_N = self._power_N / tokens
-            rows = len(self.weight_AN)
             linear_AN = stacked[:rows]
-            energy_A = self._blend(linear_AN, cov_NN, tokens)
-            if len(stacked) > rows:
-                residual_AN = stacked[rows:].mul_(self.drift)
-                linear_AN += residual_AN
+        energy_A = self._blend(linear_AN, cov_NN, tokens)
+        if stacked is not None and len(stacked) > rows:
+            residual_AN = stacked[rows:].mul_(self.drift)
+            linear_AN += residual_AN
         live_N = live_columns(power_N)
         # copies, so that the residual is kept in float32 only
         linear_AK = linear_AN[:, live_N]

@@ -1,10 +1,11 @@
-r"""Quantize a weight with very many inputs, whose square matrices would not fit into memory.
+r"""Quantize a weight with more inputs than outputs, with a single square moment.
 
 Shapes: A = out_features (rows), N = in_features (columns), K = live columns, B = rows of one block.
 
-The method is that of `quantize_weight`.  Besides S_H there is never more than one K x K matrix in
-memory, the Gram matrix of the rescaler: the Cholesky factor lies in the lower triangle of S_H, and
-the other moments were multiplied by the weight while they were collected.
+The method is that of `quantize_weight`.  The other moments were multiplied by the weight while they
+were collected.  Besides S_H there is never more than one K x K matrix in memory, the Gram matrix of
+the rescaler, as the Cholesky factor lies in the lower triangle of S_H: more would not fit for a
+layer of very many inputs.
 """
 
 from __future__ import annotations

@@ -125,8 +125,7 @@ class BlockQuantizer:
         layer = self.working.block.get_submodule(group.layers[0])
         alone = len(group.layers) == 1 and importance is None and not mixing
         if alone and is_wide(layer.out_features, layer.in_features):
-            projected = projected_moments(self.working, group, drift=settings.drift, **streams)
-            return lambda name: projected
+            return projected_moments(self.working, group, drift=settings.drift, **streams)
         plain, weighted = group_moments(self.working, group, importance=importance, **streams)
 
         def mixture(drift: float, attention: float) -> Moments:

@@ -33,9 +33,9 @@ from watersic_hf.streams.processes import gather, rank_and_size, shard_by_cost
 
 logger = logging.getLogger(__name__)
 
-LayerMoments = Moments | Callable[[str], Moments | ProjectedMoments] | None
-"""Moments of the input of layers; or a function that returns those of one layer by its name; or
-None if the layers are finished, so that none are needed."""
+LayerMoments = Moments | ProjectedMoments | Callable[[str], Moments] | None
+"""Moments of the input of layers, or those of a single layer; or a function that returns those of
+one layer by its name; or None if the layers are finished, so that none are needed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,6 @@ from watersic_kernels.cpu.vectors import LANES as GROUP
 LANES = 32
 #: Smallest state, and the state in which the encoder starts.
 STATE_MIN = 1 << 16
-#: Symbol of the escape.
-ESCAPE = -128
 #: Columns that are decoded before they are written.
 BLOCK = 32
 
@@ -225,13 +223,13 @@ def _write(codes, place_N, left, width, trellis, start, active, out, stride):
             to = (start + lane) * stride + place_N[left] + i
             write_square(codes, i * LANES + lane, out, to, stride)
     for i in range(width):
-        place, first = place_N[left + i], whole if i < squares else 0
+        place, done = place_N[left + i], whole if i < squares else 0
         if 0 <= place < places:
             if trellis:
-                for first in range(0, whole, GROUP):
-                    copy_lanes(codes, i * LANES + first, out, place * stride + start + first)
-                first = whole
-            for lane in range(first, active):
+                for lane in range(0, whole, GROUP):
+                    copy_lanes(codes, i * LANES + lane, out, place * stride + start + lane)
+                done = whole
+            for lane in range(done, active):
                 out[place * place_step + (start + lane) * lane_step] = codes[i * LANES + lane]
 
 

@@ -3,23 +3,17 @@
 Shapes and format are those of `rans.py`.
 """
 
-import numba
 import numpy as np
 from numpy import int32, int64
 
 from watersic_kernels.cpu.codes_vectors import find_entries
-from watersic_kernels.cpu.rans import LANES, STATE_MIN
+from watersic_kernels.cpu.rans import LANES, STATE_MIN, inner_jit, jit
 from watersic_kernels.cpu.rans_vectors import encode_lanes, encode_low_bits
 from watersic_kernels.cpu.vectors import LANES as GROUP
 from watersic_kernels.cpu.vectors import prefetch
 
 #: Columns whose entries are found before they are encoded.
 BLOCK = 32
-
-jit = numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
-inner_jit = numba.njit(
-    cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True, no_cpython_wrapper=True
-)
 
 
 @jit
